@@ -1,0 +1,303 @@
+"""Hessian-vector products of a loss, as plain callables from (P,) to (P,).
+
+P counts the entries of all parameters, in the order in which they are given. A product on a kept graph costs
+about two gradients (Pearlmutter 1994): the graph of the gradient is built once and differentiated again for
+every vector. Over several batches the graph is rebuilt for each product, at three gradients, so that only one
+batch's graph is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HVP = Callable[[Tensor], Tensor]
+Closure = Callable[[], Tensor]
+Losses = Sequence[tuple[Closure, int]]
+
+
+@dataclass(frozen=True)
+class LossHessian:
+    """The Hessian of one loss at one point, with what its products cost."""
+
+    hvp: HVP  # (P,) -> (P,)
+    gradient: Tensor  # (P,)
+    product_cost: int  # gradients of work in one product: 2 on a kept graph, 3 on a rebuilt one
+
+    def cost(self, hvps: int) -> float:
+        """Gradients of work, on this sample, in the gradient and ``hvps`` products."""
+        return 1.0 + self.product_cost * hvps
+
+
+@contextmanager
+def loss_hessian(
+    loss: Tensor | Closure | Losses, params: Iterable[Tensor], *, scale: float = 1.0
+) -> Iterator[LossHessian]:
+    """Open the Hessian of a loss; its graph is freed on leaving, also by an exception.
+
+    ``.grad``, parameters, buffers, modes and random state stay as found. Modules are recognised when they
+    first run, so a closure that itself calls ``model.eval()`` has to undo that itself.
+
+    Args:
+        loss: One of: the loss itself, with its graph, which stays usable for ``loss.backward()``; a closure that
+            computes it, called once; or pairs of closure and sample count, one for each batch, whose mean losses
+            are weighted by the counts. These are called once for every product, with the same random state each
+            time, so that dropout masks repeat and the operator is one fixed symmetric matrix.
+        params: The parameters, P entries together. Those that the loss does not reach have zero curvature.
+        scale: What the loss was multiplied by (loss scaling, accumulation); taken out of every result.
+
+    Yields:
+        The gradient and the products, in float32, or in float64 if any parameter is.
+
+    Raises:
+        ValueError: If the loss is no scalar, has no graph or reaches none of the parameters; or if there are no
+            parameters, none that require a gradient, or no samples.
+        FloatingPointError: If the loss or its gradient is NaN or infinite.
+        RuntimeError: If an operation in the loss has no double backward; the message names the way out.
+    """
+    params = list(params)
+    check_params(params)
+    if isinstance(loss, Tensor):
+        source = _kept(loss, params, scale)
+    elif callable(loss):
+        with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
+            value = loss()
+        source = _kept(value, params, scale)
+        del value
+    else:
+        source = _rebuilt(loss, params, scale)
+    try:
+        yield next(source)
+    finally:
+        source.close()
+
+
+def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Iterator[LossHessian]:
+    grads: list[Tensor | None] = _gradient(loss, params)
+    gradient = flatten(grads, params) / scale
+    _check_finite(loss, gradient)
+    is_open = True
+
+    def hvp(vector: Tensor) -> Tensor:
+        if not is_open:
+            raise RuntimeError("the graph of this loss is freed; take products inside `with loss_hessian(...)` only")
+        return _product(grads, params, vector) / scale
+
+    try:
+        yield LossHessian(hvp, gradient, product_cost=2)
+    finally:
+        is_open = False
+        grads.clear()  # whoever still holds hvp does not hold the graph
+
+
+def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Iterator[LossHessian]:
+    losses = list(losses)
+    if not losses or any(not isinstance(n, int) or n < 1 for _, n in losses):
+        raise ValueError(
+            f"expected pairs of a loss closure and its sample count (1 or more), got counts {[n for _, n in losses]}"
+        )
+    total = sum(n for _, n in losses)
+
+    def weighted(of_loss: Callable[[Tensor], Tensor]) -> Tensor:
+        result = torch.zeros((), dtype=vector_dtype(params), device=params[0].device)
+        # One guard around the whole sweep: every sweep starts from the same random state, every batch differs.
+        with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
+            for closure, n in losses:
+                result = result + of_loss(closure()) * (n / (total * scale))
+        return result
+
+    def gradient_of(loss: Tensor) -> Tensor:
+        gradient = flatten(_gradient(loss, params, create_graph=False), params)
+        _check_finite(loss, gradient)
+        return gradient
+
+    def hvp(vector: Tensor) -> Tensor:
+        return weighted(lambda loss: _product(_gradient(loss, params), params, vector))
+
+    yield LossHessian(hvp, weighted(gradient_of), product_cost=3)
+
+
+def _gradient(loss: Tensor, params: list[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"expected a scalar loss tensor, got {got}; reduce it, for example with .mean()")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no graph (it does not require a gradient); pass it as the model computed it, not detached "
+            "and not under torch.no_grad()"
+        )
+    wanted = [p for p in params if p.requires_grad]
+    with _explained():
+        found = iter(torch.autograd.grad(loss, wanted, create_graph=create_graph, retain_graph=True, allow_unused=True))
+    grads = [next(found) if p.requires_grad else None for p in params]
+    if all(g is None for g in grads):
+        raise ValueError(
+            "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the "
+            "loss of that model"
+        )
+    return grads
+
+
+def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -> Tensor:
+    size = sum(p.numel() for p in params)
+    if vector.shape != (size,):
+        raise ValueError(
+            f"expected a vector of shape ({size},), one entry for each parameter, got {tuple(vector.shape)}"
+        )
+    # A gradient without a graph is constant in the parameters: its rows of the Hessian are zero.
+    pairs = [(g, v) for g, v in zip(grads, split(vector, params), strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return torch.zeros_like(vector)
+    wanted = [p for p in params if p.requires_grad]
+    with _explained():
+        found = iter(
+            torch.autograd.grad(
+                [g for g, _ in pairs], wanted, [v.to(g) for g, v in pairs], retain_graph=True, allow_unused=True
+            )
+        )
+    return flatten([next(found) if p.requires_grad else None for p in params], params)
+
+
+def check_params(params: Sequence[Tensor]) -> None:
+    """Raise a ValueError unless there are real parameters of which at least one requires a gradient."""
+    if not params:
+        raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
+    if not any(p.requires_grad for p in params):
+        raise ValueError(
+            f"none of the {len(params)} parameters requires a gradient; unfreeze some with requires_grad_()"
+        )
+    if any(p.is_complex() for p in params):
+        raise ValueError(
+            "complex parameters have no real Hessian here; hold real and imaginary parts as real parameters"
+        )
+
+
+def vector_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of flat vectors: float64 if any parameter is, else float32, also for half precision."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+
+def flatten(blocks: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """Lay blocks shaped like the parameters end to end, (P,); a missing block is zero."""
+    dtype, device = vector_dtype(params), params[0].device
+    return torch.cat(
+        [
+            torch.zeros(p.numel(), dtype=dtype, device=device)
+            if block is None
+            else block.detach().reshape(-1).to(device=device, dtype=dtype)
+            for block, p in zip(blocks, params, strict=True)
+        ]
+    )
+
+
+def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Cut (..., P) into blocks (..., *shape), one for each parameter: views, not copies."""
+    lead = vector.shape[:-1]
+    return [
+        part.view(*lead, *p.shape)
+        for part, p in zip(vector.split([p.numel() for p in params], dim=-1), params, strict=True)
+    ]
+
+
+@contextmanager
+def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Leave buffers, train/eval modes and random state (torch, Python, NumPy) as found, also after an exception.
+
+    Inside, modules work on copies of their buffers: the originals are never written, so a graph that was recorded
+    earlier still finds them unchanged. Covers the modules given, and any other from its first forward pass on.
+
+    Args:
+        modules: Modules to guard from the start, with their children.
+        device: An accelerator whose random state is kept as well as the CPU's.
+    """
+    seen: dict[nn.Module, bool] = {}
+    originals: list[tuple[nn.Module, str, Tensor]] = []
+    copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
+
+    def guard(module: nn.Module) -> None:
+        for m in module.modules():
+            if m in seen:
+                continue
+            seen[m] = m.training
+            for name, buffer in list(m.named_buffers(recurse=False, remove_duplicate=False)):
+                originals.append((m, name, buffer))
+                setattr(m, name, copies.setdefault(id(buffer), buffer.detach().clone()))
+
+    def on_forward(module: nn.Module, _: Any) -> None:
+        if module not in seen:
+            guard(module)
+
+    kind = device.type if device is not None and device.type != "cpu" else None
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if kind else [], device_type=kind or "cuda"):
+        hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
+        try:
+            for module in modules:
+                guard(module)
+            yield
+        finally:
+            hook.remove()
+            for m, name, buffer in originals:
+                setattr(m, name, buffer)
+            for m, mode in seen.items():
+                m.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _check_finite(loss: Tensor, gradient: Tensor) -> None:
+    for name, value in (("loss", loss), ("gradient of the loss", gradient)):
+        if not bool(torch.isfinite(value).all()):
+            raise FloatingPointError(f"the {name} is NaN or infinite; no curvature can be taken there")
+
+
+_CAUSES = (
+    (
+        ("attention",),
+        "fused attention has no double backward; run the forward pass under "
+        "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)`",
+    ),
+    (
+        ("aot_autograd", "compiled"),
+        "a module under torch.compile has no double backward; compute this loss with the uncompiled module "
+        "(compiled._orig_mod), for example on a small sample through the curvature argument",
+    ),
+    (
+        ("cudnn",),
+        "cuDNN's recurrent networks have no double backward; run the forward pass under "
+        "`with torch.backends.cudnn.flags(enabled=False)`",
+    ),
+    (
+        ("second time",),
+        "the graph of this loss is already freed; take the curvature before loss.backward(), as optimizer.backward(loss) does",
+    ),
+    (
+        ("inplace", "in-place"),
+        "parameters or activations changed after the forward pass; take the curvature between the forward pass and the step",
+    ),
+    (
+        ("derivative", "double backward", "not implemented"),
+        "an operation in this loss has no double backward; replace it",
+    ),
+)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say which operation cannot be differentiated twice, and what to do, where torch's message does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        for words, advice in _CAUSES:
+            if any(word in str(error).lower() for word in words):
+                raise RuntimeError(
+                    f"no Hessian-vector product: {advice} (torch: {str(error).splitlines()[0]})"
+                ) from error
+        raise
