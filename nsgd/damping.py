@@ -14,7 +14,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any, cast, get_args
 
 import torch
@@ -57,17 +56,17 @@ def damping_options(
     save_basis: bool = True,
 ) -> dict[str, Any]:
     """Validate the options of the rule and return them by name; :class:`nsgd.NSGD` describes them."""
-    options = dict(
-        k=k,
-        gamma=gamma,
-        refresh_every=refresh_every,
-        which=which,
-        bulk_scale=bulk_scale,
-        solver=solver,
-        warmup_steps=warmup_steps,
-        save_basis=save_basis,
-        curvature=True,
-    )
+    options = {
+        "k": k,
+        "gamma": gamma,
+        "refresh_every": refresh_every,
+        "which": which,
+        "bulk_scale": bulk_scale,
+        "solver": solver,
+        "warmup_steps": warmup_steps,
+        "save_basis": save_basis,
+        "curvature": True,
+    }
     _check_options(options)
     return options
 
@@ -202,11 +201,8 @@ class Damped(Optimizer):
         overlap = math.nan
         if self._directions:
             known = [(self._directions[p], b) for p, b in zip(params, blocks, strict=True) if p in self._directions]
-            products = [
-                (old.flatten(1) @ new.flatten(1).T).double().cpu() for old, new in known if len(old) == len(new)
-            ]
-            if products:
-                overlap = float(torch.stack(products).sum(0).square().sum() / len(pairs.eigenvalues))
+            cosines = sum((old.flatten(1) @ new.flatten(1).T).double().cpu() for old, new in known)  # (k, k)
+            overlap = float(torch.as_tensor(cosines).square().sum() / len(pairs.eigenvalues))
         self._directions.clear()
         self._directions.update(zip(params, blocks, strict=True))
         self._last_step.clear()
@@ -315,7 +311,7 @@ class Damped(Optimizer):
 
     @property
     def alignment(self) -> float:
-        """Share of the base optimizer's last step, in norm, inside the basis; NaN before a damped step. One host sync."""
+        """Share of the base optimizer's last step, in norm, inside the basis; NaN before a damped step; one sync."""
         if "coefficients" not in self._last_step:
             return math.nan
         inside = torch.linalg.vector_norm(self._last_step["coefficients"])
@@ -362,8 +358,8 @@ class Damped(Optimizer):
         for name in (*_SHARED, "maximize"):
             if group.get(name) != first.get(name):
                 raise ValueError(
-                    f"{name} is one value for the whole optimizer, {first.get(name)!r}, got {group.get(name)!r} for one "
-                    "group; gamma, bulk_scale and curvature may differ between groups"
+                    f"{name} is one value for the whole optimizer, {first.get(name)!r}, got {group.get(name)!r} for "
+                    "one group; gamma, bulk_scale and curvature may differ between groups"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -495,9 +491,14 @@ def _note_calls(optimizer: Damped) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
-@cache
+_DAMPED_CLASSES: dict[type[Optimizer], type[Optimizer]] = {}
+
+
 def _damped_class(base: type[Optimizer]) -> type[Optimizer]:
-    return type(f"Damped{base.__name__}", (Damped, base), {"__module__": __name__, "_made_by_damp": True})
+    if base not in _DAMPED_CLASSES:
+        members = {"__module__": __name__, "_made_by_damp": True}
+        _DAMPED_CLASSES[base] = type(f"Damped{base.__name__}", (Damped, base), members)
+    return _DAMPED_CLASSES[base]
 
 
 def _blank(base: type[Optimizer]) -> Optimizer:

@@ -170,10 +170,10 @@ def _start_vector(
 
 
 def _random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
-    vector = torch.randn(like.numel(), generator=generator, dtype=torch.float64).to(
-        like
-    )  # drawn on the CPU: any device
-    return vector / torch.linalg.vector_norm(vector)
+    # Drawn on the CPU: the same vector whatever the device.
+    vector = torch.randn(like.numel(), generator=generator, dtype=torch.float64).to(like)
+    norm: Tensor = torch.linalg.vector_norm(vector)
+    return vector / norm
 
 
 def _orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,10 +214,7 @@ def _lanczos(
         beta = float(torch.linalg.vector_norm(rest))
         ritz, coordinates = torch.linalg.eigh(projected[: j + 1, : j + 1])
         full = j + 1 == limit
-        if j + 1 < k and not full:
-            chosen = torch.arange(j + 1)
-        else:
-            chosen = _wanted(ritz, k, which)
+        chosen = _wanted(ritz, min(k, j + 1), which)
         values, weights = ritz[chosen], coordinates[:, chosen]  # (k,), (m, k)
         outside = [(j, beta), *tails] if j + 1 < size else [(j, beta)]
         residuals = torch.stack([b * weights[i].abs() for i, b in outside]).sum(0)  # (k,)
@@ -256,12 +253,9 @@ def _wanted(ascending: Tensor, k: int, which: Which) -> Tensor:
 def _dense(hvp: HVP, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = like.numel()
     matrix = torch.stack([hvp(row) for row in torch.eye(size, dtype=like.dtype, device=like.device)])
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (
-        values.flip(0),
-        vectors.T.flip(0),
-        torch.linalg.vector_norm(vectors.T @ matrix - values[:, None] * vectors.T, dim=1).flip(0),
-    )
+    values, columns = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = values.flip(0), columns.T.flip(0)
+    return values, vectors, torch.linalg.vector_norm(vectors @ matrix - values[:, None] * vectors, dim=1)
 
 
 class _OutOfBudget(Exception):

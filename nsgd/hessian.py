@@ -9,7 +9,7 @@ batch's graph is in memory at a time.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +79,7 @@ def loss_hessian(
         source.close()
 
 
-def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Iterator[LossHessian]:
+def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHessian]:
     grads: list[Tensor | None] = _gradient(loss, params)
     gradient = flatten(grads, params) / scale
     _check_finite(loss, gradient)
@@ -97,7 +97,7 @@ def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Iterator[LossHess
         grads.clear()  # whoever still holds hvp does not hold the graph
 
 
-def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Iterator[LossHessian]:
+def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[LossHessian]:
     losses = list(losses)
     if not losses or any(not isinstance(n, int) or n < 1 for _, n in losses):
         raise ValueError(
@@ -148,9 +148,7 @@ def _gradient(loss: Tensor, params: list[Tensor], *, create_graph: bool = True) 
 def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -> Tensor:
     size = sum(p.numel() for p in params)
     if vector.shape != (size,):
-        raise ValueError(
-            f"expected a vector of shape ({size},), one entry for each parameter, got {tuple(vector.shape)}"
-        )
+        raise ValueError(f"expected a vector of shape ({size},), one entry a parameter, got {tuple(vector.shape)}")
     # A gradient without a graph is constant in the parameters: its rows of the Hessian are zero.
     pairs = [(g, v) for g, v in zip(grads, split(vector, params), strict=True) if g is not None and g.requires_grad]
     if not pairs:
@@ -170,13 +168,9 @@ def check_params(params: Sequence[Tensor]) -> None:
     if not params:
         raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
     if not any(p.requires_grad for p in params):
-        raise ValueError(
-            f"none of the {len(params)} parameters requires a gradient; unfreeze some with requires_grad_()"
-        )
+        raise ValueError(f"none of the {len(params)} parameters requires a gradient; unfreeze some: requires_grad_()")
     if any(p.is_complex() for p in params):
-        raise ValueError(
-            "complex parameters have no real Hessian here; hold real and imaginary parts as real parameters"
-        )
+        raise ValueError("got complex parameters; hold their real and imaginary parts as two real parameters")
 
 
 def vector_dtype(params: Sequence[Tensor]) -> torch.dtype:
@@ -202,7 +196,7 @@ def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     lead = vector.shape[:-1]
     return [
         part.view(*lead, *p.shape)
-        for part, p in zip(vector.split([p.numel() for p in params], dim=-1), params, strict=True)
+        for part, p in zip(torch.split(vector, [p.numel() for p in params], dim=-1), params, strict=True)
     ]
 
 
@@ -276,11 +270,13 @@ _CAUSES = (
     ),
     (
         ("second time",),
-        "the graph of this loss is already freed; take the curvature before loss.backward(), as optimizer.backward(loss) does",
+        "the graph of this loss is already freed; take the curvature before loss.backward(), as "
+        "optimizer.backward(loss) does",
     ),
     (
         ("inplace", "in-place"),
-        "parameters or activations changed after the forward pass; take the curvature between the forward pass and the step",
+        "parameters or activations changed after the forward pass; take the curvature between the forward pass and "
+        "the step",
     ),
     (
         ("derivative", "double backward", "not implemented"),
