@@ -1,0 +1,125 @@
+"""The loss of a LightningModule on a batch of its own choosing, with nothing left behind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from nsgd.hessian import untouched
+
+
+def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """The training loss of a batch, with its graph, as if it had never been computed.
+
+    This is ``module.curvature_loss(batch)`` where the module defines that, else its ``training_step`` with logging
+    muted. Buffers, modes, random state, metric states and the module's own attributes (counters, lists of outputs)
+    are as before afterwards. It runs under the trainer's precision.
+
+    Args:
+        module: Any LightningModule. One with manual optimization needs ``curvature_loss``, since its
+            ``training_step`` would take optimizer steps.
+        batch: On the module's device already.
+        batch_idx: Handed to ``training_step``.
+
+    Raises:
+        ValueError: If the module optimizes manually without ``curvature_loss``, or no loss comes back.
+    """
+    own = getattr(module, "curvature_loss", None)
+    if own is None and not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, so its training_step cannot be run for its loss alone; "
+            "define curvature_loss(self, batch), returning the loss"
+        )
+    trainer = module._trainer
+    precision = nullcontext() if trainer is None else trainer.precision_plugin.train_step_context()
+    with torch.inference_mode(False), torch.enable_grad(), _shelved(module), untouched(module, device=module.device):
+        vars(module).update(log=_muted, log_dict=_muted)
+        with precision:
+            if own is not None:
+                output = own(batch)
+            elif len(inspect.signature(module.training_step).parameters) == 1:
+                output = module.training_step(batch)
+            else:
+                output = module.training_step(batch, batch_idx)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"expected training_step of {type(module).__name__} to return a loss, or a dict with one under 'loss', got "
+            f"{type(loss).__name__}"
+        )
+    return loss
+
+
+def _muted(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``log`` and ``log_dict``."""
+
+
+@contextmanager
+def _shelved(root: nn.Module) -> Iterator[None]:
+    """Put every module's attributes back afterwards; inside, tensors, lists and dicts among them are copies."""
+    found = [(module, dict(vars(module))) for module in root.modules()]
+    try:
+        for module, attributes in found:
+            vars(module).update({name: _copied(value) for name, value in attributes.items()})
+        yield
+    finally:
+        for module, attributes in found:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is list:
+        return list(value)
+    if type(value) is dict:
+        return {key: list(item) if type(item) is list else item for key, item in value.items()}
+    return value
+
+
+def batch_size_of(batch: Any) -> int:
+    """Samples in a batch: the first length of its first tensor.
+
+    Raises:
+        ValueError: If there is no tensor in it.
+    """
+    for tensor in _tensors(batch):
+        if tensor.ndim > 0:
+            return len(tensor)
+    raise ValueError(f"expected a batch with a tensor whose first axis counts samples, got a {type(batch).__name__}")
+
+
+def first_samples(batch: Any, samples: int) -> Any:
+    """The first samples of a batch: every tensor and plain list as long as the batch is cut, the rest is kept."""
+    return _cut(batch, batch_size_of(batch), samples)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _cut(batch: Any, size: int, samples: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:samples] if batch.ndim > 0 and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, size, samples) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        if len(batch) == size and not any(isinstance(value, Tensor | list | tuple | Mapping) for value in batch):
+            return batch[:samples]  # one plain item a sample, for example names
+        parts = [_cut(value, size, samples) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -1,0 +1,62 @@
+"""RecordSteps: what one run did, step by step, against the three axes of cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+
+from nsgd.damping import Damped
+
+
+class RecordSteps(pl.Callback):
+    """Keep one row for each optimizer step: loss, cumulative gradients and seconds; validation and refreshes beside.
+
+    Gradients are forward and backward passes on a training batch: one a step, and what refreshes cost. Seconds are
+    those of training with its refreshes, without validation.
+
+    Args:
+        on_step: Called with the step and its loss after each.
+    """
+
+    def __init__(self, on_step: Callable[[int, float], None]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._on_step = on_step
+        self._began = 0.0
+        self._paused_at = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step."""
+        step, loss = trainer.global_step, float(outputs["loss"])
+        optimizer = trainer.optimizers[0]
+        row: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "loss": loss}
+        refreshes = optimizer.refreshes if isinstance(optimizer, Damped) else 0
+        row["gradients"] = step + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
+        row["seconds"] = time.perf_counter() - self._began
+        row |= {"refreshes": refreshes, "hvps": optimizer.hvps if isinstance(optimizer, Damped) else 0}
+        if isinstance(optimizer, Damped):
+            row["alignment"] = optimizer.alignment
+            if refreshes > (self.rows[-1]["refreshes"] if self.rows else 0):
+                row["overlap"] = optimizer.overlap
+                row |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+        self.rows.append(row)
+        self._on_step(step, loss)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the validation results on the last step's row, and let the clock go on."""
+        self._began += time.perf_counter() - self._paused_at
+        for name in ("val_loss", "val_accuracy"):
+            if self.rows and name in trainer.callback_metrics:
+                self.rows[-1][name] = float(trainer.callback_metrics[name])

@@ -1,0 +1,169 @@
+"""RefreshDirections: gives NSGD, or any damped optimizer, its directions inside Lightning."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_modules.batch_loss import batch_loss, batch_size_of, first_samples
+from nsgd.damping import Damped
+from nsgd.hessian import Closure
+
+
+class RefreshDirections(pl.Callback):
+    """Refresh the directions of every damped optimizer when they are due; works with any LightningModule unmodified.
+
+    Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
+    module's loggers go the eigenvalues (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with the last basis,
+    ``nsgd/alignment`` of the last step with it, ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far.
+
+    Args:
+        samples: Samples that the directions come from; None for the whole running batch, or, with
+            ``source="train"``, for 2,560, the paper's number. A running batch that is no larger is used whole, at no
+            extra forward pass; so is the loss itself of a module that optimizes manually and has no
+            ``curvature_loss(batch)``.
+        source: "batch" for a slice of the running batch, "train" for a sample of the training set, fresh each time.
+        optimizer: Index of the one optimizer to refresh, of several. By default all damped ones are, with several
+            those whose every trainable parameter the loss reaches.
+        seed: Seeds the samples of the training set.
+
+    Raises:
+        ValueError: If an option is out of range; when training starts, if no optimizer is damped; at a refresh, if
+            the loss reaches the parameters of none.
+    """
+
+    def __init__(
+        self,
+        samples: int | None = 64,
+        source: Literal["batch", "train"] = "batch",
+        optimizer: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if samples is not None and samples < 1:
+            raise ValueError(f"expected samples of at least 1, or None for the default, got {samples}")
+        if source not in ("batch", "train"):
+            raise ValueError(f"expected source to be batch or train, got {source!r}")
+        self.samples, self.source, self.optimizer = samples, source, optimizer
+        self.seconds = 0.0  # spent on refreshes so far
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batch: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that there is something to refresh."""
+        names = ", ".join(type(o).__name__ for o in trainer.optimizers)
+        if self.optimizer is not None and not 0 <= self.optimizer < len(trainer.optimizers):
+            raise ValueError(f"expected optimizer to be an index into {len(trainer.optimizers)}, got {self.optimizer}")
+        if not any(isinstance(o, Damped) for o in self._candidates(trainer)):
+            raise ValueError(
+                f"RefreshDirections expected an NSGD or damped optimizer, got {names}; return nsgd.NSGD(...) or "
+                "nsgd.damp(...) from configure_optimizers"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the running batch."""
+        self._batch = batch
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of the batch."""
+        self._batch = None
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Refresh what is due."""
+        damped = [o for o in self._candidates(trainer) if isinstance(o, Damped)]
+        if not any(o.refresh_due for o in damped):
+            return
+        began = time.perf_counter()
+        if len(trainer.optimizers) > 1 and self.optimizer is None:
+            reached = _reached(loss)
+            damped = [
+                o
+                for o in damped
+                if all(p in reached for group in o.param_groups for p in group["params"] if p.requires_grad)
+            ]
+            if not damped:
+                raise ValueError(
+                    "RefreshDirections expected the loss to reach all parameters of a damped optimizer, got one that "
+                    "reaches none whole; name the optimizer by its index, RefreshDirections(optimizer=...)"
+                )
+        for optimizer in damped:
+            if optimizer.refresh_due:
+                self._refresh(trainer, pl_module, optimizer, loss)
+        self.seconds += time.perf_counter() - began
+
+    def _candidates(self, trainer: pl.Trainer) -> list[Any]:
+        return list(trainer.optimizers) if self.optimizer is None else [trainer.optimizers[self.optimizer]]
+
+    def _refresh(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Damped, loss: Tensor) -> None:
+        alignment = optimizer.alignment  # of the last step, in the basis that goes
+        accumulate = trainer.accumulate_grad_batches
+        size = batch_size_of(self._batch)
+        own = module.automatic_optimization or hasattr(module, "curvature_loss")
+        if self.source == "train":
+            sample = self._training_sample(trainer, module, size)
+            count = sum(n for _, n in sample)
+            done = optimizer.refresh(sample, batch_fraction=count / (size * accumulate))
+        elif own and self.samples is not None and self.samples < size:
+            part = first_samples(self._batch, self.samples)
+            done = optimizer.refresh(
+                lambda: batch_loss(module, part), batch_fraction=self.samples / (size * accumulate)
+            )
+        else:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            factor = 1.0 if scaler is None else float(scaler.get_scale())
+            if module.automatic_optimization:
+                factor /= accumulate
+            done = optimizer.refresh(loss, scale=factor, batch_fraction=1 / accumulate)
+        if done:
+            metrics = {f"nsgd/lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+            metrics |= {"nsgd/hvps": float(optimizer.hvps), "nsgd/cost_gradients": optimizer.cost_gradients}
+            metrics |= {"nsgd/overlap": optimizer.overlap, "nsgd/alignment": alignment}
+            known = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            for logger in trainer.loggers:
+                logger.log_metrics(known, step=trainer.global_step)
+
+    def _training_sample(self, trainer: pl.Trainer, module: pl.LightningModule, size: int) -> list[tuple[Closure, int]]:
+        """Losses of fresh samples of the training set, in batches of the running size."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            raise ValueError(
+                f"source='train' draws from a DataLoader over a data set with a length, got {type(loader).__name__}; use "
+                "source='batch'"
+            )
+        dataset: Any = loader.dataset
+        chosen = torch.randperm(len(dataset), generator=self._generator)[: self.samples or 2560].tolist()
+
+        def loss_of(indices: list[int]) -> tuple[Closure, int]:
+            if loader.batch_size is None:  # the data set makes whole batches itself
+                batch = dataset[indices]
+            else:
+                batch = loader.collate_fn([dataset[i] for i in indices])
+            moved = trainer.strategy.batch_to_device(batch)
+            return (lambda: batch_loss(module, moved)), len(indices)
+
+        return [loss_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
+def _reached(loss: Tensor) -> set[Tensor]:
+    """The parameters that a loss depends on: the leaves of its graph."""
+    found: set[Tensor] = set()
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes.extend(child for child, _ in node.next_functions)
+    return found

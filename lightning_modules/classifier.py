@@ -1,0 +1,83 @@
+"""An image classifier as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_modules.nets import NetName, make_net
+from nsgd import NSGD
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float, labels (B,)
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy on images, with accuracy logged as ``train_``, ``val_`` and ``test_accuracy``.
+
+    Without an optimizer from the command line it trains with NSGD at its defaults.
+
+    Args:
+        net: Name of the network: mlp, simple-cnn (the paper's) or simple-cnn-root (smaller).
+        input_shape: Channels, height and width of an image; on the command line taken from the data.
+        num_classes: Number of classes; on the command line taken from the data.
+        lr: Learning rate of the default optimizer.
+    """
+
+    def __init__(
+        self,
+        net: NetName = "mlp",
+        input_shape: Sequence[int] = (1, 8, 8),
+        num_classes: int = 10,
+        lr: float = 0.1,
+    ) -> None:
+        super().__init__()
+        input_shape = tuple(input_shape)
+        self.save_hyperparameters()
+        self.lr = lr
+        self.net = make_net(net, input_shape, num_classes)
+        self.loss = nn.CrossEntropyLoss()
+        self.accuracy = nn.ModuleDict(
+            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("on_train", "on_val", "on_test")}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss: Tensor = self.loss(logits, labels)
+        accuracy = self.accuracy[f"on_{stage}"]
+        accuracy(logits, labels)
+        on_step = stage == "train"
+        self.log(f"{stage}_loss", loss, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=len(labels))
+        self.log(
+            f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=not on_step, batch_size=len(labels)
+        )
+        return loss
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of the batch."""
+        return self._evaluate(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of the batch."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of the batch."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class probabilities (B, classes)."""
+        return torch.softmax(self(batch[0]), dim=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """NSGD at its defaults."""
+        return NSGD(self.parameters(), lr=self.lr)

@@ -1,0 +1,142 @@
+"""The ``nsgd`` command: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, and ``compare``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import ArgumentParser
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_modules import Classifier, Digits, HuggingFace, RefreshDirections  # noqa: F401 (names for --data)
+from lightning_modules.compare import Study, run_study, total_steps
+from lightning_modules.data import ImageData
+from lightning_modules.report import print_table, write_report
+from nsgd.damping import Damped
+
+HELP = """usage: nsgd COMMAND [options]
+
+NSGD, Nudged SGD: SGD that steps less along the sharpest directions of the loss.
+
+  compare    compare NSGD with SGD, and with weight averages, on real data: a table and a report
+  fit        train a classifier with NSGD or any other optimizer
+  validate   evaluate a checkpoint on the validation images
+  test       evaluate a checkpoint on the test images
+  predict    class probabilities of the test images
+
+nsgd COMMAND --help shows the options of a command."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, or 2 for bad input, said in one sentence."""
+    argv = list(sys.argv[1:] if args is None else args)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    try:
+        if argv[0] == "compare":
+            _compare(argv[1:])
+        elif argv[0] in LightningCLI.subcommands():
+            _lightning(argv)
+        else:
+            raise ValueError(
+                f"expected a command among compare, {', '.join(LightningCLI.subcommands())}, got {argv[0]!r}"
+            )
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        print(f"nsgd: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether the project itself raised this to say what is wrong with its input; anything else is a fault."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = (Path(__file__).parent, Path(__file__).parent.parent / "nsgd")
+    return any(Path(frames[-1].filename).is_relative_to(package) for package in packages)
+
+
+# -- compare -----------------------------------------------------------------------------------------------------
+
+
+def _compare(argv: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="nsgd compare", description=Study.__doc__.strip().splitlines()[0] if Study.__doc__ else ""
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options")
+    parser.add_argument("--out", type=Path, default=Path("nsgd-compare"), help="folder for results and report")
+    parser.add_class_arguments(Study, "study")
+    parsed = parser.parse_args(argv)
+    study: Study = parser.instantiate_classes(parsed).study
+    console = Console()
+    study.check()
+    with _progress_bar(console, study) as update:
+        run_study(study, parsed.out, update)
+    report = write_report(parsed.out)
+    print_table(parsed.out, console)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _progress_bar(console: Console, study: Study) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, {task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    runs = total_steps(study) // study.steps
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=total_steps(study), loss="")
+
+        def update(name: str, done: int, loss: float | None) -> None:
+            run = min(runs, 1 + done // study.steps)
+            fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
+            progress.update(task, completed=done, description=f"run {run} of {runs}: {name}", **fields)
+
+        yield update
+
+
+# -- fit, validate, test, predict --------------------------------------------------------------------------------
+
+
+class _RefreshIfDamped(RefreshDirections):
+    """The callback for a command that also takes optimizers without directions."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(optimizer, Damped) for optimizer in trainer.optimizers):
+            super().on_train_start(trainer, pl_module)
+
+
+class _Commands(LightningCLI):
+    """LightningCLI on our data and classifier, with refreshes for any damped optimizer."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(_RefreshIfDamped, "refresh")
+        parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.set_defaults({"data": "Digits", "trainer.max_epochs": 20, "trainer.log_every_n_steps": 10})
+
+
+def _lightning(argv: list[str]) -> None:
+    # Images are decoded once and batches are indexed tensors: worker processes would only slow that down.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    _Commands(
+        Classifier,
+        ImageData,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        args=argv,
+    )

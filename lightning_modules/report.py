@@ -1,0 +1,327 @@
+"""Every figure and table of a study, made from the files in its folder and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+from jinja2 import Environment
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.compare import GRID, TUNING_SEEDS, Rows, read_csv
+
+matplotlib.use("Agg")
+
+COLORS = {"sgd": "#444444", "nsgd": "#0072b2", "bulk-sgd": "#d55e00", "dom-sgd": "#009e73"}  # Okabe and Ito
+NAMES = {"sgd": "SGD", "nsgd": "NSGD", "bulk-sgd": "Bulk-SGD", "dom-sgd": "Dom-SGD"}
+READ_OUTS = {"last": "last weights", "ema": "EMA", "swa": "SWA", "two-point": "two points"}
+AXES = {"step": "optimizer steps", "gradients": "gradients, refreshes included", "seconds": "seconds of training"}
+_SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a study's folder holds."""
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: Rows
+    summary: Rows
+    metrics: dict[str, list[Rows]]  # method -> one list of steps for each seed
+
+
+def read_folder(folder: Path) -> Files:
+    """Read a finished study."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    metrics = {
+        method: [read_csv(folder / "runs" / f"{method}-{seed}" / "metrics.csv") for seed in range(config["seeds"])]
+        for method in config["methods"]
+    }
+    environment = yaml.safe_load((folder / "environment.yaml").read_text())
+    return Files(
+        folder, config, environment, read_csv(folder / "results.csv"), read_csv(folder / "summary.csv"), metrics
+    )
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the figures as PNG and write report.html, self-contained, beside them; returns its path."""
+    files = read_folder(folder)
+    figures = {
+        "training-loss": (_training_loss(files), "Training loss against the three axes of cost. " + _band(files)),
+        "validation-accuracy": (_validation(files), "Validation accuracy after each epoch. " + _band(files)),
+    }
+    if any("lambda_1" in row for runs in files.metrics.values() for row in runs[0]):
+        figures["eigenvalues"] = (_eigenvalues(files), _eigenvalues_caption(files))
+    pictures = []
+    for name, (figure, caption) in figures.items():
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        pictures.append({"data": base64.b64encode(path.read_bytes()).decode(), "caption": caption, "name": name})
+    header, *body = _cells(files)
+    template = Environment(autoescape=True).from_string(_TEMPLATE)
+    page = template.render(
+        title=_title(files),
+        header=header,
+        body=body,
+        caption=_caption(files),
+        pictures=pictures,
+        config=yaml.safe_dump(files.config, sort_keys=False),
+        environment=yaml.safe_dump(files.environment, sort_keys=False),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def print_table(folder: Path, console: Console) -> None:
+    """Print the study's table to a terminal."""
+    files = read_folder(folder)
+    header, *body = _cells(files)
+    table = Table(title=_title(files), caption=_caption(files), caption_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for i, row in enumerate(body):
+        table.add_row(*row, end_section=i + 1 == len(body) or body[i + 1][0] != "")
+    console.print(table)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def _title(files: Files) -> str:
+    data = files.config["data"]
+    name = data.get("path") or data["class"]
+    methods = ", ".join(NAMES[m] for m in files.config["methods"])
+    return f"{methods} on {name}: {files.config['net']}, {files.config['epochs']} epochs, {files.config['seeds']} seeds"
+
+
+def _cells(files: Files) -> list[list[str]]:
+    """The header and one row for each read-out and method."""
+    summary = {(r["read_out"], r["measure"], r["method"]): r for r in files.summary}
+    compared = "sgd" in files.config["methods"]
+    header = ["weights", "method", "test accuracy, %", "train loss"]
+    if compared:
+        header = [*header[:3], "difference to SGD, points", header[3], "difference to SGD"]
+    header += ["gradients", "seconds"]
+    rows = []
+    for read_out in dict.fromkeys(r["read_out"] for r in files.summary):
+        for i, method in enumerate(files.config["methods"]):
+            accuracy = summary[read_out, "test_accuracy", method]
+            loss = summary[read_out, "train_loss", method]
+            row = [READ_OUTS[read_out] if i == 0 else "", NAMES[method], _estimate(accuracy, "", 100, 1)]
+            row += [_difference(accuracy, 100, 1)] if compared else []
+            row += [_estimate(loss, "", 1, 4)]
+            row += [_difference(loss, 1, 4)] if compared else []
+            for name, digits in (("gradients", 0), ("seconds", 1)):
+                row.append(f"{_mean(r[name] for r in files.results if r['method'] == method):.{digits}f}")
+            rows.append(row)
+    return [header, *rows]
+
+
+def _estimate(entry: dict[str, Any], prefix: str, scale: float, digits: int, sign: str = "") -> str:
+    value, half = (
+        entry[f"{prefix}mean" if not prefix else prefix],
+        entry[f"{prefix}_half_width" if prefix else "half_width"],
+    )
+    text = f"{value * scale:{sign}.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half * scale:.{digits}f}"
+
+
+def _difference(entry: dict[str, Any], scale: float, digits: int) -> str:
+    if entry["method"] == "sgd":
+        return ""
+    text = _estimate(entry, "difference", scale, digits, "+")
+    if math.isnan(entry["p"]):
+        return f"{text} (no test)"
+    verdict = "" if entry["p"] < _SIGNIFICANT else ", no significant difference"
+    return f"{text} (p = {entry['p']:.2g}{verdict})"
+
+
+def _caption(files: Files) -> str:
+    config = files.config
+    rates = ", ".join(
+        f"{NAMES[m]} {next(r['lr'] for r in files.results if r['method'] == m):g}" for m in config["methods"]
+    )
+    grid = ", ".join(f"{lr:g}" for lr in GRID)
+    tuned = {
+        "grid": f"each tuned on the grid {grid} by validation loss over {len(TUNING_SEEDS)} other seeds",
+        "tuned": f"tuned beforehand on the grid {grid} by validation loss, at the default settings"
+        if (config["data"]["class"], config["net"]) == ("Digits", "mlp")
+        else "not tuned",
+    }.get(str(config["lr"]), "given, not tuned")
+    tests = len(config["methods"]) - 1
+    return (
+        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval; p from paired t-tests, not corrected "
+        f"for their number ({tests} a column and read-out). Learning rates: {rates} ({tuned}); momentum "
+        f"{config['momentum']:g}; batch {config['data']['batch_size']}; {config['threads']} thread(s). One gradient is a "
+        f"forward and backward pass on a training batch; averages are read-outs of the same runs."
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+
+def _column(runs: list[Rows], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """One column of every seed, (seeds, steps), NaN where a cell is empty."""
+    return np.array([[row.get(name, math.nan) for row in run] for run in runs], dtype=float)
+
+
+def _band(files: Files) -> str:
+    return f"Lines are means over {files.config['seeds']} seeds, bands reach from the lowest to the highest."
+
+
+def _curve(axes: Axes, method: str, x: Any, y: Any) -> None:
+    axes.plot(x, y.mean(0), color=COLORS[method], label=NAMES[method], linewidth=1.6)
+    axes.fill_between(x, y.min(0), y.max(0), color=COLORS[method], alpha=0.15, linewidth=0)
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.4 * columns, 3.6), layout="constrained")
+    panels = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, panels
+
+
+def _epoch_ends(run: Rows) -> list[int]:
+    return [i for i, row in enumerate(run) if i + 1 == len(run) or run[i + 1]["epoch"] != row["epoch"]]
+
+
+def _training_loss(files: Files) -> Figure:
+    figure, panels = _figure(3)
+    for method, runs in files.metrics.items():
+        ends = _epoch_ends(runs[0])
+        starts = [0, *(e + 1 for e in ends[:-1])]
+        loss = _column(runs, "loss")
+        means = np.stack([loss[:, a : b + 1].mean(1) for a, b in zip(starts, ends, strict=True)], axis=1)
+        for axes, name in zip(panels, AXES, strict=True):
+            _curve(axes, method, _column(runs, name).mean(0)[ends], means)
+    for axes, label in zip(panels, AXES.values(), strict=True):
+        axes.set(xlabel=label, yscale="log")
+    panels[0].set_ylabel("training loss, mean of each epoch")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def _validation(files: Files) -> Figure:
+    figure, panels = _figure(3)
+    for method, runs in files.metrics.items():
+        ends = _epoch_ends(runs[0])
+        accuracy = 100 * _column(runs, "val_accuracy")[:, ends]
+        for axes, name in zip(panels, AXES, strict=True):
+            _curve(axes, method, _column(runs, name).mean(0)[ends], accuracy)
+    for axes, label in zip(panels, AXES.values(), strict=True):
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("validation accuracy, %")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def _refreshed(files: Files) -> dict[str, Rows]:
+    """For each method that has directions, the rows of its first seed at which they were refreshed."""
+    found = {method: [row for row in runs[0] if "lambda_1" in row] for method, runs in files.metrics.items()}
+    return {method: rows for method, rows in found.items() if rows}
+
+
+def _rate(files: Files, method: str) -> tuple[float, float]:
+    """Learning rate and gamma of a method."""
+    lr = float(next(r["lr"] for r in files.results if r["method"] == method))
+    return lr, {"bulk-sgd": 0.0, "dom-sgd": 1.0}.get(method, files.config["nsgd"]["gamma"])
+
+
+def _eigenvalues(files: Files) -> Figure:
+    refreshed = _refreshed(files)
+    figure, panels = _figure(len(refreshed))
+    figure.set_size_inches(5.2 * len(refreshed), 3.8)
+    momentum = files.config["momentum"]
+    for axes, (method, rows) in zip(panels, refreshed.items(), strict=True):
+        steps = [row["step"] for row in rows]
+        k = sum(name.startswith("lambda_") for name in rows[0])
+        for i in range(k, 0, -1):
+            values = [row[f"lambda_{i}"] for row in rows]
+            axes.plot(
+                steps, values, color=COLORS[method], alpha=1 if i == 1 else 0.35, linewidth=1.6 if i == 1 else 0.8
+            )
+        lr, gamma = _rate(files, method)
+        lines = [("(2 + 2β) / lr", (2 + 2 * momentum) / lr, "--")] if lr > 0 else []
+        if gamma > 0 and lr > 0 and gamma != 1:
+            lines.append(("(2 + 2β) / (γ lr)", (2 + 2 * momentum) / (gamma * lr), ":"))
+        for label, level, style in lines:
+            axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{label} = {level:.3g}")
+        axes.set(xlabel="optimizer steps", yscale="symlog", title=NAMES[method])
+        axes.legend(frameon=False, loc="lower left", fontsize=8)
+    panels[0].set_ylabel("top eigenvalues at each refresh")
+    return figure
+
+
+def _eigenvalues_caption(files: Files) -> str:
+    options = files.config["nsgd"]
+    source = "the running batch" if options["source"] == "batch" else "the training set"
+    samples = options["samples"] or ("all" if options["source"] == "batch" else 2560)
+    return (
+        f"The top {options['k']} eigenvalues that each refresh found, on {samples} samples of {source}, first seed; the "
+        "strong line is the largest. Dashed: the limit (2 + 2β)/lr of stable steps in undamped directions; dotted: "
+        "(2 + 2β)/(γ lr), the limit in damped ones (none where γ = 0); β is the momentum. Small samples overestimate "
+        "the eigenvalues of the whole training loss."
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #1a1a1a; } tr.first td { border-top: 1px solid #bbb; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+figcaption, caption { color: #444; font-size: 0.88rem; text-align: left; caption-side: bottom; padding-top: 0.6rem; }
+pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; font-size: 0.82rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<h2>Results</h2>
+<div class="scroll"><table>
+<caption>{{ caption }}</caption>
+<thead><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in body %}
+<tr{% if row[0] %} class="first"{% endif %}>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody>
+</table></div>
+{%- for picture in pictures %}
+<h2>{{ picture.name.replace("-", " ").capitalize() }}</h2>
+<figure><img src="data:image/png;base64,{{ picture.data }}" alt="{{ picture.caption }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>
+{%- endfor %}
+<h2>Configuration</h2>
+<pre>{{ config }}</pre>
+<h2>Environment</h2>
+<pre>{{ environment }}</pre>
+</body>
+</html>
+"""
