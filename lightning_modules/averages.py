@@ -50,11 +50,11 @@ class ReadOuts(pl.Callback):
             return
         self._seen = step
         total = trainer.estimated_stepping_batches
-        self._update("ema", pl_module, get_ema_multi_avg_fn(self.ema_decay))
+        self._update("ema", pl_module, get_ema_multi_avg_fn(self.ema_decay))  # type: ignore[no-untyped-call]
         if step > total * (1 - self.swa_share):
-            self._update("swa", pl_module, get_swa_multi_avg_fn())
+            self._update("swa", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
         if step == max(1, round(total * (1 - self.two_point_share))):
-            self._update("two-point", pl_module, get_swa_multi_avg_fn())
+            self._update("two-point", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _update(self, name: str, module: pl.LightningModule, average: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -53,7 +54,7 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
-        accuracy = self.accuracy[f"on_{stage}"]
+        accuracy: Any = self.accuracy[f"on_{stage}"]
         accuracy(logits, labels)
         on_step = stage == "train"
         self.log(f"{stage}_loss", loss, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=len(labels))

@@ -7,8 +7,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_modules import Classifier, Digits, HuggingFace, RefreshDirections  # noqa: F401 (names for --data)
-from lightning_modules.compare import Study, run_study, total_steps
+from lightning_modules.callbacks.predictions import WritePredictions
+from lightning_modules.compare import Study, ignore_lightning_noise, run_study, total_steps
 from lightning_modules.data import ImageData
 from lightning_modules.report import print_table, write_report
 from nsgd.damping import Damped
@@ -68,17 +70,26 @@ def _is_ours(error: ValueError) -> bool:
 # -- compare -----------------------------------------------------------------------------------------------------
 
 
+class _Parser(ArgumentParser):
+    """A parser whose complaints are one sentence, handled like every other bad input."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        said = " ".join(message.split())
+        if 'key "data"' in said:
+            said = f"expected --data to be Digits or HuggingFace, or the import path of an ImageData class: {said}"
+        raise ValueError(f"{said}; see nsgd compare --help")
+
+
 def _compare(argv: list[str]) -> None:
-    parser = ArgumentParser(
-        prog="nsgd compare", description=Study.__doc__.strip().splitlines()[0] if Study.__doc__ else ""
-    )
+    parser = _Parser(prog="nsgd compare", description="Train every method with every seed, and compare.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     parser.add_argument("--out", type=Path, default=Path("nsgd-compare"), help="folder for results and report")
-    parser.add_class_arguments(Study, "study")
+    parser.add_class_arguments(Study)
+    parser.set_defaults({"data": {"class_path": "Digits"}})
     parsed = parser.parse_args(argv)
-    study: Study = parser.instantiate_classes(parsed).study
+    values = parser.instantiate_classes(parsed)
+    study = Study(**{field.name: values[field.name] for field in fields(Study)})
     console = Console()
-    study.check()
     with _progress_bar(console, study) as update:
         run_study(study, parsed.out, update)
     report = write_report(parsed.out)
@@ -98,15 +109,20 @@ def _progress_bar(console: Console, study: Study) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     runs = total_steps(study) // study.steps
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("starting", total=total_steps(study), loss="")
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("", total=total_steps(study), loss="")
 
-        def update(name: str, done: int, loss: float | None) -> None:
-            run = min(runs, 1 + done // study.steps)
-            fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
-            progress.update(task, completed=done, description=f"run {run} of {runs}: {name}", **fields)
+    def update(name: str, done: int, loss: float | None) -> None:
+        progress.start()  # not before: bad input is said without a bar
+        run = min(runs, 1 + done // study.steps)
+        progress.update(task, completed=done, description=f"run {run} of {runs}: {name}")
+        if loss is not None:
+            progress.update(task, loss=f"loss {loss:.3f}")
 
+    try:
         yield update
+    finally:
+        progress.stop()
 
 
 # -- fit, validate, test, predict --------------------------------------------------------------------------------
@@ -125,18 +141,22 @@ class _Commands(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(_RefreshIfDamped, "refresh")
+        parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.set_defaults({"data": "Digits", "trainer.max_epochs": 20, "trainer.log_every_n_steps": 10})
+        logger = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+        parser.set_defaults({"data": "Digits", "trainer.logger": logger})
+        parser.set_defaults({"trainer.max_epochs": 20, "trainer.log_every_n_steps": 5})
 
 
 def _lightning(argv: list[str]) -> None:
-    # Images are decoded once and batches are indexed tensors: worker processes would only slow that down.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    _Commands(
-        Classifier,
-        ImageData,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        args=argv,
-    )
+    ignore_lightning_noise()
+    warnings.filterwarnings(
+        "ignore", ".*configure_optimizers. will be overridden by.*"
+    )  # that is what --optimizer is for
+    found = sys.argv
+    sys.argv = ["nsgd", *argv]  # LightningCLI takes its program name from there, and warns of arguments that differ
+    try:
+        _Commands(Classifier, ImageData, subclass_mode_data=True, seed_everything_default=0)
+    finally:
+        sys.argv = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class EpochBatches(Sampler[list[int]]):
             yield order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData(pl.LightningDataModule, ABC):
     """Base of the image data modules: a subclass says where the images come from.
 
     Args:
@@ -92,9 +93,9 @@ class ImageData(pl.LightningDataModule):
         self.save_hyperparameters()
         self._splits: dict[str, Images] | None = None
 
+    @abstractmethod
     def load(self) -> tuple[Images, Images]:
         """Training and test images."""
-        raise NotImplementedError
 
     @property
     def splits(self) -> dict[str, Images]:
@@ -173,7 +174,7 @@ class ImageData(pl.LightningDataModule):
 
 
 class Digits(ImageData):
-    """The 1,797 handwritten 8 x 8 digits of scikit-learn: real, small, and installed with it; a fifth is for testing."""
+    """The 1,797 handwritten 8 x 8 digits of scikit-learn: real and installed with it; a fifth is for testing."""
 
     def load(self) -> tuple[Images, Images]:
         """Training and test images, the same split always."""
@@ -222,6 +223,8 @@ class HuggingFace(ImageData):
         train = splits.get("train")
         if train is None:
             raise ValueError(f"expected a split named train in {self.path}, got {', '.join(splits)}")
+        for dataset in splits.values():
+            self._columns(dataset)  # before anything is decoded
         test = splits.get(self.test_split, splits.get("validation"))
         if test is None:
             both = train.train_test_split(test_size=0.2, seed=0)
@@ -233,10 +236,8 @@ class HuggingFace(ImageData):
     def _decode(self, dataset: Any) -> Images:
         import datasets
 
-        columns = dataset.features
-        image = self._column(columns, self.image_column, "image", _is_image)
-        label = self._column(columns, self.label_column, "label", _is_label)
-        if not isinstance(columns[image], datasets.Image):
+        image, label = self._columns(dataset)
+        if not isinstance(dataset.features[image], datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image())  # parquet that lost its schema: bytes and path
         modes = {picture.mode for picture in dataset[: min(len(dataset), 32)][image]}
         mode = "L" if modes <= {"L", "1"} else "RGB"
@@ -247,8 +248,8 @@ class HuggingFace(ImageData):
                 pixels = np.empty((len(dataset), *array.shape), dtype=np.uint8)
             if array.shape != pixels.shape[1:]:
                 raise ValueError(
-                    f"expected images of one size in {self.path}, got {pixels.shape[1:3]} and {array.shape[:2]}; resize "
-                    "them first"
+                    f"expected images of one size in {self.path}, got {pixels.shape[1:3]} and {array.shape[:2]}; "
+                    "resize them first"
                 )
             pixels[i] = array
         if pixels is None:
@@ -256,6 +257,11 @@ class HuggingFace(ImageData):
         stacked = torch.from_numpy(pixels)  # (N, H, W) or (N, H, W, C)
         stacked = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
         return Images(stacked, torch.tensor(dataset[label][:], dtype=torch.int64))
+
+    def _columns(self, dataset: Any) -> tuple[str, str]:
+        """Names of the image and the label column."""
+        image = self._column(dataset.features, self.image_column, "image", _is_image)
+        return image, self._column(dataset.features, self.label_column, "label", _is_label)
 
     def _column(self, columns: Any, name: str | None, kind: str, fits: Any) -> str:
         if name is not None:
@@ -268,7 +274,7 @@ class HuggingFace(ImageData):
                 f"expected one {kind} column in {self.path}, got {len(found)} among {', '.join(columns)}; name it with "
                 f"{kind}_column"
             )
-        return found[0]
+        return str(found[0])
 
 
 def _is_image(feature: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -15,7 +16,7 @@ def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] =
     channels, height, width = input_shape
     sizes = [channels * height * width, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return _glorot(nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes)))
 

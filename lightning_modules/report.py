@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,9 +24,12 @@ from lightning_modules.compare import GRID, TUNING_SEEDS, Rows, read_csv
 matplotlib.use("Agg")
 
 COLORS = {"sgd": "#444444", "nsgd": "#0072b2", "bulk-sgd": "#d55e00", "dom-sgd": "#009e73"}  # Okabe and Ito
+STYLES = {"sgd": "-", "nsgd": "-", "bulk-sgd": "--", "dom-sgd": "-."}  # curves that coincide stay visible
 NAMES = {"sgd": "SGD", "nsgd": "NSGD", "bulk-sgd": "Bulk-SGD", "dom-sgd": "Dom-SGD"}
-READ_OUTS = {"last": "last weights", "ema": "EMA", "swa": "SWA", "two-point": "two points"}
+READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
 AXES = {"step": "optimizer steps", "gradients": "gradients, refreshes included", "seconds": "seconds of training"}
+_MEASURES = (("test_accuracy", "Test accuracy, %", 100, 1), ("train_loss", "Training loss", 1, 4))  # scale, digits
+_TEXT_COLUMNS = ("weights", "method", "paired t-test")
 _SIGNIFICANT = 0.05
 
 
@@ -68,12 +72,11 @@ def write_report(folder: Path) -> Path:
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=120)
         pictures.append({"data": base64.b64encode(path.read_bytes()).decode(), "caption": caption, "name": name})
-    header, *body = _cells(files)
     template = Environment(autoescape=True).from_string(_TEMPLATE)
     page = template.render(
         title=_title(files),
-        header=header,
-        body=body,
+        tables=_tables(files),
+        text_columns=_TEXT_COLUMNS,
         caption=_caption(files),
         pictures=pictures,
         config=yaml.safe_dump(files.config, sort_keys=False),
@@ -85,15 +88,17 @@ def write_report(folder: Path) -> Path:
 
 
 def print_table(folder: Path, console: Console) -> None:
-    """Print the study's table to a terminal."""
+    """Print the study's tables to a terminal."""
     files = read_folder(folder)
-    header, *body = _cells(files)
-    table = Table(title=_title(files), caption=_caption(files), caption_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for i, row in enumerate(body):
-        table.add_row(*row, end_section=i + 1 == len(body) or body[i + 1][0] != "")
-    console.print(table)
+    console.print(_title(files), style="bold")
+    for table in _tables(files):
+        grid = Table(title=table["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in table["header"]:
+            grid.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=name != "paired t-test")
+        for row in table["rows"]:
+            grid.add_row(*row)
+        console.print(grid)
+    console.print(_caption(files))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------
@@ -106,46 +111,42 @@ def _title(files: Files) -> str:
     return f"{methods} on {name}: {files.config['net']}, {files.config['epochs']} epochs, {files.config['seeds']} seeds"
 
 
-def _cells(files: Files) -> list[list[str]]:
-    """The header and one row for each read-out and method."""
-    summary = {(r["read_out"], r["measure"], r["method"]): r for r in files.summary}
-    compared = "sgd" in files.config["methods"]
-    header = ["weights", "method", "test accuracy, %", "train loss"]
-    if compared:
-        header = [*header[:3], "difference to SGD, points", header[3], "difference to SGD"]
-    header += ["gradients", "seconds"]
-    rows = []
-    for read_out in dict.fromkeys(r["read_out"] for r in files.summary):
-        for i, method in enumerate(files.config["methods"]):
-            accuracy = summary[read_out, "test_accuracy", method]
-            loss = summary[read_out, "train_loss", method]
-            row = [READ_OUTS[read_out] if i == 0 else "", NAMES[method], _estimate(accuracy, "", 100, 1)]
-            row += [_difference(accuracy, 100, 1)] if compared else []
-            row += [_estimate(loss, "", 1, 4)]
-            row += [_difference(loss, 1, 4)] if compared else []
-            for name, digits in (("gradients", 0), ("seconds", 1)):
-                row.append(f"{_mean(r[name] for r in files.results if r['method'] == method):.{digits}f}")
-            rows.append(row)
-    return [header, *rows]
+def _tables(files: Files) -> list[dict[str, Any]]:
+    """Accuracy, training loss and cost: a title, a header and rows of text each."""
+    methods = files.config["methods"]
+    compared = "sgd" in methods and len(methods) > 1
+    tables = []
+    for measure, title, scale, digits in _MEASURES:
+        header = ["weights", "method", "mean"] + (["minus SGD", "paired t-test"] if compared else [])
+        rows = []
+        for entry in (e for e in files.summary if e["measure"] == measure):
+            row = [_estimate(entry["mean"], entry["half_width"], scale, digits)]
+            row += _difference(entry, scale, digits) if compared else []
+            name = READ_OUTS[entry["read_out"]] if entry["method"] == methods[0] else ""
+            rows.append([name, NAMES[entry["method"]], *row])
+        tables.append({"title": title, "header": header, "rows": rows})
+    columns = ("step", "gradients", "seconds", "refreshes", "hvps")
+    costs = [
+        [NAMES[m], *(f"{_mean(r[c] for r in files.results if r['method'] == m):.4g}" for c in columns)] for m in methods
+    ]
+    header = ["method", "steps", "gradients", "seconds", "refreshes", "Hessian-vector products"]
+    return [*tables, {"title": "Cost of a run", "header": header, "rows": costs}]
 
 
-def _estimate(entry: dict[str, Any], prefix: str, scale: float, digits: int, sign: str = "") -> str:
-    value, half = (
-        entry[f"{prefix}mean" if not prefix else prefix],
-        entry[f"{prefix}_half_width" if prefix else "half_width"],
-    )
+def _estimate(value: float, half: float, scale: float, digits: int, sign: str = "") -> str:
     text = f"{value * scale:{sign}.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {half * scale:.{digits}f}"
 
 
-def _difference(entry: dict[str, Any], scale: float, digits: int) -> str:
+def _difference(entry: dict[str, Any], scale: float, digits: int) -> list[str]:
+    """The difference to SGD, and what the test says of it."""
     if entry["method"] == "sgd":
-        return ""
-    text = _estimate(entry, "difference", scale, digits, "+")
+        return ["", ""]
+    text = _estimate(entry["difference"], entry["difference_half_width"], scale, digits, "+")
     if math.isnan(entry["p"]):
-        return f"{text} (no test)"
-    verdict = "" if entry["p"] < _SIGNIFICANT else ", no significant difference"
-    return f"{text} (p = {entry['p']:.2g}{verdict})"
+        return [text, "no test"]
+    verdict = "significant" if entry["p"] < _SIGNIFICANT else "no significant difference"
+    return [text, f"{verdict} (p = {entry['p']:.2g})"]
 
 
 def _caption(files: Files) -> str:
@@ -160,12 +161,13 @@ def _caption(files: Files) -> str:
         if (config["data"]["class"], config["net"]) == ("Digits", "mlp")
         else "not tuned",
     }.get(str(config["lr"]), "given, not tuned")
-    tests = len(config["methods"]) - 1
+    tests = (len(config["methods"]) - 1) * len({r["read_out"] for r in files.summary})
     return (
-        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval; p from paired t-tests, not corrected "
-        f"for their number ({tests} a column and read-out). Learning rates: {rates} ({tuned}); momentum "
-        f"{config['momentum']:g}; batch {config['data']['batch_size']}; {config['threads']} thread(s). One gradient is a "
-        f"forward and backward pass on a training batch; averages are read-outs of the same runs."
+        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval; p-values are not corrected for "
+        f"their number, {tests} in each table. Learning rates: {rates} ({tuned}); momentum "
+        f"{config['momentum']:g}; batch size {config['data']['batch_size']}; threads: {config['threads']}. One "
+        "gradient is a forward and backward pass on a training batch, and refreshes are counted in. Averages are "
+        "read-outs of the same runs."
     )
 
 
@@ -186,7 +188,7 @@ def _band(files: Files) -> str:
 
 
 def _curve(axes: Axes, method: str, x: Any, y: Any) -> None:
-    axes.plot(x, y.mean(0), color=COLORS[method], label=NAMES[method], linewidth=1.6)
+    axes.plot(x, y.mean(0), STYLES[method], color=COLORS[method], label=NAMES[method], linewidth=1.6)
     axes.fill_between(x, y.min(0), y.max(0), color=COLORS[method], alpha=0.15, linewidth=0)
 
 
@@ -275,8 +277,8 @@ def _eigenvalues_caption(files: Files) -> str:
     source = "the running batch" if options["source"] == "batch" else "the training set"
     samples = options["samples"] or ("all" if options["source"] == "batch" else 2560)
     return (
-        f"The top {options['k']} eigenvalues that each refresh found, on {samples} samples of {source}, first seed; the "
-        "strong line is the largest. Dashed: the limit (2 + 2β)/lr of stable steps in undamped directions; dotted: "
+        f"The top {options['k']} eigenvalues that each refresh found, on {samples} samples of {source}, first seed; "
+        "the strong line is the largest. Dashed: the limit (2 + 2β)/lr of stable steps in undamped directions; dotted: "
         "(2 + 2β)/(γ lr), the limit in damped ones (none where γ = 0); β is the momentum. Small samples overestimate "
         "the eigenvalues of the whole training loss."
     )
@@ -290,29 +292,40 @@ _TEMPLATE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-bottom: 0.3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #1a1a1a; } tr.first td { border-top: 1px solid #bbb; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+.text { text-align: left; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-figcaption, caption { color: #444; font-size: 0.88rem; text-align: left; caption-side: bottom; padding-top: 0.6rem; }
+figcaption, .caption { color: #444; font-size: 0.88rem; }
 pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; font-size: 0.82rem; }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
 <h2>Results</h2>
+{%- for table in tables %}
+<h3>{{ table.title }}</h3>
 <div class="scroll"><table>
-<caption>{{ caption }}</caption>
-<thead><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>
+{%- for name in table.header %}
+<th scope="col"{% if name in text_columns %} class="text"{% endif %}>{{ name }}</th>
+{%- endfor %}
+</tr></thead>
 <tbody>
-{%- for row in body %}
-<tr{% if row[0] %} class="first"{% endif %}>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- for row in table.rows %}
+<tr{% if row[0] %} class="first"{% endif %}>
+{%- for cell in row %}
+<td{% if table.header[loop.index0] in text_columns %} class="text"{% endif %}>{{ cell }}</td>
+{%- endfor %}
+</tr>
 {%- endfor %}
 </tbody>
 </table></div>
+{%- endfor %}
+<p class="caption">{{ caption }}</p>
 {%- for picture in pictures %}
 <h2>{{ picture.name.replace("-", " ").capitalize() }}</h2>
 <figure><img src="data:image/png;base64,{{ picture.data }}" alt="{{ picture.caption }}">

@@ -136,17 +136,15 @@ class RefreshDirections(pl.Callback):
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise ValueError(
-                f"source='train' draws from a DataLoader over a data set with a length, got {type(loader).__name__}; use "
-                "source='batch'"
+                f"source='train' draws from a DataLoader over a data set with a length, got {type(loader).__name__}; "
+                "use source='batch'"
             )
         dataset: Any = loader.dataset
         chosen = torch.randperm(len(dataset), generator=self._generator)[: self.samples or 2560].tolist()
 
         def loss_of(indices: list[int]) -> tuple[Closure, int]:
-            if loader.batch_size is None:  # the data set makes whole batches itself
-                batch = dataset[indices]
-            else:
-                batch = loader.collate_fn([dataset[i] for i in indices])
+            whole = loader.batch_size is None  # the data set makes whole batches itself
+            batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
             moved = trainer.strategy.batch_to_device(batch)
             return (lambda: batch_loss(module, moved)), len(indices)
 
