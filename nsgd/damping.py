@@ -18,7 +18,7 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
@@ -161,7 +161,6 @@ class Damped(Optimizer):
         first = self.param_groups[0]
         params = self._curvature_params()
         _check_size(first["k"], params)
-        first["attempted_at"] = first["steps"]
         sign = -1.0 if first.get("maximize", False) else 1.0  # ascent on f is descent on -f
         limit = 2 * first["k"] + _EXTRA_PRODUCTS if first["solver"] == "lanczos" else None
         try:
@@ -179,6 +178,7 @@ class Damped(Optimizer):
                 )
                 cost = hessian.cost(pairs.hvps)
         except FloatingPointError as error:
+            first["attempted_at"] = first["steps"]
             first["skipped_refreshes"] += 1
             self._warn_once(
                 "nan",
@@ -187,7 +187,7 @@ class Damped(Optimizer):
             )
             return False
         self._take(pairs, params)
-        first["refreshed_at"] = first["steps"]
+        first["refreshed_at"] = first["attempted_at"] = first["steps"]
         first["refreshes"] += 1
         first["hvps"] += pairs.hvps
         first["cost_gradients"] += cost * batch_fraction
@@ -223,7 +223,7 @@ class Damped(Optimizer):
         with ExitStack() as stack:
 
             def prepare() -> None:
-                if not before and self._is_damping():
+                if not before and self._directions and self._has_effect:
                     damped = [p for p in self._directions if p.grad is not None]
                     stack.enter_context(_in_float32(damped, self.state))
                     before.update((p, p.detach().clone()) for p in damped)
@@ -243,12 +243,11 @@ class Damped(Optimizer):
         step: Callable[..., Any] = super().step.__func__  # type: ignore[attr-defined]
         if getattr(step, "hooked", False):  # torch wraps step to run its hooks; ours is wrapped already
             step = step.__wrapped__  # type: ignore[attr-defined]
-        return step(self, closure)
+        return step(self) if closure is None else step(self, closure)
 
-    def _is_damping(self) -> bool:
-        return bool(self._directions) and any(
-            g["curvature"] and (g["gamma"] != 1 or g["bulk_scale"] != 1) for g in self.param_groups
-        )
+    @property
+    def _has_effect(self) -> bool:
+        return any(g["curvature"] and (g["gamma"] != 1 or g["bulk_scale"] != 1) for g in self.param_groups)
 
     @torch.no_grad()
     def _damp(self, before: dict[Tensor, Tensor]) -> None:
@@ -261,7 +260,7 @@ class Damped(Optimizer):
             flat = move.to(self._directions[p].dtype).reshape(-1)
             coefficients += (self._directions[p].flatten(1) @ flat).to(coefficients)
             norm += torch.dot(flat, flat).to(norm)
-        # A basis or a step that is not finite damps nothing: training goes on as the base optimizer would.
+        # What is not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
         coefficients = torch.nan_to_num(coefficients, nan=0.0, posinf=0.0, neginf=0.0)
         self._last_step.update(coefficients=coefficients, squared_norm=norm)
         positive = self._positive(coefficients)
@@ -269,7 +268,8 @@ class Damped(Optimizer):
             gamma, bulk_scale = group["gamma"], group["bulk_scale"]
             if not group["curvature"] or (gamma == 1 and bulk_scale == 1):
                 continue
-            factors = coefficients * torch.where(positive, gamma - bulk_scale, 1.0 - bulk_scale)
+            gammas = torch.ones_like(coefficients).masked_fill(positive, gamma)  # (k,)
+            factors = coefficients * (gammas - bulk_scale)
             for p in group["params"]:
                 if p in moves:
                     directions = self._directions[p]
@@ -289,7 +289,7 @@ class Damped(Optimizer):
         first = self.param_groups[0]
         first["steps"] += 1
         many = first["warmup_steps"] + max(2 * first["refresh_every"], 20)
-        if first["attempted_at"] < 0 and first["steps"] >= many and first["gamma"] != 1:
+        if first["attempted_at"] < 0 and first["steps"] >= many and self._has_effect:
             self._warn_once(
                 "plain",
                 f"{type(self).__name__} has taken {first['steps']} steps without a refresh, so it is the plain base "
@@ -385,7 +385,10 @@ class Damped(Optimizer):
                 if not entry:
                     continue
             state[i] = entry
+        own = [{name: group[name] for name in damping_options()} for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": state})
+        for group, saved, options in zip(self.param_groups, state_dict["param_groups"], own, strict=True):
+            group.update({name: value for name, value in options.items() if name not in saved})
         ids = (i for group in state_dict["param_groups"] for i in group["params"])
         self._directions.clear()
         self._last_step.clear()
@@ -435,6 +438,10 @@ class Damped(Optimizer):
             )
         check_params(params)
         _check_size(self.param_groups[0]["k"], params)
+        if isinstance(self, LBFGS) and any(p.dtype.itemsize < 4 for p in params):
+            raise ValueError(
+                "expected float32 or float64 parameters for L-BFGS, got half precision; convert them first"
+            )
 
 
 def damp(optimizer: Optimizer, **options: Any) -> Damped:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from nsgd.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
@@ -27,6 +27,9 @@ Solver = Literal["lanczos", "arpack"]
 # Products spent on a fresh random vector after convergence, in search of further copies of a repeated eigenvalue:
 # a Krylov space holds only one vector of each eigenspace. Ten tell an outlier from a bulk of any size in practice.
 _PROBE = 10
+
+# Vectors that ARPACK asked for count as dependent below this share of the largest singular value.
+_DEPENDENT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ def top_eigenpairs(
 def _check(
     size: int, *, k: int, which: str, solver: str, start: Tensor | None, max_hvps: int | None, tol: float
 ) -> None:
-    if not 1 <= k <= size:
-        raise ValueError(f"expected k from 1 to the number of parameters, {size}, got {k}")
+    if not isinstance(k, int) or not 1 <= k <= size:
+        raise ValueError(f"expected k to be a whole number from 1 to the number of parameters, {size}, got {k}")
     for name, value, kind in (("which", which, Which), ("solver", solver, Solver)):
         if value not in get_args(kind):
             raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {value!r}")
@@ -184,6 +187,12 @@ def _orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return vector - again @ basis, coefficients + again
 
 
+def _new_unit(vector: Tensor, basis: Tensor) -> Tensor:
+    rest, _ = _orthogonalised(vector, basis)
+    norm: Tensor = torch.linalg.vector_norm(rest)
+    return rest / norm
+
+
 def _lanczos(
     hvp: HVP,
     start: Tensor,
@@ -203,7 +212,8 @@ def _lanczos(
     size = start.numel()
     basis = start.new_empty(limit, size)  # (m, P)
     projected = torch.zeros(limit, limit, dtype=torch.float64)  # basis H basis^T
-    tails: list[tuple[int, float]] = []  # last vector of each broken chain, norm of what its product had outside
+    # Of each broken chain its last vector, and what that one's product had outside, with the norm of it.
+    tails: list[tuple[int, float, Tensor]] = []
     probing_from: int | None = None  # first vector of the random chain that looks for missing pairs
     settled = torch.empty(0, dtype=torch.float64)  # the values when that chain began
     vector = start
@@ -216,8 +226,9 @@ def _lanczos(
         full = j + 1 == limit
         chosen = _wanted(ritz, min(k, j + 1), which)
         values, weights = ritz[chosen], coordinates[:, chosen]  # (k,), (m, k)
-        outside = [(j, beta), *tails] if j + 1 < size else [(j, beta)]
-        residuals = torch.stack([b * weights[i].abs() for i, b in outside]).sum(0)  # (k,)
+        outside = [(j, beta, rest), *(tails if j + 1 < size else [])]
+        shares = torch.stack([norm * weights[i].abs() for i, norm, _ in outside])  # (chains, k)
+        residuals = shares.sum(0)  # (k,)
         # Below this, what is left of the product is rounding: the space is invariant.
         closed = beta <= 100 * torch.finfo(start.dtype).eps * float(ritz.abs().max())
         converged = j + 1 >= k and bool((residuals <= tol * values.abs().max()).all())
@@ -231,12 +242,17 @@ def _lanczos(
         else:
             restart = closed or converged
         if restart:
-            tails.append((j, beta))
+            tails.append((j, beta, rest))
             if converged:
                 probing_from, settled = j + 1, values
-            rest, _ = _orthogonalised(_random_unit(start, generator), basis[: j + 1])
-            beta = float(torch.linalg.vector_norm(rest))
-        vector = rest / beta
+            vector = _new_unit(_random_unit(start, generator), basis[: j + 1])
+        elif not converged and (worst := int(shares.amax(1).argmax())) > 0:
+            # What a broken chain left outside holds the pairs up: take that in next, and this chain's rest later.
+            _, norm, left = tails.pop(worst - 1)
+            tails.append((j, beta, rest))
+            vector = _new_unit(left / norm, basis[: j + 1])
+        else:
+            vector = rest / beta
     vectors = weights.T.to(start) @ basis[: len(weights)]  # (k, P)
     return values, vectors, residuals
 
@@ -280,22 +296,26 @@ def _arpack(
         return recorded(torch.from_numpy(array.reshape(-1).copy()).to(start)).double().cpu().numpy()
 
     vectors: Tensor | None = None
-    try:
-        values, columns = eigsh(
-            LinearOperator((size, size), matvec=matvec, dtype=np.float64),
-            k=k,
-            which=which,
-            v0=start.double().cpu().numpy(),
-            tol=tol,
-        )
-        descending = torch.from_numpy(values.argsort()[::-1].copy())
-        vectors = torch.from_numpy(columns.T)[descending].to(start)
-    except (_OutOfBudget, ArpackError):
-        # What was seen still holds the best pairs for its products. ARPACK also gives up on a start that the
-        # operator sends to zero: then random vectors make up the number.
-        while len(inputs) < k or len(_independent(inputs)[0]) < k:
+    for origin in (start, _random_unit(start, generator)):
+        try:
+            _, columns = eigsh(
+                LinearOperator((size, size), matvec=matvec, dtype=np.float64),
+                k=k,
+                which=which,
+                v0=origin.double().cpu().numpy(),
+                tol=tol,
+            )
+            vectors = torch.from_numpy(columns.T.copy()).to(start)
+        except (_OutOfBudget, ArpackNoConvergence):
+            break  # what was seen still holds the best pairs for its products
+        except ArpackError:
+            continue  # it gives up on a start that the operator sends to zero
+        break
+    if vectors is None:
+        while len(inputs) < k or len(_independent(inputs, _DEPENDENT)[0]) < k:  # the operator is nearly zero
             recorded(_random_unit(start, generator))
-    basis, mixing = _independent(inputs)
+    # A truncated basis would add its error to the residuals of vectors that ARPACK found to the last digit.
+    basis, mixing = _independent(inputs, _DEPENDENT if vectors is None else 10 * torch.finfo(start.dtype).eps)
     images = mixing @ torch.stack(outputs)  # (r, P): H basis
     if vectors is None:
         projected = (basis @ images.T).double().cpu()
@@ -303,11 +323,13 @@ def _arpack(
         vectors = coordinates[:, _wanted(ritz, k, which)].T.to(start) @ basis
     mapped = (vectors @ basis.T) @ images  # (k, P): H vectors
     theta = (vectors * mapped).sum(1)
+    order = theta.argsort(descending=True, stable=True)
+    theta, vectors, mapped = theta[order], vectors[order], mapped[order]
     return theta.double().cpu(), vectors, torch.linalg.vector_norm(mapped - theta[:, None] * vectors, dim=1)
 
 
-def _independent(vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _independent(vectors: list[Tensor], cutoff: float) -> tuple[Tensor, Tensor]:
     """Orthonormal rows (r, P) that span (m, P) vectors up to near dependence, and their mixture (r, m) of them."""
     left, scales, rows = torch.linalg.svd(torch.stack(vectors), full_matrices=False)
-    kept = scales > 1e-6 * scales[0]
+    kept = scales > cutoff * scales[0]
     return rows[kept], (left[:, kept] / scales[kept]).T

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -98,17 +99,15 @@ def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHes
 
 
 def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[LossHessian]:
-    losses = list(losses)
-    if not losses or any(not isinstance(n, int) or n < 1 for _, n in losses):
-        raise ValueError(
-            f"expected pairs of a loss closure and its sample count (1 or more), got counts {[n for _, n in losses]}"
-        )
+    losses = _checked_pairs(losses)
     total = sum(n for _, n in losses)
+    device = params[0].device
+    random_state = _RandomState(device)
 
     def weighted(of_loss: Callable[[Tensor], Tensor]) -> Tensor:
-        result = torch.zeros((), dtype=vector_dtype(params), device=params[0].device)
-        # One guard around the whole sweep: every sweep starts from the same random state, every batch differs.
-        with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
+        result = torch.zeros((), dtype=vector_dtype(params), device=device)
+        with torch.inference_mode(False), torch.enable_grad(), untouched(device=device):
+            random_state.restore()  # every sweep starts from the same state, every batch of it has its own masks
             for closure, n in losses:
                 result = result + of_loss(closure()) * (n / (total * scale))
         return result
@@ -122,6 +121,17 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
         return weighted(lambda loss: _product(_gradient(loss, params), params, vector))
 
     yield LossHessian(hvp, weighted(gradient_of), product_cost=3)
+
+
+def _checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
+    pairs = list(losses) if isinstance(losses, Iterable) else [losses]
+    for pair in pairs or [None]:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Integral) and int(pair[1]) >= 1):
+            raise ValueError(
+                "expected a loss tensor, a closure that computes it, or pairs of such a closure and its sample count "
+                f"(1 or more), got {pair!r}"
+            )
+    return [(closure, int(n)) for closure, n in pairs]
 
 
 def _gradient(loss: Tensor, params: list[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
@@ -142,6 +152,8 @@ def _gradient(loss: Tensor, params: list[Tensor], *, create_graph: bool = True) 
             "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the "
             "loss of that model"
         )
+    if any(g is not None and g.layout != torch.strided for g in grads):
+        raise ValueError("expected dense gradients, got a sparse one; build the embedding with sparse=False")
     return grads
 
 
@@ -195,7 +207,7 @@ def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Cut (..., P) into blocks (..., *shape), one for each parameter: views, not copies."""
     lead = vector.shape[:-1]
     return [
-        part.view(*lead, *p.shape)
+        part.view((*lead, *p.shape))
         for part, p in zip(torch.split(vector, [p.numel() for p in params], dim=-1), params, strict=True)
     ]
 
@@ -228,22 +240,36 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
         if module not in seen:
             guard(module)
 
-    kind = device.type if device is not None and device.type != "cpu" else None
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if kind else [], device_type=kind or "cuda"):
-        hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
-        try:
-            for module in modules:
-                guard(module)
-            yield
-        finally:
-            hook.remove()
-            for m, name, buffer in originals:
-                setattr(m, name, buffer)
-            for m, mode in seen.items():
-                m.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
+    random_state = _RandomState(device)
+    hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
+    try:
+        for module in modules:
+            guard(module)
+        yield
+    finally:
+        hook.remove()
+        for m, name, buffer in originals:
+            setattr(m, name, buffer)
+        for m, mode in seen.items():
+            m.training = mode
+        random_state.restore()
+
+
+class _RandomState:
+    """The random state of torch, of one accelerator, of Python and of NumPy, as it was when this was made."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.accelerator = None if device is None or device.type == "cpu" else torch.get_device_module(device)
+        self.device = device
+        self.states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        self.accelerator_state = self.accelerator.get_rng_state(device) if self.accelerator else None
+
+    def restore(self) -> None:
+        random.setstate(self.states[0])
+        np.random.set_state(self.states[1])
+        torch.set_rng_state(self.states[2])
+        if self.accelerator:
+            self.accelerator.set_rng_state(self.accelerator_state, self.device)
 
 
 def _check_finite(loss: Tensor, gradient: Tensor) -> None:

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from symmetric_operators import OUTLIERS, SOLVERS, rotated, zeros
+
+from nsgd import top_eigenpairs
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_product_that_is_not_finite_is_an_error_never_an_answer(solver, value, at):
+    matrix = rotated(OUTLIERS)
+    calls = []
+
+    def hvp(vector):
+        calls.append(1)
+        result = matrix @ vector
+        if len(calls) == at:
+            result[7] = value
+        return result
+
+    with pytest.raises(FloatingPointError, match=f"product {at} is NaN or infinite"):
+        top_eigenpairs(hvp, zeros(200), k=3, solver=solver)
+    assert len(calls) == at
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "expected k to be a whole number from 1 to the number of parameters, 6, got 0"),
+        ({"k": 7}, "expected k to be a whole number from 1 to the number of parameters, 6, got 7"),
+        ({"k": 2.5}, "expected k .*got 2.5"),
+        ({"which": "BE"}, "expected which to be one of LA, LM, SA, got 'BE'"),
+        ({"solver": "lobpcg"}, "expected solver to be one of lanczos, arpack, got 'lobpcg'"),
+        ({"max_hvps": 2}, "expected max_hvps of at least k = 3 .*got 2"),
+        ({"tol": -1.0}, "expected tol >= 0, got -1.0"),
+        ({"tol": float("nan")}, "expected tol >= 0, got nan"),
+        ({"start": torch.zeros(5)}, r"expected start of shape \(6,\) or \(j, 6\), got \(5,\)"),
+        ({"start": torch.zeros(1, 1, 6)}, r"expected start of shape \(6,\) or \(j, 6\), got \(1, 1, 6\)"),
+    ],
+)
+def test_an_option_out_of_range_is_a_value_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        top_eigenpairs(lambda v: v, zeros(6), **{"k": 3, **options})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (3.0, "expected a loss tensor.*got a float"),
+        (None, "expected a loss tensor.*got a NoneType"),
+        (torch.tensor(1.0), "no graph"),
+        (lambda v: v[:2], r"expected products of shape \(3,\), got \(2,\)"),
+    ],
+)
+def test_a_bad_operator_is_a_value_error(source, message):
+    with pytest.raises(ValueError, match=message):
+        top_eigenpairs(source, zeros(3), k=1)
+
+
+def test_parameters_that_cannot_train_are_a_value_error():
+    with pytest.raises(ValueError, match="got no parameters"):
+        top_eigenpairs(lambda v: v, [], k=1)
+    with pytest.raises(ValueError, match="none of the 1 parameters requires a gradient"):
+        top_eigenpairs(lambda v: v, [torch.zeros(3)], k=1)

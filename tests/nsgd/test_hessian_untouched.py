@@ -1,0 +1,208 @@
+"""A measurement leaves everything as it found it, and holds nothing afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import weakref
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nsgd.hessian import loss_hessian, untouched
+
+
+def dense(hvp, size):
+    return torch.stack([hvp(row) for row in torch.eye(size, dtype=torch.float64)])
+
+
+def random_states():
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def same_random_states(before):
+    torch_state, python_state, numpy_state = before
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+
+
+def snapshot(model):
+    """Everything of a model that a measurement must leave alone: values, identity of buffers, gradients, modes."""
+    return {
+        "values": {n: t.clone() for n, t in model.state_dict().items()},
+        "buffers": {n: id(b) for n, b in model.named_buffers()},
+        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "modes": [m.training for m in model.modules()],
+    }
+
+
+def assert_untouched(model, before):
+    now = snapshot(model)
+    assert now["buffers"] == before["buffers"]
+    assert now["modes"] == before["modes"]
+    for kind in ("values", "grads"):
+        assert now[kind].keys() == before[kind].keys()
+        for name, value in before[kind].items():
+            assert (value is None and now[kind][name] is None) or torch.equal(now[kind][name], value), (kind, name)
+
+
+# -- everything as found --------------------------------------------------------------------------------------
+
+
+def sources(model, losses):
+    return {"closure": losses[0][0], "batches": losses}
+
+
+@pytest.mark.parametrize("source", ["closure", "batches"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_grad_buffers_modes_parameters_and_random_state_stay_as_found(noisy, source, fails):
+    model, losses = noisy
+    model.net[1].eval()  # a mixture of modes
+    model.net[0].weight.grad = torch.ones_like(model.net[0].weight)
+    before, states = snapshot(model), random_states()
+
+    def failing():
+        model(torch.ones(3, 4, dtype=torch.float64)).sum()
+        raise KeyError("inside")
+
+    given = sources(model, losses)[source]
+    if fails:
+        with (
+            pytest.raises(KeyError),
+            loss_hessian(failing if source == "closure" else [(failing, 1)], model.parameters()),
+        ):
+            pass
+    else:
+        with loss_hessian(given, model.parameters()) as hessian:
+            hessian.hvp(torch.ones_like(hessian.gradient))
+    assert_untouched(model, before)
+    same_random_states(states)
+
+
+def test_a_given_loss_leaves_grad_and_random_state_as_found(noisy):
+    model, losses = noisy
+    loss = losses[0][0]()
+    before, states = snapshot(model), random_states()
+    with contextlib.suppress(KeyError), loss_hessian(loss, model.parameters()) as hessian:
+        hessian.hvp(torch.ones_like(hessian.gradient))
+        raise KeyError
+    assert_untouched(model, before)
+    same_random_states(states)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_untouched_restores_buffers_modes_and_random_state(noisy, fails):
+    model, losses = noisy
+    model.net[2].eval()
+    before, states = snapshot(model), random_states()
+    with pytest.raises(KeyError) if fails else torch.enable_grad(), untouched(model):
+        losses[0][0]()
+        model.eval()
+        model.net[1].running_mean.add_(1.0)
+        model.net[1].num_batches_tracked = torch.tensor(99)
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+        if fails:
+            raise KeyError
+    assert_untouched(model, before)
+    same_random_states(states)
+
+
+def test_a_measurement_between_forward_and_backward_does_not_spoil_the_backward(noisy):
+    """The buffers that the first graph has saved are not written to: torch would raise an in-place error."""
+    model, losses = noisy
+    model.eval()  # BatchNorm's backward then needs the running statistics
+    loss = losses[0][0]()
+    model.train()
+    with loss_hessian(losses, model.parameters()) as hessian:
+        hessian.hvp(torch.ones_like(hessian.gradient))
+    loss.backward()
+
+
+@pytest.mark.parametrize("problem", ["tanh_mlp", "conv_batchnorm"], indirect=True)
+def test_backward_of_the_loss_still_works_and_is_bitwise_the_same(problem):
+    problem.loss().backward()
+    expected = [p.grad for p in problem.params]
+    problem.model.zero_grad()
+    loss = problem.loss()
+    with loss_hessian(loss, problem.params) as hessian:
+        hessian.hvp(torch.ones_like(hessian.gradient))
+    assert all(p.grad is None for p in problem.params)
+    loss.backward()
+    for p, grad in zip(problem.params, expected, strict=True):
+        assert torch.equal(p.grad, grad)
+        assert p.grad.grad_fn is None
+
+
+# -- the graph's end ------------------------------------------------------------------------------------------
+
+
+class Witness:
+    """Lives as long as the graph that it was put into."""
+
+
+class Identity(torch.autograd.Function):
+    """A node that holds a witness."""
+
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.witness = Witness()
+        Identity.alive.add(ctx.witness)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Square(torch.autograd.Function):
+    """x^2, with a witness in the graph of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 2 * Identity.apply(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_graph_of_the_gradient_is_freed_at_the_end_even_if_the_product_is_kept(fails):
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    loss = Square.apply(weight).sum()
+    kept = []
+    with contextlib.suppress(KeyError), loss_hessian(loss, [weight]) as hessian:
+        kept.append(hessian)
+        torch.testing.assert_close(dense(hessian.hvp, 3), 2 * torch.eye(3, dtype=torch.float64))
+        assert len(Identity.alive) == 1  # the graph is there while it is open
+        if fails:
+            raise KeyError
+    assert len(Identity.alive) == 0
+    with pytest.raises(RuntimeError, match="inside `with loss_hessian"):
+        kept[0].hvp(torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_graph_of_a_closure_is_freed_at_the_end(several):
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return Identity.apply(weight).exp().sum()
+
+    with loss_hessian([(closure, 1)] if several else closure, [weight]) as hessian:
+        hessian.hvp(torch.ones(3, dtype=torch.float64))
+        hessian.hvp(torch.ones(3, dtype=torch.float64))
+        # Over several batches no graph outlives its product.
+        assert len(Identity.alive) == (0 if several else 1)
+    assert len(calls) == (3 if several else 1)
+    assert len(Identity.alive) == 0
