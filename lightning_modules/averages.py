@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
-from nsgd.hessian import untouched
+from nsgd.guard import untouched
 
 ReadOut = Literal["last", "ema", "swa", "two-point"]
 READ_OUTS: tuple[ReadOut, ...] = get_args(ReadOut)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from nsgd.hessian import untouched
+from nsgd.guard import untouched
 
 
 def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:

@@ -266,7 +266,8 @@ def _eigenvalues(files: Files) -> Figure:
             lines.append(("(2 + 2β) / (γ lr)", (2 + 2 * momentum) / (gamma * lr), ":"))
         for label, level, style in lines:
             axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{label} = {level:.3g}")
-        axes.set(xlabel="optimizer steps", yscale="symlog", title=NAMES[method])
+        positive = min(row[f"lambda_{i}"] for row in rows for i in range(1, k + 1)) > 0
+        axes.set(xlabel="optimizer steps", yscale="log" if positive else "symlog", title=NAMES[method])
         axes.legend(frameon=False, loc="lower left", fontsize=8)
     panels[0].set_ylabel("top eigenvalues at each refresh")
     return figure

@@ -1,9 +1,9 @@
 """NSGD, Nudged SGD (Jastrzębski et al., ICLR 2019): SGD that steps less along the sharpest directions of the loss."""
 
-from nsgd.damping import damp as damp
 from nsgd.eigen import Eigenpairs as Eigenpairs
 from nsgd.eigen import top_eigenpairs as top_eigenpairs
 from nsgd.optimizer import NSGD as NSGD
+from nsgd.optimizer import damp as damp
 
 __all__ = ["NSGD", "Eigenpairs", "damp", "top_eigenpairs"]
 __version__ = "0.1.0"

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast, get_args
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch.optim import LBFGS, Optimizer
 
 from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
+from nsgd.rule import correct, in_float32, project
 
 # A refresh is for directions, not for eigenvalues: at 2k + 2 products the directions of small networks overlap
 # those of an exact solve by 0.88 to 1.0, and products beyond that buy little (benchmarks/eigen.py).
@@ -92,7 +92,6 @@ class Damped(Optimizer):
     between refreshes; a refresh of m products needs (m + k + 3) P and the graph it takes them from.
     """
 
-    _made_by_damp = False
     _directions: dict[Tensor, Tensor]  # parameter -> (k, *shape), float32 or float64, on the parameter's device
     _last_step: dict[str, Tensor]  # of the last damped step: coefficients (k,) and its squared norm
     _warned: set[str]
@@ -225,7 +224,7 @@ class Damped(Optimizer):
             def prepare() -> None:
                 if not before and self._directions and self._has_effect:
                     damped = [p for p in self._directions if p.grad is not None]
-                    stack.enter_context(_in_float32(damped, self.state))
+                    stack.enter_context(in_float32(damped, self.state))
                     before.update((p, p.detach().clone()) for p in damped)
 
             if closure is None:
@@ -249,34 +248,15 @@ class Damped(Optimizer):
     def _has_effect(self) -> bool:
         return any(g["curvature"] and (g["gamma"] != 1 or g["bulk_scale"] != 1) for g in self.param_groups)
 
-    @torch.no_grad()
     def _damp(self, before: dict[Tensor, Tensor]) -> None:
         moves = {p: p.detach() - old for p, old in before.items()}
-        home = next(iter(moves)).device
-        dtype = max((self._directions[p].dtype for p in moves), key=lambda d: d.itemsize)
-        coefficients = torch.zeros(len(self.param_groups[0]["eigenvalues"]), dtype=dtype, device=home)  # (k,): V^T step
-        norm = torch.zeros((), dtype=dtype, device=home)
-        for p, move in moves.items():
-            flat = move.to(self._directions[p].dtype).reshape(-1)
-            coefficients += (self._directions[p].flatten(1) @ flat).to(coefficients)
-            norm += torch.dot(flat, flat).to(norm)
-        # What is not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
-        coefficients = torch.nan_to_num(coefficients, nan=0.0, posinf=0.0, neginf=0.0)
-        self._last_step.update(coefficients=coefficients, squared_norm=norm)
+        coefficients, squared_norm = project(moves, self._directions)
+        self._last_step.update(coefficients=coefficients, squared_norm=squared_norm)
         positive = self._positive(coefficients)
         for group in self.param_groups:
-            gamma, bulk_scale = group["gamma"], group["bulk_scale"]
-            if not group["curvature"] or (gamma == 1 and bulk_scale == 1):
-                continue
-            gammas = torch.ones_like(coefficients).masked_fill(positive, gamma)  # (k,)
-            factors = coefficients * (gammas - bulk_scale)
-            for p in group["params"]:
-                if p in moves:
-                    directions = self._directions[p]
-                    change = factors.to(directions) @ directions.flatten(1)
-                    p.add_(torch.nan_to_num(change, nan=0.0, posinf=0.0, neginf=0.0).view_as(p))
-                    if bulk_scale != 1:
-                        p.add_(moves[p], alpha=bulk_scale - 1)
+            if group["curvature"]:
+                own = {p: moves[p] for p in group["params"] if p in moves}
+                correct(own, self._directions, coefficients, positive, group["gamma"], group["bulk_scale"])
 
     def _positive(self, like: Tensor) -> Tensor:
         """Which eigenvalues are positive, (k,), copied to the device once a refresh."""
@@ -406,11 +386,6 @@ class Damped(Optimizer):
         self.__dict__.setdefault("_warned", set())
         self._fill_groups()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._made_by_damp:  # its class is made at run time, so it is rebuilt from the base class, by name
-            return _blank, (type(self).__mro__[2],), self.__getstate__()
-        return super().__reduce_ex__(protocol)
-
     def _fill_groups(self) -> None:
         """Give groups of an older, or of a plain, checkpoint the options that they lack."""
         for group in self.param_groups:
@@ -444,75 +419,6 @@ class Damped(Optimizer):
             )
 
 
-def damp(optimizer: Optimizer, **options: Any) -> Damped:
-    """Put the rule on any torch optimizer, in place: its step is scaled down along the sharpest directions.
-
-    Args:
-        optimizer: For example ``torch.optim.AdamW(model.parameters())``. Nothing of it changes but its class,
-            which becomes a subclass of the one it had; schedulers, hooks and state stay.
-        **options: k, gamma, refresh_every, which, bulk_scale, solver, warmup_steps, save_basis, as in
-            :class:`nsgd.NSGD`. A group may carry its own gamma, bulk_scale or curvature.
-
-    Returns:
-        The same object, with ``backward``, ``refresh`` and the diagnostics of :class:`nsgd.NSGD`.
-
-    Raises:
-        ValueError: If an option is out of range, or the optimizer is damped already or cannot be. It is then
-            unchanged.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"expected a torch.optim.Optimizer, got a {type(optimizer).__name__}")
-    if isinstance(optimizer, Damped):
-        raise ValueError(f"expected an optimizer that is not damped yet, got a {type(optimizer).__name__}")
-    settings = damping_options(**options)
-    plain, found = optimizer.__class__, dict(vars(optimizer))
-    groups = [dict(group) for group in optimizer.param_groups]
-    optimizer.__class__ = _damped_class(plain)
-    damped = cast(Damped, optimizer)
-    try:
-        damped._begin_damping(settings)
-    except ValueError:
-        optimizer.__class__ = plain
-        vars(optimizer).clear()
-        vars(optimizer).update(found)
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(before)
-        raise
-    damped._patch_step_function()
-    if "step" in found:  # a scheduler wrapped the plain step, to see that it is called: wrap the new one
-        _note_calls(damped)
-    return damped
-
-
-def _note_calls(optimizer: Damped) -> None:
-    reference = weakref.ref(optimizer)
-    del optimizer.step
-
-    def step(closure: Closure | None = None) -> Any:
-        damped = cast(Damped, reference())
-        damped._opt_called = True  # type: ignore[attr-defined]
-        return type(damped).step(damped, closure)
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    optimizer.step = step  # type: ignore[method-assign]
-
-
-_DAMPED_CLASSES: dict[type[Optimizer], type[Optimizer]] = {}
-
-
-def _damped_class(base: type[Optimizer]) -> type[Optimizer]:
-    if base not in _DAMPED_CLASSES:
-        members = {"__module__": __name__, "_made_by_damp": True}
-        _DAMPED_CLASSES[base] = type(f"Damped{base.__name__}", (Damped, base), members)
-    return _DAMPED_CLASSES[base]
-
-
-def _blank(base: type[Optimizer]) -> Optimizer:
-    cls = _damped_class(base)
-    return cls.__new__(cls)
-
-
 def _check_size(k: int, params: list[Tensor]) -> None:
     size = sum(p.numel() for p in params)
     if k > size:
@@ -531,31 +437,3 @@ def _followed_by(closure: Closure, action: Callable[[], None]) -> Closure:
         return loss
 
     return both
-
-
-@contextmanager
-def _in_float32(params: list[Tensor], state: dict[Tensor, Any]) -> Iterator[None]:
-    """Hold half-precision parameters, with gradient and state, in float32, and round each once at the end.
-
-    Measured from rounded parameters a damped step is mostly rounding error.
-    """
-    low = [p for p in params if p.dtype.itemsize < 4]
-    rounded = {p: p.data for p in low}
-    grads = {p: p.grad for p in low}
-    for p in low:
-        p.data = p.data.float()
-        p.grad = None if p.grad is None else p.grad.float()
-        _cast_state(state.get(p, {}), p, torch.float32)
-    try:
-        yield
-    finally:
-        for p in low:
-            p.data = rounded[p].copy_(p.data)
-            p.grad = grads[p]
-            _cast_state(state.get(p, {}), p, p.dtype)
-
-
-def _cast_state(entries: dict[str, Any], param: Tensor, dtype: torch.dtype) -> None:
-    for name, value in entries.items():
-        if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point() and name != "step":
-            entries[name] = value.to(dtype)

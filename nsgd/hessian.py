@@ -8,16 +8,16 @@ batch's graph is in memory at a time.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nsgd.guard import RandomState, untouched
 
 HVP = Callable[[Tensor], Tensor]
 Closure = Callable[[], Tensor]
@@ -102,7 +102,7 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
     losses = _checked_pairs(losses)
     total = sum(n for _, n in losses)
     device = params[0].device
-    random_state = _RandomState(device)
+    random_state = RandomState(device)
 
     def weighted(of_loss: Callable[[Tensor], Tensor]) -> Tensor:
         result = torch.zeros((), dtype=vector_dtype(params), device=device)
@@ -210,66 +210,6 @@ def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
         part.view((*lead, *p.shape))
         for part, p in zip(torch.split(vector, [p.numel() for p in params], dim=-1), params, strict=True)
     ]
-
-
-@contextmanager
-def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Leave buffers, train/eval modes and random state (torch, Python, NumPy) as found, also after an exception.
-
-    Inside, modules work on copies of their buffers: the originals are never written, so a graph that was recorded
-    earlier still finds them unchanged. Covers the modules given, and any other from its first forward pass on.
-
-    Args:
-        modules: Modules to guard from the start, with their children.
-        device: An accelerator whose random state is kept as well as the CPU's.
-    """
-    seen: dict[nn.Module, bool] = {}
-    originals: list[tuple[nn.Module, str, Tensor]] = []
-    copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
-
-    def guard(module: nn.Module) -> None:
-        for m in module.modules():
-            if m in seen:
-                continue
-            seen[m] = m.training
-            for name, buffer in list(m.named_buffers(recurse=False, remove_duplicate=False)):
-                originals.append((m, name, buffer))
-                setattr(m, name, copies.setdefault(id(buffer), buffer.detach().clone()))
-
-    def on_forward(module: nn.Module, _: Any) -> None:
-        if module not in seen:
-            guard(module)
-
-    random_state = _RandomState(device)
-    hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
-    try:
-        for module in modules:
-            guard(module)
-        yield
-    finally:
-        hook.remove()
-        for m, name, buffer in originals:
-            setattr(m, name, buffer)
-        for m, mode in seen.items():
-            m.training = mode
-        random_state.restore()
-
-
-class _RandomState:
-    """The random state of torch, of one accelerator, of Python and of NumPy, as it was when this was made."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.accelerator = None if device is None or device.type == "cpu" else torch.get_device_module(device)
-        self.device = device
-        self.states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        self.accelerator_state = self.accelerator.get_rng_state(device) if self.accelerator else None
-
-    def restore(self) -> None:
-        random.setstate(self.states[0])
-        np.random.set_state(self.states[1])
-        torch.set_rng_state(self.states[2])
-        if self.accelerator:
-            self.accelerator.set_rng_state(self.accelerator_state, self.device)
 
 
 def _check_finite(loss: Tensor, gradient: Tensor) -> None:

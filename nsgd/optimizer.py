@@ -1,15 +1,17 @@
-"""NSGD: ``torch.optim.SGD`` with its step scaled down along the sharpest directions of the loss."""
+"""The two ways to a damped optimizer: NSGD, which is ``torch.optim.SGD`` with the rule, and ``damp`` for any other."""
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, cast
 
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from nsgd.damping import Damped, damping_options
 from nsgd.eigen import Solver, Which
+from nsgd.hessian import Closure
 
 
 class NSGD(Damped, SGD):
@@ -95,3 +97,77 @@ class NSGD(Damped, SGD):
             fused=fused,
         )
         self._begin_damping(options)
+
+
+def damp(optimizer: Optimizer, **options: Any) -> Damped:
+    """Put the rule on any torch optimizer, in place: its step is scaled down along the sharpest directions.
+
+    Args:
+        optimizer: For example ``torch.optim.AdamW(model.parameters())``. Nothing of it changes but its class,
+            which becomes a subclass of the one it had; schedulers, hooks and state stay.
+        **options: k, gamma, refresh_every, which, bulk_scale, solver, warmup_steps, save_basis, as in
+            :class:`nsgd.NSGD`. A group may carry its own gamma, bulk_scale or curvature.
+
+    Returns:
+        The same object, with ``backward``, ``refresh`` and the diagnostics of :class:`nsgd.NSGD`.
+
+    Raises:
+        ValueError: If an option is out of range, or the optimizer is damped already or cannot be. It is then
+            unchanged.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"expected a torch.optim.Optimizer, got a {type(optimizer).__name__}")
+    if isinstance(optimizer, Damped):
+        raise ValueError(f"expected an optimizer that is not damped yet, got a {type(optimizer).__name__}")
+    settings = damping_options(**options)
+    plain, found = optimizer.__class__, dict(vars(optimizer))
+    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.__class__ = _damped_class(plain)
+    damped = cast(Damped, optimizer)
+    try:
+        damped._begin_damping(settings)
+    except ValueError:
+        optimizer.__class__ = plain
+        vars(optimizer).clear()
+        vars(optimizer).update(found)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        raise
+    damped._patch_step_function()
+    if "step" in found:  # a scheduler wrapped the plain step, to see that it is called: wrap the new one
+        _note_calls(damped)
+    return damped
+
+
+def _note_calls(optimizer: Damped) -> None:
+    reference = weakref.ref(optimizer)
+    del optimizer.step
+
+    def step(closure: Closure | None = None) -> Any:
+        damped = cast(Damped, reference())
+        damped._opt_called = True  # type: ignore[attr-defined]
+        return type(damped).step(damped, closure)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+_DAMPED_CLASSES: dict[type[Optimizer], type[Optimizer]] = {}
+
+
+def _damped_class(base: type[Optimizer]) -> type[Optimizer]:
+    if base not in _DAMPED_CLASSES:
+        members = {"__module__": __name__, "__reduce_ex__": _reduce}
+        _DAMPED_CLASSES[base] = type(f"Damped{base.__name__}", (Damped, base), members)
+    return _DAMPED_CLASSES[base]
+
+
+def _reduce(self: Damped, _: Any) -> Any:
+    # The class is made at run time, so a pickle holds its base class, by name, and makes it again.
+    return _blank, (type(self).__mro__[2],), self.__getstate__()
+
+
+def _blank(base: type[Optimizer]) -> Optimizer:
+    cls = _damped_class(base)
+    return cls.__new__(cls)

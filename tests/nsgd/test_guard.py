@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from nsgd.hessian import loss_hessian, untouched
+from nsgd.guard import untouched
+from nsgd.hessian import loss_hessian
 
 
 def dense(hvp, size):

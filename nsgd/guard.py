@@ -1,0 +1,73 @@
+"""Evaluate a loss and leave no trace: buffers, modes and random state are as found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Leave buffers, train/eval modes and random state (torch, Python, NumPy) as found, also after an exception.
+
+    Inside, modules work on copies of their buffers: the originals are never written, so a graph that was recorded
+    earlier still finds them unchanged. Covers the modules given, and any other from its first forward pass on.
+
+    Args:
+        modules: Modules to guard from the start, with their children.
+        device: An accelerator whose random state is kept as well as the CPU's.
+    """
+    seen: dict[nn.Module, bool] = {}
+    originals: list[tuple[nn.Module, str, Tensor]] = []
+    copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
+
+    def guard(module: nn.Module) -> None:
+        for m in module.modules():
+            if m in seen:
+                continue
+            seen[m] = m.training
+            for name, buffer in list(m.named_buffers(recurse=False, remove_duplicate=False)):
+                originals.append((m, name, buffer))
+                setattr(m, name, copies.setdefault(id(buffer), buffer.detach().clone()))
+
+    def on_forward(module: nn.Module, _: Any) -> None:
+        if module not in seen:
+            guard(module)
+
+    random_state = RandomState(device)
+    hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
+    try:
+        for module in modules:
+            guard(module)
+        yield
+    finally:
+        hook.remove()
+        for m, name, buffer in originals:
+            setattr(m, name, buffer)
+        for m, mode in seen.items():
+            m.training = mode
+        random_state.restore()
+
+
+class RandomState:
+    """The random state of torch, of one accelerator, of Python and of NumPy, as it was when this was made."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.accelerator = None if device is None or device.type == "cpu" else torch.get_device_module(device)
+        self.device = device
+        self.states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        self.accelerator_state = self.accelerator.get_rng_state(device) if self.accelerator else None
+
+    def restore(self) -> None:
+        """Go back to it."""
+        random.setstate(self.states[0])
+        np.random.set_state(self.states[1])
+        torch.set_rng_state(self.states[2])
+        if self.accelerator:
+            self.accelerator.set_rng_state(self.accelerator_state, self.device)

@@ -1,0 +1,94 @@
+"""The arithmetic of a damped step, on blocks of parameters: measure what the optimizer did, and rescale it.
+
+step <- s * step + V (Gamma - s) V^T step        Gamma_i = gamma where eigenvalue i is positive, else 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def project(moves: Mapping[Tensor, Tensor], directions: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Coefficients of a step in the basis, (k,), and its squared norm; no host sync.
+
+    Args:
+        moves: Parameter to what the step added to it, (*shape).
+        directions: Parameter to its block of the basis, (k, *shape).
+    """
+    first = next(iter(moves))
+    dtype = max((directions[p].dtype for p in moves), key=lambda d: d.itemsize)
+    coefficients = torch.zeros(len(directions[first]), dtype=dtype, device=first.device)  # (k,): V^T step
+    squared_norm = torch.zeros((), dtype=dtype, device=first.device)
+    for p, move in moves.items():
+        flat = move.to(directions[p].dtype).reshape(-1)
+        coefficients += (directions[p].flatten(1) @ flat).to(coefficients)
+        squared_norm += torch.dot(flat, flat).to(squared_norm)
+    return _finite(coefficients), squared_norm
+
+
+@torch.no_grad()
+def correct(
+    moves: Mapping[Tensor, Tensor],
+    directions: Mapping[Tensor, Tensor],
+    coefficients: Tensor,
+    positive: Tensor,
+    gamma: float,
+    bulk_scale: float,
+) -> None:
+    """Turn the step that parameters have taken into the damped one, in place; no host sync.
+
+    Args:
+        moves: Parameter to what the step added to it, (*shape).
+        directions: Parameter to its block of the basis, (k, *shape).
+        coefficients: Of the whole step in the basis, (k,).
+        positive: Which eigenvalues are positive, (k,).
+        gamma: Factor along those directions.
+        bulk_scale: Factor outside the basis.
+    """
+    if gamma == 1 and bulk_scale == 1:
+        return
+    gammas = torch.ones_like(coefficients).masked_fill(positive, gamma)  # (k,)
+    factors = coefficients * (gammas - bulk_scale)
+    for p, move in moves.items():
+        # Not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
+        p.add_(_finite(factors.to(directions[p]) @ directions[p].flatten(1)).view_as(p))
+        if bulk_scale != 1:
+            p.add_(move, alpha=bulk_scale - 1)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@contextmanager
+def in_float32(params: list[Tensor], state: dict[Tensor, Any]) -> Iterator[None]:
+    """Hold half-precision parameters, with gradient and state, in float32, and round each once at the end.
+
+    Measured from rounded parameters a damped step is mostly rounding error.
+    """
+    low = [p for p in params if p.dtype.itemsize < 4]
+    rounded = {p: p.data for p in low}
+    grads = {p: p.grad for p in low}
+    for p in low:
+        p.data = p.data.float()
+        p.grad = None if p.grad is None else p.grad.float()
+        _cast_state(state.get(p, {}), p, torch.float32)
+    try:
+        yield
+    finally:
+        for p in low:
+            p.data = rounded[p].copy_(p.data)
+            p.grad = grads[p]
+            _cast_state(state.get(p, {}), p, p.dtype)
+
+
+def _cast_state(entries: dict[str, Any], param: Tensor, dtype: torch.dtype) -> None:
+    for name, value in entries.items():
+        if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point() and name != "step":
+            entries[name] = value.to(dtype)
