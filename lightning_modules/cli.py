@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_modules import Classifier, Digits, HuggingFace, RefreshDirections  # noqa: F401 (names for --data)
 from lightning_modules.callbacks.predictions import WritePredictions
-from lightning_modules.compare import Study, ignore_lightning_noise, run_study, total_steps
+from lightning_modules.compare import Study, ignore_lightning_noise, run_study, total_runs
 from lightning_modules.data import ImageData
 from lightning_modules.report import print_table, write_report
 from nsgd.damping import Damped
@@ -108,14 +108,14 @@ def _progress_bar(console: Console, study: Study) -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    runs = total_steps(study) // study.steps
+    runs = total_runs(study)
     progress = Progress(*columns, console=console)
-    task = progress.add_task("", total=total_steps(study), loss="")
+    task = progress.add_task("", loss="")
 
     def update(name: str, done: int, loss: float | None) -> None:
         progress.start()  # not before: bad input is said without a bar
         run = min(runs, 1 + done // study.steps)
-        progress.update(task, completed=done, description=f"run {run} of {runs}: {name}")
+        progress.update(task, completed=done, total=runs * study.steps, description=f"run {run} of {runs}: {name}")
         if loss is not None:
             progress.update(task, loss=f"loss {loss:.3f}")
 
@@ -151,9 +151,8 @@ class _Commands(LightningCLI):
 
 def _lightning(argv: list[str]) -> None:
     ignore_lightning_noise()
-    warnings.filterwarnings(
-        "ignore", ".*configure_optimizers. will be overridden by.*"
-    )  # that is what --optimizer is for
+    # That is what --optimizer is for.
+    warnings.filterwarnings("ignore", ".*configure_optimizers. will be overridden by.*")
     found = sys.argv
     sys.argv = ["nsgd", *argv]  # LightningCLI takes its program name from there, and warns of arguments that differ
     try:

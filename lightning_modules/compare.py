@@ -193,10 +193,9 @@ def run_study(study: Study, out: Path, progress: Progress) -> None:
     write_csv(out / "summary.csv", summarise(rows))
 
 
-def total_steps(study: Study) -> int:
-    """Steps of all runs of a study, tuning included."""
-    runs = study.seeds + (len(GRID) * len(TUNING_SEEDS) if study.lr == "grid" else 0)
-    return study.steps * len(study.methods) * runs
+def total_runs(study: Study) -> int:
+    """Runs of a study, those that tune included."""
+    return len(study.methods) * (study.seeds + (len(GRID) * len(TUNING_SEEDS) if study.lr == "grid" else 0))
 
 
 def _claim(study: Study, out: Path) -> None:

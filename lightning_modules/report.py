@@ -134,8 +134,11 @@ def _tables(files: Files) -> list[dict[str, Any]]:
 
 
 def _estimate(value: float, half: float, scale: float, digits: int, sign: str = "") -> str:
-    text = f"{value * scale:{sign}.{digits}f}"
-    return text if math.isnan(half) else f"{text} ± {half * scale:.{digits}f}"
+    if not math.isfinite(value):
+        return "diverged"
+    kind = f".{digits}f" if abs(value * scale) < 1e4 else ".2e"
+    text = f"{value * scale:{sign}{kind}}"
+    return text if math.isnan(half) else f"{text} ± {half * scale:{kind}}"
 
 
 def _difference(entry: dict[str, Any], scale: float, digits: int) -> list[str]:
@@ -161,14 +164,27 @@ def _caption(files: Files) -> str:
         if (config["data"]["class"], config["net"]) == ("Digits", "mlp")
         else "not tuned",
     }.get(str(config["lr"]), "given, not tuned")
-    tests = (len(config["methods"]) - 1) * len({r["read_out"] for r in files.summary})
+    tests = sum(r["measure"] == "test_accuracy" and not math.isnan(r["p"]) for r in files.summary)
+    uncorrected = f"; p-values are not corrected for their number, {tests} in each table" if tests else ""
     return (
-        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval; p-values are not corrected for "
-        f"their number, {tests} in each table. Learning rates: {rates} ({tuned}); momentum "
+        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval{uncorrected}. Learning rates: {rates} ({tuned}); momentum "
         f"{config['momentum']:g}; batch size {config['data']['batch_size']}; threads: {config['threads']}. One "
         "gradient is a forward and backward pass on a training batch, and refreshes are counted in. Averages are "
-        "read-outs of the same runs."
+        "read-outs of the same runs." + _diverged(files)
     )
+
+
+def _diverged(files: Files) -> str:
+    """Says for how many seeds the loss of the last weights is not finite."""
+    lost = {
+        method: sum(
+            r["method"] == method and r["read_out"] == "last" and not math.isfinite(r["train_loss"])
+            for r in files.results
+        )
+        for method in files.config["methods"]
+    }
+    named = ", ".join(f"{NAMES[m]} {n} of {files.config['seeds']}" for m, n in lost.items() if n)
+    return f" Runs that diverged: {named}; their accuracy is that of chance." if named else ""
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -205,6 +221,11 @@ def _epoch_ends(run: Rows) -> list[int]:
     return [i for i, row in enumerate(run) if i + 1 == len(run) or run[i + 1]["epoch"] != row["epoch"]]
 
 
+def _has_finite(axes: Axes) -> bool:
+    """Whether there is anything to draw: a method that diverged has no curve from there on."""
+    return any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in axes.get_lines())
+
+
 def _training_loss(files: Files) -> Figure:
     figure, panels = _figure(3)
     for method, runs in files.metrics.items():
@@ -215,7 +236,7 @@ def _training_loss(files: Files) -> Figure:
         for axes, name in zip(panels, AXES, strict=True):
             _curve(axes, method, _column(runs, name).mean(0)[ends], means)
     for axes, label in zip(panels, AXES.values(), strict=True):
-        axes.set(xlabel=label, yscale="log")
+        axes.set(xlabel=label, yscale="log" if _has_finite(axes) else "linear")
     panels[0].set_ylabel("training loss, mean of each epoch")
     panels[0].legend(frameon=False)
     return figure
