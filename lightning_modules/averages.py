@@ -6,6 +6,7 @@ is read out with BatchNorm statistics recalibrated on the same batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -29,7 +30,8 @@ class ReadOuts(pl.Callback):
         swa_share: Share of the steps, at the end, that the uniform average (SWA) runs over, step by step.
         two_point_share: Distance of the two averaged points, as a share of all steps; the second is the last.
 
-    Memory: three times the parameters. State is saved in checkpoints.
+    A run whose number of steps is not known beforehand has the EMA only. Memory: three times the parameters. State is
+    saved in checkpoints.
     """
 
     def __init__(self, ema_decay: float = 0.99, swa_share: float = 0.25, two_point_share: float = 0.1) -> None:
@@ -49,8 +51,10 @@ class ReadOuts(pl.Callback):
         if step == self._seen:
             return
         self._seen = step
-        total = trainer.estimated_stepping_batches
         self._update("ema", pl_module, get_ema_multi_avg_fn(self.ema_decay))  # type: ignore[no-untyped-call]
+        total = trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:  # a run of unknown length has no last share
+            return
         if step > total * (1 - self.swa_share):
             self._update("swa", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
         if step == max(1, round(total * (1 - self.two_point_share))):
@@ -72,14 +76,15 @@ class ReadOuts(pl.Callback):
 
     @contextmanager
     def applied(
-        self, name: ReadOut, module: pl.LightningModule, calibration: Iterable[Any] = ()
+        self, name: ReadOut, module: pl.LightningModule, calibration: Iterable[Any] | None = None
     ) -> Iterator[pl.LightningModule]:
         """Hold the module at a read-out, in eval mode; its weights, buffers and modes are put back on leaving.
 
         Args:
             name: One of :attr:`available`.
             module: The module that was trained.
-            calibration: Batches, on the module's device, that BatchNorm statistics are taken from.
+            calibration: Batches, on the module's device, that BatchNorm statistics are taken from; without them
+                those of the run are kept, which belong to its last weights.
 
         Raises:
             ValueError: If this read-out was not gathered.
@@ -87,6 +92,7 @@ class ReadOuts(pl.Callback):
         if name not in self.available:
             raise ValueError(f"expected a read-out among {', '.join(self.available)}, got {name!r}")
         params = list(module.parameters())
+        momenta = [(m, m.momentum) for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         last = [p.detach().clone() for p in params]
         with untouched(module, device=module.device):
             try:
@@ -96,10 +102,13 @@ class ReadOuts(pl.Callback):
                         values = [(a + b.to(a)) / 2 for a, b in zip(values, last, strict=True)]
                     _assign(params, values)
                 module.eval()
-                update_bn(calibration, module)
+                if calibration is not None:
+                    update_bn(calibration, module)
                 yield module
             finally:
                 _assign(params, last)
+                for m, momentum in momenta:  # update_bn leaves None behind after an exception
+                    m.momentum = momentum
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""

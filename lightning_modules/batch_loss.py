@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from nsgd.guard import untouched
@@ -17,9 +20,9 @@ from nsgd.guard import untouched
 def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
     """The training loss of a batch, with its graph, as if it had never been computed.
 
-    This is ``module.curvature_loss(batch)`` where the module defines that, else its ``training_step`` with logging
-    muted. Buffers, modes, random state, metric states and the module's own attributes (counters, lists of outputs)
-    are as before afterwards. It runs under the trainer's precision.
+    This is ``module.curvature_loss(batch)`` where the module defines that, else its ``training_step`` with ``log`` and
+    loggers muted. Buffers, modes, random state, metric states and the module's own attributes (counters, lists of
+    outputs) are as before afterwards. It runs under the trainer's precision.
 
     Args:
         module: Any LightningModule. One with manual optimization needs ``curvature_loss``, since its
@@ -38,12 +41,15 @@ def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Te
         )
     trainer = module._trainer
     precision = nullcontext() if trainer is None else trainer.precision_plugin.train_step_context()
-    with torch.inference_mode(False), torch.enable_grad(), _shelved(module), untouched(module, device=module.device):
+    guards = (torch.inference_mode(False), torch.enable_grad(), _shelved(module), _no_loggers(trainer))
+    with ExitStack() as stack:
+        for guard in (*guards, untouched(module, device=module.device)):
+            stack.enter_context(guard)
         vars(module).update(log=_muted, log_dict=_muted)
         with precision:
             if own is not None:
                 output = own(batch)
-            elif len(inspect.signature(module.training_step).parameters) == 1:
+            elif _takes_one(module.training_step):
                 output = module.training_step(batch)
             else:
                 output = module.training_step(batch, batch_idx)
@@ -56,8 +62,27 @@ def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Te
     return loss
 
 
+def _takes_one(step: Any) -> bool:
+    parameters = list(inspect.signature(step).parameters.values())
+    return len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+
+
 def _muted(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log`` and ``log_dict``."""
+
+
+@contextmanager
+def _no_loggers(trainer: pl.Trainer | None) -> Iterator[None]:
+    """Give direct calls of ``self.logger`` one that writes nothing."""
+    if trainer is None or not trainer.loggers:
+        yield
+        return
+    found = trainer.loggers
+    trainer.loggers = [DummyLogger()]
+    try:
+        yield
+    finally:
+        trainer.loggers = found
 
 
 @contextmanager
@@ -77,11 +102,18 @@ def _shelved(root: nn.Module) -> Iterator[None]:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
+    return _container(value)
+
+
+def _container(value: Any) -> Any:
+    """A copy of a Python container and of those inside; everything else is itself."""
     if type(value) is list:
-        return list(value)
-    if type(value) is dict:
-        return {key: list(item) if type(item) is list else item for key, item in value.items()}
-    return value
+        return [_container(item) for item in value]
+    if type(value) in (dict, defaultdict, OrderedDict):
+        copied = copy.copy(value)
+        copied.update((key, _container(item)) for key, item in value.items())
+        return copied
+    return copy.copy(value) if type(value) in (set, deque) else value
 
 
 def batch_size_of(batch: Any) -> int:

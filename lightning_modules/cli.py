@@ -17,6 +17,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import nsgd
 from lightning_modules import Classifier, Digits, HuggingFace, RefreshDirections  # noqa: F401 (names for --data)
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.compare import Study, ignore_lightning_noise, run_study, total_runs
@@ -53,31 +54,39 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"expected a command among compare, {', '.join(LightningCLI.subcommands())}, got {argv[0]!r}"
             )
     except ValueError as error:
-        if not _is_ours(error):
+        said = _ours(error)
+        if said is None:
             raise
-        print(f"nsgd: {error}", file=sys.stderr)
+        print(f"nsgd: {said}", file=sys.stderr)
         return 2
     return 0
 
 
-def _is_ours(error: ValueError) -> bool:
-    """Whether the project itself raised this to say what is wrong with its input; anything else is a fault."""
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = (Path(__file__).parent, Path(__file__).parent.parent / "nsgd")
-    return any(Path(frames[-1].filename).is_relative_to(package) for package in packages)
+def _ours(error: BaseException | None) -> BaseException | None:
+    """What the project itself raised to say what is wrong with its input, however wrapped; else it is a fault."""
+    packages = (Path(__file__).parent, Path(nsgd.__file__).parent)
+    while error is not None:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and any(raised_in.is_relative_to(package) for package in packages):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 # -- compare -----------------------------------------------------------------------------------------------------
 
 
-class _Parser(ArgumentParser):
-    """A parser whose complaints are one sentence, handled like every other bad input."""
+def _complain(message: str) -> NoReturn:
+    """Say what a parser complains of in one sentence, as every other bad input."""
+    said = " ".join(message.split())
+    if 'key "data"' in said:
+        said = f"expected --data to be Digits or HuggingFace, or the import path of an ImageData class: {said}"
+    raise ValueError(said if "--help" in said else f"{said}; nsgd COMMAND --help lists the options")
 
+
+class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        said = " ".join(message.split())
-        if 'key "data"' in said:
-            said = f"expected --data to be Digits or HuggingFace, or the import path of an ImageData class: {said}"
-        raise ValueError(f"{said}; see nsgd compare --help")
+        _complain(message)
 
 
 def _compare(argv: list[str]) -> None:
@@ -122,7 +131,8 @@ def _progress_bar(console: Console, study: Study) -> Iterator[Any]:
     try:
         yield update
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()
 
 
 # -- fit, validate, test, predict --------------------------------------------------------------------------------
@@ -136,8 +146,25 @@ class _RefreshIfDamped(RefreshDirections):
             super().on_train_start(trainer, pl_module)
 
 
+class _LightningParser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _complain(message)
+
+
 class _Commands(LightningCLI):
     """LightningCLI on our data and classifier, with refreshes for any damped optimizer."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = _LightningParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action="config", help="Path to a configuration file in json or yaml format."
+        )
+        return parser
+
+    def before_instantiate_classes(self) -> None:
+        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(_RefreshIfDamped, "refresh")

@@ -122,8 +122,10 @@ class Study:
             )
         if isinstance(self.lr, str) and self.lr not in ("tuned", "grid"):
             raise ValueError(f"expected lr to be a number, tuned or grid, got {self.lr!r}")
-        if isinstance(self.lr, float | int) and self.lr < 0:
-            raise ValueError(f"expected lr >= 0, got {self.lr}")
+        for name in ("lr", "momentum"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not 0 <= value < math.inf:
+                raise ValueError(f"expected {name} >= 0 and finite, got {value}")
         RefreshDirections(samples=self.nsgd.samples, source=self.nsgd.source)
         net = make_net(self.net, self.data.input_shape, self.data.num_classes)
         for method in self.methods:
@@ -202,15 +204,23 @@ def _claim(study: Study, out: Path) -> None:
     config = out / "config.yaml"
     resolved = yaml.safe_load(yaml.safe_dump(study.resolved()))
     if config.exists():
-        found = yaml.safe_load(config.read_text())
+        try:
+            found = yaml.safe_load(config.read_text())
+        except yaml.YAMLError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
         if found != resolved:
-            differing = [name for name in resolved if found.get(name) != resolved[name]]
-            changes = ", ".join(f"{name} was {found.get(name)}, now {resolved[name]}" for name in differing)
+            names = [name for name in {**resolved, **found} if found.get(name) != resolved.get(name)]
+            changes = ", ".join(f"{name} was {found.get(name)}, now {resolved.get(name)}" for name in names)
             raise ValueError(f"{out} holds another study: {changes}; choose another folder with --out, or remove it")
         return
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(resolved, sort_keys=False))
     packages = ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
     environment = {
         "python": sys.version.split()[0],
@@ -219,7 +229,6 @@ def _claim(study: Study, out: Path) -> None:
         "packages": {name: version(name) for name in packages},
     }
     (out / "environment.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
-    config.write_text(yaml.safe_dump(resolved, sort_keys=False))
 
 
 def _learning_rates(study: Study, out: Path, run: Callable[[Path, Method, int, float], Rows]) -> dict[Method, float]:
@@ -350,13 +359,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Rows:
 
 def _interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
     n = len(values)
-    if n < 2:
+    if n < 2 or not np.isfinite(values).all():
         return float(values.mean()), math.nan
     return float(values.mean()), float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
 def _p_value(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    if len(differences) < 2:
+    if len(differences) < 2 or not np.isfinite(differences).all():
         return math.nan
     if np.ptp(differences) <= 1e-9 * np.abs(differences).max():  # no spread: the t-statistic is not defined
         return 1.0 if differences[0] == 0 else math.nan

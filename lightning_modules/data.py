@@ -106,15 +106,15 @@ class ImageData(pl.LightningDataModule, ABC):
                 train = Images(train.pixels[: self.limit], train.labels[: self.limit])
             indices = np.arange(len(train.labels))
             kept, held_out = train_test_split(indices, test_size=self.val_fraction, random_state=0)
+            if len(kept) < self.batch_size:
+                raise ValueError(
+                    f"expected batch_size of at most {len(kept)}, the number of training images, got {self.batch_size}"
+                )
             self._splits = {
                 "train": Images(train.pixels[kept], train.labels[kept]),
                 "val": Images(train.pixels[held_out], train.labels[held_out]),
                 "test": test,
             }
-            if len(kept) < self.batch_size:
-                raise ValueError(
-                    f"expected batch_size of at most {len(kept)}, the number of training images, got {self.batch_size}"
-                )
             pixels = self._splits["train"].pixels.double() / 255
             self._mean = pixels.mean((0, 2, 3)).float()  # (C,)
             self._std = pixels.std((0, 2, 3)).clamp(min=1e-3).float()
@@ -267,6 +267,8 @@ class HuggingFace(ImageData):
         if name is not None:
             if name not in columns:
                 raise ValueError(f"expected {kind}_column to be one of {', '.join(columns)}, got {name!r}")
+            if not (fits(columns[name]) or (kind == "label" and "int" in str(getattr(columns[name], "dtype", "")))):
+                raise ValueError(f"expected {kind}_column to hold {kind}s, got {name!r}, which holds {columns[name]}")
             return name
         found = [column for column, feature in columns.items() if fits(feature)]
         if len(found) != 1:

@@ -90,7 +90,7 @@ def write_report(folder: Path) -> Path:
 def print_table(folder: Path, console: Console) -> None:
     """Print the study's tables to a terminal."""
     files = read_folder(folder)
-    console.print(_title(files), style="bold")
+    console.print(_title(files), style="bold", markup=False)
     for table in _tables(files):
         grid = Table(title=table["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name in table["header"]:
@@ -98,7 +98,7 @@ def print_table(folder: Path, console: Console) -> None:
         for row in table["rows"]:
             grid.add_row(*row)
         console.print(grid)
-    console.print(_caption(files))
+    console.print(_caption(files), markup=False)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------
@@ -167,10 +167,10 @@ def _caption(files: Files) -> str:
     tests = sum(r["measure"] == "test_accuracy" and not math.isnan(r["p"]) for r in files.summary)
     uncorrected = f"; p-values are not corrected for their number, {tests} in each table" if tests else ""
     return (
-        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval{uncorrected}. Learning rates: {rates} ({tuned}); momentum "
-        f"{config['momentum']:g}; batch size {config['data']['batch_size']}; threads: {config['threads']}. One "
-        "gradient is a forward and backward pass on a training batch, and refreshes are counted in. Averages are "
-        "read-outs of the same runs." + _diverged(files)
+        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval{uncorrected}. Learning rates: "
+        f"{rates} ({tuned}); momentum {config['momentum']:g}; batch size {config['data']['batch_size']}; threads: "
+        f"{config['threads']}. One gradient is a forward and backward pass on a training batch, and refreshes are "
+        "counted in. Averages are read-outs of the same runs." + _diverged(files)
     )
 
 
@@ -289,7 +289,8 @@ def _eigenvalues(files: Files) -> Figure:
             axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{label} = {level:.3g}")
         positive = min(row[f"lambda_{i}"] for row in rows for i in range(1, k + 1)) > 0
         axes.set(xlabel="optimizer steps", yscale="log" if positive else "symlog", title=NAMES[method])
-        axes.legend(frameon=False, loc="lower left", fontsize=8)
+        if lines:
+            axes.legend(frameon=False, loc="lower left", fontsize=8)
     panels[0].set_ylabel("top eigenvalues at each refresh")
     return figure
 

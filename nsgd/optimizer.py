@@ -84,6 +84,9 @@ class NSGD(Damped, SGD):
             warmup_steps=warmup_steps,
             save_basis=save_basis,
         )
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor) and not value >= 0:
+                raise ValueError(f"expected {name} >= 0, got {value}")
         super().__init__(
             params,
             lr,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.batch_loss import batch_loss, batch_size_of, first_samples
 from nsgd.damping import Damped
+from nsgd.guard import untouched
 from nsgd.hessian import Closure
 
 
@@ -30,7 +31,8 @@ class RefreshDirections(pl.Callback):
             ``curvature_loss(batch)``.
         source: "batch" for a slice of the running batch, "train" for a sample of the training set, fresh each time.
         optimizer: Index of the one optimizer to refresh, of several. By default all damped ones are, with several
-            those whose every trainable parameter the loss reaches.
+            those whose every trainable parameter the loss reaches: a GAN either toggles its optimizers, so that the
+            generator's loss does not reach the discriminator, or has one callback for each index.
         seed: Seeds the samples of the training set.
 
     Raises:
@@ -51,8 +53,9 @@ class RefreshDirections(pl.Callback):
             raise ValueError(f"expected source to be batch or train, got {source!r}")
         self.samples, self.source, self.optimizer = samples, source, optimizer
         self.seconds = 0.0  # spent on refreshes so far
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self._batch: Any = None
+        self._batch_idx = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to refresh."""
@@ -69,7 +72,7 @@ class RefreshDirections(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the running batch."""
-        self._batch = batch
+        self._batch, self._batch_idx = batch, batch_idx
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,11 +88,8 @@ class RefreshDirections(pl.Callback):
         began = time.perf_counter()
         if len(trainer.optimizers) > 1 and self.optimizer is None:
             reached = _reached(loss)
-            damped = [
-                o
-                for o in damped
-                if all(p in reached for group in o.param_groups for p in group["params"] if p.requires_grad)
-            ]
+            trainable = {o: {p for g in o.param_groups for p in g["params"] if p.requires_grad} for o in damped}
+            damped = [o for o in damped if trainable[o] and trainable[o] <= reached]
             if not damped:
                 raise ValueError(
                     "RefreshDirections expected the loss to reach all parameters of a damped optimizer, got one that "
@@ -106,16 +106,16 @@ class RefreshDirections(pl.Callback):
     def _refresh(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Damped, loss: Tensor) -> None:
         alignment = optimizer.alignment  # of the last step, in the basis that goes
         accumulate = trainer.accumulate_grad_batches
-        size = batch_size_of(self._batch)
         own = module.automatic_optimization or hasattr(module, "curvature_loss")
         if self.source == "train":
+            size = batch_size_of(self._batch)
             sample = self._training_sample(trainer, module, size)
             count = sum(n for _, n in sample)
             done = optimizer.refresh(sample, batch_fraction=count / (size * accumulate))
-        elif own and self.samples is not None and self.samples < size:
+        elif own and self.samples is not None and self.samples < (size := batch_size_of(self._batch)):
             part = first_samples(self._batch, self.samples)
             done = optimizer.refresh(
-                lambda: batch_loss(module, part), batch_fraction=self.samples / (size * accumulate)
+                lambda: batch_loss(module, part, self._batch_idx), batch_fraction=self.samples / (size * accumulate)
             )
         else:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -140,15 +140,18 @@ class RefreshDirections(pl.Callback):
                 "use source='batch'"
             )
         dataset: Any = loader.dataset
-        chosen = torch.randperm(len(dataset), generator=self._generator)[: self.samples or 2560].tolist()
+        # A function of the step, so that a resumed run draws the samples that an uninterrupted one does.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + trainer.global_step) % 2**63)
+        chosen = torch.randperm(len(dataset), generator=generator)[: self.samples or 2560].tolist()
 
         def loss_of(indices: list[int]) -> tuple[Closure, int]:
             whole = loader.batch_size is None  # the data set makes whole batches itself
             batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
             moved = trainer.strategy.batch_to_device(batch)
-            return (lambda: batch_loss(module, moved)), len(indices)
+            return (lambda: batch_loss(module, moved, self._batch_idx)), len(indices)
 
-        return [loss_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        with untouched(device=module.device):  # transforms and augmentation draw random numbers
+            return [loss_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 
 def _reached(loss: Tensor) -> set[Tensor]:

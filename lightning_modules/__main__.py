@@ -1,0 +1,8 @@
+"""``python -m lightning_modules`` is the ``nsgd`` command."""
+
+import sys
+
+from lightning_modules.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""The `nsgd` command: what each command leaves, and bad input in one sentence with nothing overwritten."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from lightning_modules import Digits
+from lightning_modules.cli import main
+from lightning_modules.compare import read_csv
+
+TINY = [
+    *("--data.batch_size", "50", "--data.limit", "300", "--epochs", "1", "--seeds", "2", "--lr", "0.2"),
+    *("--nsgd.k", "2", "--nsgd.refresh_every", "2", "--nsgd.samples", "16", "--methods", "[sgd,nsgd]"),
+]
+SHORT = [
+    *("--trainer.max_epochs", "2", "--data.batch_size", "100"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+]
+NSGD = ["--optimizer", "NSGD", "--optimizer.lr", "0.2", "--optimizer.k", "3", "--optimizer.refresh_every", "4"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands write below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def code_of(*args: str) -> int:
+    """The exit code, whether returned or raised."""
+    try:
+        return main(list(args))
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], []])
+def test_help_names_every_command(capsys, args):
+    assert code_of(*args) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in ("compare", "fit", "validate", "test", "predict"))
+    assert "Nudged SGD" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("compare", ["--out", "--seeds", "--lr", "--threads", "--nsgd.k", "--nsgd.samples", "--data", "--net"]),
+        ("fit", ["--optimizer", "--model.net", "--data", "--refresh.samples", "--ckpt_path"]),
+    ],
+)
+def test_help_of_a_command_shows_its_options(capsys, command, options):
+    assert code_of(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(option in out for option in options)
+
+
+def test_the_command_is_installed_and_the_package_runs_as_a_module(capsys, monkeypatch):
+    (script,) = entry_points(group="console_scripts", name="nsgd")
+    assert script.load() is main
+    monkeypatch.setattr(sys, "argv", ["lightning_modules", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("lightning_modules", run_name="__main__")
+    assert not exit_.value.code
+    assert "compare" in capsys.readouterr().out
+
+
+# -- compare ---------------------------------------------------------------------------------------------------------
+
+
+def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
+    assert code_of("compare", *TINY) == 0
+    folder = here / "nsgd-compare"
+    assert {p.name for p in folder.iterdir()} == {
+        *("results.csv", "summary.csv", "config.yaml", "environment.yaml", "report.html", "runs"),
+        *("training-loss.png", "validation-accuracy.png", "eigenvalues.png"),
+    }
+    out = capsys.readouterr().out
+    for said in (
+        "Test accuracy, %",
+        "Training loss",
+        "Cost of a run",
+        "NSGD",
+        "two-point",
+        "run 4 of 4",
+        "report.html",
+    ):
+        assert said in out
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["nsgd"]["k"] == 2
+    assert config["threads"] == 1
+    assert config["data"]["limit"] == 300
+    first = (folder / "results.csv").read_bytes()
+    assert code_of("compare", *TINY) == 0  # again: all runs are kept, and so are their numbers
+    assert (folder / "results.csv").read_bytes() == first
+
+
+def test_the_printed_config_of_compare_repeats_the_study(capsys, here):
+    assert code_of("compare", *TINY, "--out", "a", "--print_config") == 0
+    text = capsys.readouterr().out
+    assert not (here / "a").exists()
+    (here / "study.yaml").write_text(text)
+    assert code_of("compare", "--config", "study.yaml") == 0
+    assert code_of("compare", "--config", "study.yaml", "--out", "b") == 0
+    assert (here / "a" / "config.yaml").read_text() == (here / "b" / "config.yaml").read_text()
+    a, b = (read_csv(here / n / "results.csv") for n in "ab")
+    assert [{**row, "seconds": 0} for row in a] == [{**row, "seconds": 0} for row in b]
+
+
+# -- fit, validate, test, predict ------------------------------------------------------------------------------------
+
+
+def last(path: Path, column: str) -> float:
+    return float([row[column] for row in rows(path) if row.get(column)][-1])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # of checkpoints, to the new version's folder
+def test_fit_validate_test_and_predict_agree_on_one_checkpoint(here):
+    assert code_of("fit", *SHORT, *NSGD) == 0
+    logs = here / "lightning_logs"
+    metrics = logs / "version_0" / "metrics.csv"
+    assert {"nsgd/lambda_1", "nsgd/lambda_3", "nsgd/hvps", "nsgd/overlap", "train_loss", "val_loss"} <= set(
+        rows(metrics)[0]
+    )
+    assert sum(bool(row["nsgd/lambda_1"]) for row in rows(metrics)) == 6  # 22 steps, every 4
+    (checkpoint,) = (logs / "version_0" / "checkpoints").iterdir()
+    assert code_of("validate", *SHORT, "--ckpt_path", str(checkpoint)) == 0
+    assert code_of("test", *SHORT, "--ckpt_path", str(checkpoint)) == 0
+    assert last(logs / "version_1" / "metrics.csv", "val_loss") == pytest.approx(last(metrics, "val_loss"), rel=1e-5)
+    assert code_of("predict", *SHORT, "--ckpt_path", str(checkpoint), "--predictions.path", "p.csv") == 0
+    predicted = read_csv(here / "p.csv")
+    assert [row["index"] for row in predicted] == list(range(360))
+    table = np.array([[row[f"p_{i}"] for i in range(10)] for row in predicted])
+    assert np.abs(table.sum(1) - 1).max() < 1e-4  # six digits each
+    chosen = np.array([row["class"] for row in predicted])
+    assert (chosen == table.argmax(1)).all()
+    correct = float((chosen == Digits().splits["test"].labels.numpy()).mean())
+    assert correct == pytest.approx(last(logs / "version_2" / "metrics.csv", "test_accuracy"), abs=1e-6)
+    assert correct > 0.5
+
+
+def test_fit_takes_an_optimizer_without_directions_and_a_scheduler(here):
+    schedule = ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"]
+    assert code_of("fit", *SHORT, "--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.2", *schedule) == 0
+    found = rows(here / "lightning_logs" / "version_0" / "metrics.csv")
+    assert not any(name.startswith("nsgd/") for name in found[0])
+    assert last(here / "lightning_logs" / "version_0" / "metrics.csv", "val_accuracy") > 0.3
+
+
+def test_fit_without_an_optimizer_trains_with_nsgd(here):
+    assert code_of("fit", *SHORT, "--refresh.samples", "20") == 0
+    assert any(row["nsgd/lambda_10"] for row in rows(here / "lightning_logs" / "version_0" / "metrics.csv"))
+
+
+@pytest.mark.parametrize("from_log", [False, True], ids=["printed", "saved"])
+def test_a_config_repeats_a_fit(capsys, here, from_log):
+    assert code_of("fit", *SHORT, *NSGD, "--seed_everything", "4") == 0
+    config = here / "lightning_logs" / "version_0" / "config.yaml"
+    if not from_log:
+        capsys.readouterr()
+        assert code_of("fit", *SHORT, *NSGD, "--seed_everything", "4", "--print_config") == 0
+        config = here / "printed.yaml"
+        config.write_text(capsys.readouterr().out)
+    assert code_of("fit", "--config", str(config)) == 0
+    first, second = (rows(here / "lightning_logs" / f"version_{i}" / "metrics.csv") for i in (0, 1))
+    assert first == second
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folders(here: Path) -> None:
+    """What bad input points to: an empty folder, one of text, another study's, a stranger's, and a data set."""
+    (here / "empty").mkdir()
+    (here / "text").mkdir()
+    (here / "text" / "notes.txt").write_text("no image\n")
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter.tex").write_text("x")
+    (here / "other").mkdir()
+    (here / "other" / "config.yaml").write_text("epochs: 3\n")
+    (here / "a-file").write_text("x")
+    for i in range(12):
+        image = pytest.importorskip("PIL.Image", reason="needs the extra nsgd[data]")
+        for split in ("train", "test"):
+            path = here / "pictures" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(path)
+
+
+def complaint(capsys: Any, here: Path, *args: str) -> str:
+    """What a bad command line says: exit code 2, one line on stderr, and every file as it was."""
+    before = contents(here)
+    capsys.readouterr()
+    assert code_of(*args) == 2
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("nsgd: ")
+    assert "Traceback" not in said.out + said.err
+    after = contents(here)
+    assert {path: after.get(path) for path in before} == before
+    if args[0] == "compare":
+        assert after == before
+    return lines[0]
+
+
+HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--nsgd.k", "0"], "expected k to be a whole number of at least 1, got 0"),
+        (["--nsgd.k", "8971"], "expected k of at most 8970, the number of trainable parameters, got 8971"),
+        (["--lr", "-0.1"], "got -0.1"),
+        (["--lr", "best"], "lr"),
+        (["--lr", ".inf"], "lr"),
+        (["--momentum", "-1"], "momentum"),
+        (["--nsgd.gamma", "-1"], "expected gamma to be a finite number >= 0"),
+        (["--nsgd.refresh_every", "0"], "expected refresh_every to be a whole number of at least 1, got 0"),
+        (["--nsgd.solver", "power"], "'lanczos', 'arpack'"),
+        (["--nsgd.samples", "0"], "expected samples of at least 1"),
+        (["--methods", "[sgd,adam]"], "adam"),
+        (["--methods", "[]"], "methods"),
+        (["--seeds", "0"], "expected seeds of at least 1, got 0"),
+        (["--epochs", "zero"], "zero"),
+        (["--threads", "0"], "expected threads of at least 1, got 0"),
+        (["--net", "resnet"], "resnet"),
+        (["--data", "Mnist"], "expected --data to be Digits or HuggingFace"),
+        (["--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
+        (["--data.batch_size", "5000"], "expected batch_size of at most 1149"),
+        (["--data", "HuggingFace"], "path"),
+        ([*HF, "missing"], "'missing'"),
+        ([*HF, "nobody/no-such-data"], "nobody/no-such-data"),
+        ([*HF, "empty"], "got an empty folder"),
+        ([*HF, "text"], "text"),
+        ([*HF, "pictures", "--data.image_column", "picture"], "expected image_column to be one of image, label"),
+        ([*HF, "pictures", "--data.label_column", "class"], "expected label_column to be one of image, label"),
+        ([*HF, "pictures", "--nsgd.k", "100000"], "expected k of at most"),
+        (["--out", "other"], "other holds another study"),
+        (["--out", "thesis"], "thesis holds files but no study"),
+        (["--out", "a-file"], "a-file"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--bogus", "1"], "--bogus"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_to_compare_is_one_sentence_and_writes_nothing(capsys, here, folders, args, said):
+    assert said in complaint(capsys, here, "compare", *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--optimizer", "NSGD", "--optimizer.k", "0"], "expected k to be a whole number of at least 1, got 0"),
+        (["--optimizer", "NSGD", "--optimizer.k", "8971"], "expected k of at most 8970"),
+        (["--optimizer", "NSGD", "--optimizer.lr", "-0.1"], "-0.1"),
+        (["--optimizer", "NSGD", "--optimizer.gamma", "-1"], "expected gamma to be a finite number >= 0"),
+        (["--optimizer", "NSGD", "--optimizer.refresh_every", "0"], "expected refresh_every"),
+        (["--optimizer", "NSGD", "--optimizer.solver", "power"], "'lanczos', 'arpack'"),
+        (["--optimizer", "Nonsense"], "Nonsense"),
+        (["--refresh.samples", "0"], "expected samples of at least 1"),
+        (["--refresh.optimizer", "3"], "expected optimizer to be an index into 1, got 3"),
+        (["--model.net", "resnet"], "resnet"),
+        (["--data", "Mnist"], "Mnist"),
+        (["--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
+        (["--data.batch_size", "5000"], "expected batch_size of at most 1149"),
+        ([*HF, "missing"], "'missing'"),
+        ([*HF, "empty"], "got an empty folder"),
+        ([*HF, "pictures", "--data.label_column", "class"], "expected label_column to be one of image, label"),
+        (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        (["--bogus", "1"], "--bogus"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_to_fit_is_one_sentence_and_overwrites_nothing(capsys, here, folders, args, said):
+    assert said in complaint(capsys, here, "fit", *SHORT[:2], *SHORT[4:], *args)
+
+
+def test_predictions_are_not_overwritten(capsys, here):
+    (here / "predictions.csv").write_text("mine")
+    assert "predictions.csv exists" in complaint(capsys, here, "predict", *SHORT)
+
+
+@pytest.mark.parametrize("args", [["train"], ["--seeds", "3"], ["Compare"]])
+def test_an_unknown_command_is_one_sentence(capsys, here, args):
+    assert "expected a command among compare, fit, validate, test, predict" in complaint(capsys, here, *args)
+
+
+def test_a_fault_of_a_library_is_not_passed_off_as_bad_input(monkeypatch):
+    """It keeps its traceback, for a bug report."""
+
+    monkeypatch.setattr("lightning_modules.compare.write_csv", lambda *_: np.array([1, 2]).reshape(3))
+    with pytest.raises(ValueError, match="reshape"):
+        main(["compare", *TINY])
