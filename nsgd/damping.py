@@ -23,8 +23,8 @@ from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
 from nsgd.rule import correct, in_float32, project
 
-# A refresh is for directions, not for eigenvalues: at 2k + 2 products the directions of small networks overlap
-# those of an exact solve by 0.88 to 1.0, and products beyond that buy little (benchmarks/eigen.py).
+# Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.9 to
+# 1.0 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
 _EXTRA_PRODUCTS = 2
 
 # Options that one optimizer has once; gamma, bulk_scale and curvature may differ from group to group.

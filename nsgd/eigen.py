@@ -16,7 +16,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from nsgd.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
@@ -281,6 +280,8 @@ class _OutOfBudget(Exception):
 def _arpack(
     hvp: HVP, start: Tensor, k: int, which: Which, max_hvps: int | None, tol: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh  # 0.2 s, and rarely wanted
+
     size = start.numel()
     inputs: list[Tensor] = []  # every product is recorded: residuals, and pairs at the budget's end, cost none more
     outputs: list[Tensor] = []

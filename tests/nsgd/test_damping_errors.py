@@ -75,7 +75,7 @@ def test_nothing_to_train_is_a_value_error(way):
 
 def test_a_negative_learning_rate_and_a_differentiable_step_are_refused():
     params = [nn.Parameter(torch.zeros(20))]
-    with pytest.raises(ValueError, match="expected lr >= 0, got -0.1"):
+    with pytest.raises(ValueError, match=r"expected lr >= 0, got -0\.1"):
         NSGD(params, lr=-0.1)
     with pytest.raises(ValueError, match="expected differentiable=False"):
         NSGD(params, differentiable=True)

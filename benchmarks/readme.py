@@ -1,0 +1,116 @@
+"""Write the README's tables from the files in benchmarks/results, between their markers.
+
+python benchmarks/readme.py            # rewrites README.md
+python benchmarks/readme.py --smoke    # fails if README.md is not what these files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from lightning_modules.compare import read_csv
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {"sgd": "SGD", "nsgd": "NSGD", "bulk-sgd": "Bulk-SGD", "dom-sgd": "Dom-SGD"}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def digits() -> str:
+    """The last weights of the default study."""
+    folder = RESULTS / "digits"
+    results = read_csv(folder / "results.csv")
+    entries = {
+        (row["measure"], row["method"]): row for row in read_csv(folder / "summary.csv") if row["read_out"] == "last"
+    }
+
+    def change(entry: dict[str, Any], scale: float, digits: int) -> str:
+        if math.isnan(entry["p"]):
+            return ""
+        verdict = "" if entry["p"] < 0.05 else ", no significant difference"
+        half = entry["difference_half_width"] * scale
+        return f"{entry['difference'] * scale:+.{digits}f} ± {half:.{digits}f} (p = {entry['p']:.2g}{verdict})"
+
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in results):
+        accuracy, loss = entries["test_accuracy", method], entries["train_loss", method]
+        gradients = mean(row["gradients"] for row in results if row["method"] == method)
+        rows.append(
+            [
+                NAMES[method],
+                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['half_width']:.1f}",
+                change(accuracy, 100, 1),
+                f"{loss['mean']:.4f} ± {loss['half_width']:.4f}",
+                change(loss, 1, 4),
+                f"{gradients:.0f}",
+            ]
+        )
+    table = markdown(["last weights", "test accuracy, %", "minus SGD", "training loss", "minus SGD", "gradients"], rows)
+    source = (
+        "Means over five paired seeds ± half of the 95 % interval, each method's learning rate tuned on the same grid\n"
+        "(`benchmarks/results/digits-tuning.csv`); from `benchmarks/results/digits/`, made by `nsgd compare`."
+    )
+    return f"{table}\n\n{source}"
+
+
+def eigen() -> str:
+    rows = read_csv(RESULTS / "eigen.csv")
+    body = []
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        own = [row for row in rows if row["solver"] == solver]
+        overlaps = [row["overlap"] for row in own]
+        error = 100 * median(row["eigenvalue_error"] for row in own)
+        body.append(
+            [
+                solver,
+                f"{median(row['hvps'] for row in own):.0f}",
+                f"{median(row['gradients'] for row in own):.0f}",
+                f"{median(overlaps):.3f}",
+                f"{min(overlaps):.3f}",
+                f"{error:.2g} %",
+            ]
+        )
+    header = ["solver", "products", "gradients", "overlap, median", "least", "eigenvalue error"]
+    seeds = len({row["seed"] for row in rows})
+    source = (
+        f"Medians over {seeds} seeds; overlap is the mean squared cosine with the exact top 10. From\n"
+        "`benchmarks/results/eigen.csv`, made by `python benchmarks/eigen.py --data uoft-cs/cifar10`."
+    )
+    return f"{markdown(header, body)}\n\n{source}"
+
+
+def rendered(readme: str) -> str:
+    """The README with every table made anew."""
+    for name, table in (("digits", digits), ("eigen", eigen)):
+        pattern = rf"(<!-- {name}: benchmarks/readme.py -->\n).*?(<!-- /{name} -->)"
+        content = table()
+        readme, count = re.subn(pattern, lambda found, c=content: f"{found[1]}\n{c}\n\n{found[2]}", readme, flags=re.S)
+        if count != 1:
+            raise ValueError(f"expected one place for the table {name} in README.md, got {count}")
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="check README.md instead of writing it")
+    args = parser.parse_args()
+    path = ROOT / "README.md"
+    found = path.read_text(encoding="utf-8")
+    wanted = rendered(found)
+    if not args.smoke:
+        path.write_text(wanted, encoding="utf-8")
+    elif wanted != found:
+        raise SystemExit("README.md does not match benchmarks/results; run python benchmarks/readme.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The README is true: its code blocks run, its tables are what the result files say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def test_the_readme_has_the_blocks_that_the_tests_below_run():
+    assert len(BLOCKS) == 8
+    for name in ("NSGD(", "damp(", "top_eigenpairs(", "GradScaler(", "Accelerator()", "RefreshDirections("):
+        assert any(name in block for block in BLOCKS), name
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
+def test_a_code_block_runs(block, tmp_path, monkeypatch):
+    if "accelerate" in block:
+        pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    data = torch.utils.data.TensorDataset(torch.randn(400, 6), torch.randint(0, 3, (400,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=100)
+    x, y = next(iter(loader))
+    names = {"model": model, "loader": loader, "loss_fn": nn.CrossEntropyLoss(), "x": x, "y": y}
+    exec(compile(block, "README.md", "exec"), names)
+    optimizer = names.get("nudged", names.get("optimizer"))
+    if optimizer is not None and "for " in block:
+        assert optimizer.refreshes > 0
+        assert len(optimizer.eigenvalues) == 10
+
+
+def test_the_first_line_says_what_it_is_and_spells_the_acronym_out():
+    first = README.split("\n\n")[1]
+    assert "Nudged SGD" in first
+    assert "torch.optim.SGD" in first
+
+
+def test_the_tables_are_what_the_result_files_say():
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--smoke"], check=True)
+
+
+def test_commands_of_the_readme_use_flags_that_exist(capsys):
+    from lightning_modules.cli import main
+
+    flags = set(re.findall(r"--[a-z_.]+", " ".join(re.findall(r"^nsgd compare .*$", README, flags=re.M))))
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
+    assert flags - {"--help"}
+    for flag in flags - {"--data.path"}:
+        assert flag in text, flag
