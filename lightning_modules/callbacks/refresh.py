@@ -22,7 +22,7 @@ class RefreshDirections(pl.Callback):
 
     Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
     module's loggers go the eigenvalues (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with the last basis,
-    ``nsgd/alignment`` of the last step with it, ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far.
+    ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps``, ``nsgd/cost_gradients`` and ``nsgd/seconds`` so far.
 
     Args:
         samples: Samples that the directions come from; None for the whole running batch, or, with
@@ -85,7 +85,6 @@ class RefreshDirections(pl.Callback):
         damped = [o for o in self._candidates(trainer) if isinstance(o, Damped)]
         if not any(o.refresh_due for o in damped):
             return
-        began = time.perf_counter()
         if len(trainer.optimizers) > 1 and self.optimizer is None:
             reached = _reached(loss)
             trainable = {o: {p for g in o.param_groups for p in g["params"] if p.requires_grad} for o in damped}
@@ -98,41 +97,46 @@ class RefreshDirections(pl.Callback):
         for optimizer in damped:
             if optimizer.refresh_due:
                 self._refresh(trainer, pl_module, optimizer, loss)
-        self.seconds += time.perf_counter() - began
 
     def _candidates(self, trainer: pl.Trainer) -> list[Any]:
         return list(trainer.optimizers) if self.optimizer is None else [trainer.optimizers[self.optimizer]]
 
     def _refresh(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Damped, loss: Tensor) -> None:
+        began = time.perf_counter()
         alignment = optimizer.alignment  # of the last step, in the basis that goes
         accumulate = trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        factor = 1.0 if scaler is None else float(scaler.get_scale())
         own = module.automatic_optimization or hasattr(module, "curvature_loss")
         if self.source == "train":
             size = batch_size_of(self._batch)
-            sample = self._training_sample(trainer, module, size)
+            sample = self._training_sample(trainer, module, size, factor)
             count = sum(n for _, n in sample)
-            done = optimizer.refresh(sample, batch_fraction=count / (size * accumulate))
+            done = optimizer.refresh(sample, scale=factor, batch_fraction=count / (size * accumulate))
         elif own and self.samples is not None and self.samples < (size := batch_size_of(self._batch)):
             part = first_samples(self._batch, self.samples)
             done = optimizer.refresh(
-                lambda: batch_loss(module, part, self._batch_idx), batch_fraction=self.samples / (size * accumulate)
+                lambda: factor * batch_loss(module, part, self._batch_idx),
+                scale=factor,
+                batch_fraction=self.samples / (size * accumulate),
             )
         else:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            factor = 1.0 if scaler is None else float(scaler.get_scale())
             if module.automatic_optimization:
                 factor /= accumulate
             done = optimizer.refresh(loss, scale=factor, batch_fraction=1 / accumulate)
+        self.seconds += time.perf_counter() - began
         if done:
             metrics = {f"nsgd/lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
             metrics |= {"nsgd/hvps": float(optimizer.hvps), "nsgd/cost_gradients": optimizer.cost_gradients}
-            metrics |= {"nsgd/overlap": optimizer.overlap, "nsgd/alignment": alignment}
+            metrics |= {"nsgd/overlap": optimizer.overlap, "nsgd/alignment": alignment, "nsgd/seconds": self.seconds}
             known = {name: value for name, value in metrics.items() if not math.isnan(value)}
             for logger in trainer.loggers:
                 logger.log_metrics(known, step=trainer.global_step)
 
-    def _training_sample(self, trainer: pl.Trainer, module: pl.LightningModule, size: int) -> list[tuple[Closure, int]]:
-        """Losses of fresh samples of the training set, in batches of the running size."""
+    def _training_sample(
+        self, trainer: pl.Trainer, module: pl.LightningModule, size: int, factor: float
+    ) -> list[tuple[Closure, int]]:
+        """Losses of fresh samples of the training set, times a factor, in batches of the running size."""
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise ValueError(
@@ -148,7 +152,7 @@ class RefreshDirections(pl.Callback):
             whole = loader.batch_size is None  # the data set makes whole batches itself
             batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
             moved = trainer.strategy.batch_to_device(batch)
-            return (lambda: batch_loss(module, moved, self._batch_idx)), len(indices)
+            return (lambda: factor * batch_loss(module, moved, self._batch_idx)), len(indices)
 
         with untouched(device=module.device):  # transforms and augmentation draw random numbers
             return [loss_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
