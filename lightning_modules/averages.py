@@ -26,7 +26,7 @@ class ReadOuts(pl.Callback):
     """Gather averages of the weights while a module trains; training itself stays bit-identical.
 
     Args:
-        ema_decay: Decay of the exponential moving average, updated every step.
+        ema_decay: Decay of the exponential moving average, updated every step; (1 + t) / (10 + t) while that is less.
         swa_share: Share of the steps, at the end, that the uniform average (SWA) runs over, step by step.
         two_point_share: Distance of the two averaged points, as a share of all steps; the second is the last.
 
@@ -51,7 +51,9 @@ class ReadOuts(pl.Callback):
         if step == self._seen:
             return
         self._seen = step
-        self._update("ema", pl_module, get_ema_multi_avg_fn(self.ema_decay))  # type: ignore[no-untyped-call]
+        # Without a warm-up a short run would read out its initial weights.
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        self._update("ema", pl_module, get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
         total = trainer.estimated_stepping_batches
         if not 0 < total < math.inf:  # a run of unknown length has no last share
             return

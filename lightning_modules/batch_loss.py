@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -116,21 +117,15 @@ def _container(value: Any) -> Any:
     return copy.copy(value) if type(value) in (set, deque) else value
 
 
-def batch_size_of(batch: Any) -> int:
-    """Samples in a batch: the first length of its first tensor.
-
-    Raises:
-        ValueError: If there is no tensor in it.
-    """
-    for tensor in _tensors(batch):
-        if tensor.ndim > 0:
-            return len(tensor)
-    raise ValueError(f"expected a batch with a tensor whose first axis counts samples, got a {type(batch).__name__}")
+def batch_size_of(batch: Any) -> int | None:
+    """Samples in a batch: the first length of its first tensor; None if it holds none, or is of a kind of its own."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim > 0), None)
 
 
 def first_samples(batch: Any, samples: int) -> Any:
     """The first samples of a batch: every tensor and plain list as long as the batch is cut, the rest is kept."""
-    return _cut(batch, batch_size_of(batch), samples)
+    size = batch_size_of(batch)
+    return batch if size is None else _cut(batch, size, samples)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -142,16 +137,26 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _tensors(value)
+    elif is_dataclass(batch):
+        for field in fields(batch):
+            yield from _tensors(getattr(batch, field.name))
 
 
 def _cut(batch: Any, size: int, samples: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[:samples] if batch.ndim > 0 and len(batch) == size else batch
     if isinstance(batch, Mapping):
-        return {key: _cut(value, size, samples) for key, value in batch.items()}
+        parts = {key: _cut(value, size, samples) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return parts
+        same = copy.copy(batch)  # of its own class, attributes and all
+        same.update(parts)
+        return same
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: _cut(getattr(batch, f.name), size, samples) for f in fields(batch) if f.init})
     if isinstance(batch, list | tuple):
         if len(batch) == size and not any(isinstance(value, Tensor | list | tuple | Mapping) for value in batch):
             return batch[:samples]  # one plain item a sample, for example names
-        parts = [_cut(value, size, samples) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        items = [_cut(value, size, samples) for value in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch

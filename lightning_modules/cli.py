@@ -39,7 +39,7 @@ nsgd COMMAND --help shows the options of a command."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, or 2 for bad input, said in one sentence."""
+    """Run a command line; returns the exit code: 0; 2 for bad input, said in one sentence; 130 if interrupted."""
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -53,6 +53,13 @@ def main(args: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"expected a command among compare, {', '.join(LightningCLI.subcommands())}, got {argv[0]!r}"
             )
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns an interrupt of its own loop into an exit.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        again = "; the same command keeps the finished runs and goes on" if argv[0] == "compare" else ""
+        print(f"nsgd: interrupted{again}", file=sys.stderr)
+        return 130
     except ValueError as error:
         said = _ours(error)
         if said is None:

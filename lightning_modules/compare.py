@@ -104,7 +104,8 @@ class Study:
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain values."""
-        data = {"class": type(self.data).__name__, **dict(self.data.hparams)}
+        kind = type(self.data)
+        data = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(self.data.hparams)}
         rest = {
             name: getattr(self, name) for name in ("net", "methods", "seeds", "epochs", "lr", "momentum", "threads")
         }
@@ -140,6 +141,11 @@ class Study:
 Progress = Callable[[str, int, float | None], None]  # what is running, steps done in all, its loss
 
 
+def factors(method: str, gamma: float, bulk_scale: float) -> tuple[float, float]:
+    """Factors of a method on the step along the directions and outside them, given those of nsgd."""
+    return {"sgd": (1.0, 1.0), "bulk-sgd": (0.0, 1.0), "dom-sgd": (1.0, 0.0)}.get(method, (gamma, bulk_scale))
+
+
 def make_optimizer(
     study: Study, method: Method, lr: float, params: Iterable[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
@@ -147,7 +153,7 @@ def make_optimizer(
     if method == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=study.momentum)
     options = study.nsgd
-    gamma, bulk_scale = {"bulk-sgd": (0.0, 1.0), "dom-sgd": (1.0, 0.0)}.get(method, (options.gamma, options.bulk_scale))
+    gamma, bulk_scale = factors(method, options.gamma, options.bulk_scale)
     return NSGD(
         params,
         lr=lr,
@@ -201,34 +207,56 @@ def total_runs(study: Study) -> int:
 
 
 def _claim(study: Study, out: Path) -> None:
-    config = out / "config.yaml"
+    """Make the folder this study's, or check that it is."""
+    config, environment = out / "config.yaml", out / "environment.yaml"
     resolved = yaml.safe_load(yaml.safe_dump(study.resolved()))
-    if config.exists():
-        try:
-            found = yaml.safe_load(config.read_text())
-        except yaml.YAMLError:
-            found = None
-        if not isinstance(found, dict):
-            raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
-        if found != resolved:
-            names = [name for name in {**resolved, **found} if found.get(name) != resolved.get(name)]
-            changes = ", ".join(f"{name} was {found.get(name)}, now {resolved.get(name)}" for name in names)
-            raise ValueError(f"{out} holds another study: {changes}; choose another folder with --out, or remove it")
-        return
+    packages = {
+        name: version(name) for name in ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
+    }
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
-    if out.exists() and any(out.iterdir()):
+    if not config.exists() and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
+    if config.exists():
+        _same(out, _read_mapping(out, config), resolved)
+    if environment.exists():
+        _same(out, _read_mapping(out, environment).get("packages", {}), packages)
     out.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(resolved, sort_keys=False))
-    packages = ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
-    environment = {
+    machine = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "packages": {name: version(name) for name in packages},
+        "packages": packages,
     }
-    (out / "environment.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
+    environment.write_text(yaml.safe_dump(machine, sort_keys=False))
+
+
+def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
+    return found
+
+
+def _same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    was, now = _flat(found), _flat(wanted)
+    changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in {**now, **was} if was.get(n) != now.get(n)]
+    if changes:
+        raise ValueError(
+            f"{out} holds another study: {'; '.join(changes)}; choose another folder with --out, or remove it"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _learning_rates(study: Study, out: Path, run: Callable[[Path, Method, int, float], Rows]) -> dict[Method, float]:
@@ -385,13 +413,15 @@ def write_csv(path: Path, rows: Rows) -> None:
 
 
 def read_csv(path: Path) -> Rows:
-    """Rows of a file, numbers as floats, empty cells left out."""
+    """Rows of a file, numbers as numbers, empty cells left out."""
 
     def parsed(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text
 
     with path.open(newline="") as file:
         return [{name: parsed(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]

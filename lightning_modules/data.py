@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -68,7 +68,7 @@ class ImageData(pl.LightningDataModule, ABC):
         batch_size: Images in a training batch.
         augment: Whether to shift by up to 4 pixels and flip training images.
         val_fraction: Share of the training images kept apart for validation.
-        limit: Use the first so many training images only.
+        limit: Use so many training images only, drawn once and for all.
 
     The split into training and validation images is always the same; the order of the batches follows the global
     seed, as set by ``seed_everything``, and the epoch.
@@ -102,9 +102,10 @@ class ImageData(pl.LightningDataModule, ABC):
         """Images under "train", "val" and "test"; read on first use."""
         if self._splits is None:
             train, test = self.load()
-            if self.limit is not None:
-                train = Images(train.pixels[: self.limit], train.labels[: self.limit])
-            indices = np.arange(len(train.labels))
+            size = len(train.labels)
+            indices = (
+                np.arange(size) if self.limit is None else np.random.default_rng(0).permutation(size)[: self.limit]
+            )
             kept, held_out = train_test_split(indices, test_size=self.val_fraction, random_state=0)
             if len(kept) < self.batch_size:
                 raise ValueError(
@@ -115,9 +116,13 @@ class ImageData(pl.LightningDataModule, ABC):
                 "val": Images(train.pixels[held_out], train.labels[held_out]),
                 "test": test,
             }
-            pixels = self._splits["train"].pixels.double() / 255
-            self._mean = pixels.mean((0, 2, 3)).float()  # (C,)
-            self._std = pixels.std((0, 2, 3)).clamp(min=1e-3).float()
+            # By grey level: a float copy of all pixels would take eight times their memory.
+            channels = self._splits["train"].pixels.transpose(0, 1).flatten(1)  # (C, pixels)
+            counts = torch.stack([torch.bincount(c, minlength=256) for c in channels]).double()
+            total, levels = counts.sum(1), torch.arange(256).double() / 255
+            mean = counts @ levels / total  # (C,)
+            variance = (counts * (levels - mean[:, None]).square()).sum(1) / (total - 1)
+            self._mean, self._std = mean.float(), variance.sqrt().float().clamp(min=1e-3)
         return self._splits
 
     @property
@@ -199,7 +204,7 @@ class HuggingFace(ImageData):
         batch_size: Images in a training batch.
         augment: Whether to shift by up to 4 pixels and flip training images.
         val_fraction: Share of the training images kept apart for validation.
-        limit: Use the first so many training images only.
+        limit: Use so many training images only, drawn once and for all.
     """
 
     def __init__(
@@ -230,19 +235,22 @@ class HuggingFace(ImageData):
             both = train.train_test_split(test_size=0.2, seed=0)
             train, test = both["train"], both["test"]
         if self.limit is not None and self.limit < len(train):
-            train = train.select(range(self.limit))
-        return self._decode(train), self._decode(test)
+            train = train.shuffle(seed=0).select(range(self.limit))  # folders hold one class after the other
+        try:
+            return self._decode(train, "L"), self._decode(test, "L")
+        except _ColourFoundError:
+            return self._decode(train, "RGB"), self._decode(test, "RGB")
 
-    def _decode(self, dataset: Any) -> Images:
+    def _decode(self, dataset: Any, mode: Literal["L", "RGB"]) -> Images:
         import datasets
 
         image, label = self._columns(dataset)
         if not isinstance(dataset.features[image], datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image())  # parquet that lost its schema: bytes and path
-        modes = {picture.mode for picture in dataset[: min(len(dataset), 32)][image]}
-        mode = "L" if modes <= {"L", "1"} else "RGB"
         pixels: np.ndarray[Any, np.dtype[np.uint8]] | None = None
         for i, picture in enumerate(dataset[image]):
+            if mode == "L" and picture.mode not in ("1", "L"):
+                raise _ColourFoundError
             array = np.asarray(picture.convert(mode))
             if pixels is None:
                 pixels = np.empty((len(dataset), *array.shape), dtype=np.uint8)
@@ -256,7 +264,12 @@ class HuggingFace(ImageData):
             raise ValueError(f"expected images in {self.path}, got an empty split")
         stacked = torch.from_numpy(pixels)  # (N, H, W) or (N, H, W, C)
         stacked = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
-        return Images(stacked, torch.tensor(dataset[label][:], dtype=torch.int64))
+        labels = torch.tensor(dataset[label][:], dtype=torch.int64)
+        if int(labels.min()) < 0:
+            raise ValueError(
+                f"expected labels from 0 on in {self.path}, got {int(labels.min())}: a split without labels"
+            )
+        return Images(stacked, labels)
 
     def _columns(self, dataset: Any) -> tuple[str, str]:
         """Names of the image and the label column."""
@@ -272,9 +285,10 @@ class HuggingFace(ImageData):
             return name
         found = [column for column, feature in columns.items() if fits(feature)]
         if len(found) != 1:
+            way_out = "name it" if found or kind == "label" else "give a data set of images, or name it"
             raise ValueError(
-                f"expected one {kind} column in {self.path}, got {len(found)} among {', '.join(columns)}; name it with "
-                f"{kind}_column"
+                f"expected one {kind} column in {self.path}, got {len(found)} among {', '.join(columns)}; {way_out} "
+                f"with {kind}_column"
             )
         return str(found[0])
 
@@ -291,12 +305,18 @@ def _is_label(feature: Any) -> bool:
     return isinstance(feature, datasets.ClassLabel)
 
 
+class _ColourFoundError(Exception):
+    """Not all images are grey."""
+
+
 def _load_dataset(path: str) -> Any:
     try:
         import datasets
     except ImportError:
         raise ValueError("Hugging Face data needs the extra: pip install 'nsgd[data]'") from None
     local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not local.exists():
+        raise ValueError(f"expected a folder of images or parquet files, got {path!r}, which does not exist")
     if local.is_dir() and not any(entry.is_file() for entry in local.rglob("*")):
         raise ValueError(f"expected images or parquet files in {path}, got an empty folder")
     try:

@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.compare import GRID, TUNING_SEEDS, Rows, read_csv
+from lightning_modules.compare import GRID, TUNED, TUNING_SEEDS, Rows, factors, read_csv
 
 matplotlib.use("Agg")
 
@@ -106,7 +106,7 @@ def print_table(folder: Path, console: Console) -> None:
 
 def _title(files: Files) -> str:
     data = files.config["data"]
-    name = data.get("path") or data["class"]
+    name = data["init_args"].get("path") or data["class_path"].rpartition(".")[2]
     methods = ", ".join(NAMES[m] for m in files.config["methods"])
     return f"{methods} on {name}: {files.config['net']}, {files.config['epochs']} epochs, {files.config['seeds']} seeds"
 
@@ -161,16 +161,17 @@ def _caption(files: Files) -> str:
     tuned = {
         "grid": f"each tuned on the grid {grid} by validation loss over {len(TUNING_SEEDS)} other seeds",
         "tuned": f"tuned beforehand on the grid {grid} by validation loss, at the default settings"
-        if (config["data"]["class"], config["net"]) == ("Digits", "mlp")
+        if (config["data"]["class_path"].rpartition(".")[2], config["net"]) in TUNED
         else "not tuned",
     }.get(str(config["lr"]), "given, not tuned")
     tests = sum(r["measure"] == "test_accuracy" and not math.isnan(r["p"]) for r in files.summary)
     uncorrected = f"; p-values are not corrected for their number, {tests} in each table" if tests else ""
+    means = f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval{uncorrected}"
     return (
-        f"Means over {config['seeds']} paired seeds ± half of the 95 % t-interval{uncorrected}. Learning rates: "
-        f"{rates} ({tuned}); momentum {config['momentum']:g}; batch size {config['data']['batch_size']}; threads: "
-        f"{config['threads']}. One gradient is a forward and backward pass on a training batch, and refreshes are "
-        "counted in. Averages are read-outs of the same runs." + _diverged(files)
+        f"{means if config['seeds'] > 1 else 'One seed, so no intervals and no tests'}. Learning rates: "
+        f"{rates} ({tuned}); momentum {config['momentum']:g}; batch size {config['data']['init_args']['batch_size']}; "
+        f"threads: {config['threads']}. One gradient is a forward and backward pass on a training batch, and refreshes "
+        "are counted in. Averages are read-outs of the same runs." + _diverged(files)
     )
 
 
@@ -262,17 +263,21 @@ def _refreshed(files: Files) -> dict[str, Rows]:
     return {method: rows for method, rows in found.items() if rows}
 
 
-def _rate(files: Files, method: str) -> tuple[float, float]:
-    """Learning rate and gamma of a method."""
+def _limits(files: Files, method: str) -> list[tuple[str, float, str]]:
+    """Label, level and line style of the limits of stable steps, outside and along the directions."""
     lr = float(next(r["lr"] for r in files.results if r["method"] == method))
-    return lr, {"bulk-sgd": 0.0, "dom-sgd": 1.0}.get(method, files.config["nsgd"]["gamma"])
+    options = files.config["nsgd"]
+    gamma, bulk_scale = factors(method, options["gamma"], options["bulk_scale"])
+    edge = 2 + 2 * files.config["momentum"]
+    inside, outside = ("(2 + 2β) / (γ lr)", gamma * lr, ":"), ("(2 + 2β) / lr", bulk_scale * lr, "--")
+    wanted = [outside] if gamma == bulk_scale else [outside, inside]
+    return [(label, edge / rate, style) for label, rate, style in wanted if rate > 0]
 
 
 def _eigenvalues(files: Files) -> Figure:
     refreshed = _refreshed(files)
     figure, panels = _figure(len(refreshed))
     figure.set_size_inches(5.2 * len(refreshed), 3.8)
-    momentum = files.config["momentum"]
     for axes, (method, rows) in zip(panels, refreshed.items(), strict=True):
         steps = [row["step"] for row in rows]
         k = sum(name.startswith("lambda_") for name in rows[0])
@@ -281,10 +286,7 @@ def _eigenvalues(files: Files) -> Figure:
             axes.plot(
                 steps, values, color=COLORS[method], alpha=1 if i == 1 else 0.35, linewidth=1.6 if i == 1 else 0.8
             )
-        lr, gamma = _rate(files, method)
-        lines = [("(2 + 2β) / lr", (2 + 2 * momentum) / lr, "--")] if lr > 0 else []
-        if gamma > 0 and lr > 0 and gamma != 1:
-            lines.append(("(2 + 2β) / (γ lr)", (2 + 2 * momentum) / (gamma * lr), ":"))
+        lines = _limits(files, method)
         for label, level, style in lines:
             axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{label} = {level:.3g}")
         positive = min(row[f"lambda_{i}"] for row in rows for i in range(1, k + 1)) > 0

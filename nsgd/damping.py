@@ -9,6 +9,7 @@ V holds the top k eigenvectors of the loss's Hessian, re-estimated now and then,
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.optim import LBFGS, Optimizer
 
 from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
-from nsgd.rule import correct, in_float32, project
+from nsgd.rule import correct, in_float32, project, rows
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.9 to
 # 1.0 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
@@ -157,15 +158,29 @@ class Damped(Optimizer):
             ValueError: If the loss is no scalar, has no graph or reaches none of the parameters, or if fewer than
                 k parameters can train.
         """
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and _world_size() > 1:
+            raise ValueError(
+                f"expected one process, got {_world_size()}: each would take directions of its own, and the replicas "
+                "would drift apart; train on one device"
+            )
         first = self.param_groups[0]
         params = self._curvature_params()
+        if not params:
+            raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
         _check_size(first["k"], params)
         sign = -1.0 if first.get("maximize", False) else 1.0  # ascent on f is descent on -f
         limit = 2 * first["k"] + _EXTRA_PRODUCTS if first["solver"] == "lanczos" else None
+        products, cost = 0, 1.0  # what a refresh that fails has spent: its gradient, and the products so far
+
+        def hvp(vector: Tensor) -> Tensor:
+            nonlocal products, cost
+            products, cost = products + 1, hessian.cost(products + 1)
+            return hessian.hvp(vector)
+
         try:
             with loss_hessian(loss, params, scale=sign * scale) as hessian:
                 pairs = top_eigenpairs(
-                    hessian.hvp,
+                    hvp,
                     params,
                     k=first["k"],
                     which=first["which"],
@@ -175,7 +190,6 @@ class Damped(Optimizer):
                     seed=first["steps"],
                     repeated=False,
                 )
-                cost = hessian.cost(pairs.hvps)
         except FloatingPointError as error:
             first["attempted_at"] = first["steps"]
             first["skipped_refreshes"] += 1
@@ -185,11 +199,12 @@ class Damped(Optimizer):
                 "skips are counted in skipped_refreshes without a warning",
             )
             return False
+        finally:
+            first["hvps"] += products
+            first["cost_gradients"] += cost * batch_fraction
         self._take(pairs, params)
         first["refreshed_at"] = first["attempted_at"] = first["steps"]
         first["refreshes"] += 1
-        first["hvps"] += pairs.hvps
-        first["cost_gradients"] += cost * batch_fraction
         return True
 
     def _take(self, pairs: Eigenpairs, params: list[Tensor]) -> None:
@@ -200,7 +215,7 @@ class Damped(Optimizer):
         overlap = math.nan
         if self._directions:
             known = [(self._directions[p], b) for p, b in zip(params, blocks, strict=True) if p in self._directions]
-            cosines = sum((old.flatten(1) @ new.flatten(1).T).double().cpu() for old, new in known)  # (k, k)
+            cosines = sum((rows(old) @ rows(new).T).double().cpu() for old, new in known)  # (k, k)
             overlap = float(torch.as_tensor(cosines).square().sum() / len(pairs.eigenvalues))
         self._directions.clear()
         self._directions.update(zip(params, blocks, strict=True))
@@ -216,15 +231,16 @@ class Damped(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """The base optimizer's step, damped. A closure is handed to the base optimizer, which calls it as it wants.
 
-        Never waits for the device. Costs two passes over the basis and one copy of the damped parameters.
+        Never waits for the device. Costs two passes over the basis and a copy of the parameters in it.
         """
         before: dict[Tensor, Tensor] = {}
         with ExitStack() as stack:
 
             def prepare() -> None:
-                if not before and self._directions and self._has_effect:
-                    damped = [p for p in self._directions if p.grad is not None]
-                    stack.enter_context(in_float32(damped, self.state))
+                if not before and self._directions:
+                    damped = [p for p in self._directions if p.requires_grad and p.grad is not None]
+                    if self._has_effect:
+                        stack.enter_context(in_float32(damped, self.state))
                     before.update((p, p.detach().clone()) for p in damped)
 
             if closure is None:
@@ -233,6 +249,7 @@ class Damped(Optimizer):
             else:
                 # The directions may be refreshed inside the closure, so the step begins when it has run.
                 loss = self._base_step(_followed_by(closure, prepare))
+            self._last_step.pop("coefficients", None)
             if before:
                 self._damp(before)
         self._count_step()
@@ -249,12 +266,14 @@ class Damped(Optimizer):
         return any(g["curvature"] and (g["gamma"] != 1 or g["bulk_scale"] != 1) for g in self.param_groups)
 
     def _damp(self, before: dict[Tensor, Tensor]) -> None:
-        moves = {p: p.detach() - old for p, old in before.items()}
+        with torch.no_grad():
+            moves = {p: old.neg_().add_(p) for p, old in before.items()}  # p - old, in place of the copy
         coefficients, squared_norm = project(moves, self._directions)
         self._last_step.update(coefficients=coefficients, squared_norm=squared_norm)
         positive = self._positive(coefficients)
         for group in self.param_groups:
-            if group["curvature"]:
+            at_rest = not isinstance(group["lr"], Tensor) and group["lr"] == 0  # the base step moves nothing there
+            if group["curvature"] and not at_rest:
                 own = {p: moves[p] for p in group["params"] if p in moves}
                 correct(own, self._directions, coefficients, positive, group["gamma"], group["bulk_scale"])
 
@@ -291,7 +310,7 @@ class Damped(Optimizer):
 
     @property
     def alignment(self) -> float:
-        """Share of the base optimizer's last step, in norm, inside the basis; NaN before a damped step; one sync."""
+        """Share of the base optimizer's last step, in norm, inside the basis; NaN before the first; one sync."""
         if "coefficients" not in self._last_step:
             return math.nan
         inside = torch.linalg.vector_norm(self._last_step["coefficients"])
@@ -334,6 +353,9 @@ class Damped(Optimizer):
         _check_options(group)
         if group.get("differentiable", False):
             raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
+        lr = group.get("lr", 0)
+        if not isinstance(lr, Tensor) and not lr >= 0:
+            raise ValueError(f"expected lr >= 0, got {lr} for a group")
         first = self.param_groups[0]
         for name in (*_SHARED, "maximize"):
             if group.get(name) != first.get(name):
@@ -366,15 +388,23 @@ class Damped(Optimizer):
                     continue
             state[i] = entry
         own = [{name: group[name] for name in damping_options()} for group in self.param_groups]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, self._all_params(), strict=False):  # torch says which numbers do not fit
+            if i in directions and directions[i].shape[1:] != p.shape:
+                raise ValueError(
+                    f"expected directions for a parameter of shape {tuple(p.shape)}, got "
+                    f"{tuple(directions[i].shape[1:])}; the checkpoint is of another model"
+                )
         super().load_state_dict({**state_dict, "state": state})
         for group, saved, options in zip(self.param_groups, state_dict["param_groups"], own, strict=True):
             group.update({name: value for name, value in options.items() if name not in saved})
-        ids = (i for group in state_dict["param_groups"] for i in group["params"])
         self._directions.clear()
         self._last_step.clear()
         for i, p in zip(ids, self._all_params(), strict=True):
             if i in directions:
                 self._directions[p] = directions[i].to(device=p.device, dtype=_basis_dtype(p), copy=True)
+        if not self._directions:
+            self.param_groups[0]["attempted_at"] = -1  # the next step refreshes
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_directions": self._directions}
@@ -392,7 +422,7 @@ class Damped(Optimizer):
             for name, value in damping_options().items():
                 group.setdefault(name, self.defaults.get(name, value))
         for name, value in _COUNTERS.items():
-            self.param_groups[0].setdefault(name, value)
+            self.param_groups[0].setdefault(name, copy.copy(value))
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -423,6 +453,10 @@ def _check_size(k: int, params: list[Tensor]) -> None:
     size = sum(p.numel() for p in params)
     if k > size:
         raise ValueError(f"expected k of at most {size}, the number of trainable parameters, got {k}")
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size()
 
 
 def _basis_dtype(param: Tensor) -> torch.dtype:

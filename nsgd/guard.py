@@ -23,7 +23,7 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
         modules: Modules to guard from the start, with their children.
         device: An accelerator whose random state is kept as well as the CPU's.
     """
-    seen: dict[nn.Module, bool] = {}
+    seen: dict[nn.Module, tuple[bool, set[str]]] = {}  # mode and names of the buffers
     originals: list[tuple[nn.Module, str, Tensor]] = []
     copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
 
@@ -31,8 +31,9 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
         for m in module.modules():
             if m in seen:
                 continue
-            seen[m] = m.training
-            for name, buffer in list(m.named_buffers(recurse=False, remove_duplicate=False)):
+            buffers = list(m.named_buffers(recurse=False, remove_duplicate=False))
+            seen[m] = m.training, {name for name, _ in buffers}
+            for name, buffer in buffers:
                 originals.append((m, name, buffer))
                 setattr(m, name, copies.setdefault(id(buffer), buffer.detach().clone()))
 
@@ -50,8 +51,10 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
         hook.remove()
         for m, name, buffer in originals:
             setattr(m, name, buffer)
-        for m, mode in seen.items():
+        for m, (mode, names) in seen.items():
             m.training = mode
+            for name in [name for name, _ in m.named_buffers(recurse=False) if name not in names]:
+                delattr(m, name)  # registered by the forward pass
         random_state.restore()
 
 

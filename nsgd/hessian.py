@@ -44,7 +44,8 @@ def loss_hessian(
     """Open the Hessian of a loss; its graph is freed on leaving, also by an exception.
 
     ``.grad``, parameters, buffers, modes and random state stay as found. Modules are recognised when they
-    first run, so a closure that itself calls ``model.eval()`` has to undo that itself.
+    first run, so a closure that itself calls ``model.eval()`` has to undo that itself. Hooks that change gradients
+    (``Tensor.register_hook``, full backward hooks) change the products as well.
 
     Args:
         loss: One of: the loss itself, with its graph, which stays usable for ``loss.backward()``; a closure that
@@ -81,7 +82,9 @@ def loss_hessian(
 
 
 def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHessian]:
-    grads: list[Tensor | None] = _gradient(loss, params)
+    # Products of checkpointed activations run modules again: those too leave no trace.
+    with untouched(device=params[0].device):
+        grads: list[Tensor | None] = _gradient(loss, params)
     gradient = flatten(grads, params) / scale
     _check_finite(loss, gradient)
     is_open = True
@@ -89,7 +92,8 @@ def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHes
     def hvp(vector: Tensor) -> Tensor:
         if not is_open:
             raise RuntimeError("the graph of this loss is freed; take products inside `with loss_hessian(...)` only")
-        return _product(grads, params, vector) / scale
+        with untouched(device=params[0].device):
+            return _product(grads, params, vector) / scale
 
     try:
         yield LossHessian(hvp, gradient, product_cost=2)

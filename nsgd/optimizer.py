@@ -102,14 +102,31 @@ class NSGD(Damped, SGD):
         self._begin_damping(options)
 
 
-def damp(optimizer: Optimizer, **options: Any) -> Damped:
+def damp(
+    optimizer: Optimizer,
+    *,
+    k: int = 10,
+    gamma: float = 0.1,
+    refresh_every: int = 100,
+    which: Which = "LA",
+    bulk_scale: float = 1.0,
+    solver: Solver = "lanczos",
+    warmup_steps: int = 0,
+    save_basis: bool = True,
+) -> Damped:
     """Put the rule on any torch optimizer, in place: its step is scaled down along the sharpest directions.
 
     Args:
         optimizer: For example ``torch.optim.AdamW(model.parameters())``. Nothing of it changes but its class,
             which becomes a subclass of the one it had; schedulers, hooks and state stay.
-        **options: k, gamma, refresh_every, which, bulk_scale, solver, warmup_steps, save_basis, as in
-            :class:`nsgd.NSGD`. A group may carry its own gamma, bulk_scale or curvature.
+        k: Number of directions.
+        gamma: Factor on the step along directions of positive curvature. A group may carry its own.
+        refresh_every: Steps between two refreshes.
+        which: "LA", "LM" or "SA", as in :class:`nsgd.NSGD`.
+        bulk_scale: Factor on the step outside the directions. A group may carry its own.
+        solver: "lanczos" or "arpack".
+        warmup_steps: Steps before the first refresh.
+        save_basis: Whether ``state_dict`` holds the directions.
 
     Returns:
         The same object, with ``backward``, ``refresh`` and the diagnostics of :class:`nsgd.NSGD`.
@@ -122,7 +139,16 @@ def damp(optimizer: Optimizer, **options: Any) -> Damped:
         raise ValueError(f"expected a torch.optim.Optimizer, got a {type(optimizer).__name__}")
     if isinstance(optimizer, Damped):
         raise ValueError(f"expected an optimizer that is not damped yet, got a {type(optimizer).__name__}")
-    settings = damping_options(**options)
+    settings = damping_options(
+        k=k,
+        gamma=gamma,
+        refresh_every=refresh_every,
+        which=which,
+        bulk_scale=bulk_scale,
+        solver=solver,
+        warmup_steps=warmup_steps,
+        save_basis=save_basis,
+    )
     plain, found = optimizer.__class__, dict(vars(optimizer))
     groups = [dict(group) for group in optimizer.param_groups]
     optimizer.__class__ = _damped_class(plain)

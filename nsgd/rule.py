@@ -27,7 +27,7 @@ def project(moves: Mapping[Tensor, Tensor], directions: Mapping[Tensor, Tensor])
     squared_norm = torch.zeros((), dtype=dtype, device=first.device)
     for p, move in moves.items():
         flat = move.to(directions[p].dtype).reshape(-1)
-        coefficients += (directions[p].flatten(1) @ flat).to(coefficients)
+        coefficients += (rows(directions[p]) @ flat).to(coefficients)
         squared_norm += torch.dot(flat, flat).to(squared_norm)
     return _finite(coefficients), squared_norm
 
@@ -57,9 +57,14 @@ def correct(
     factors = coefficients * (gammas - bulk_scale)
     for p, move in moves.items():
         # Not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
-        p.add_(_finite(factors.to(directions[p]) @ directions[p].flatten(1)).view_as(p))
+        p.add_(_finite(factors.to(directions[p]) @ rows(directions[p])).view_as(p))
         if bulk_scale != 1:
             p.add_(move, alpha=bulk_scale - 1)
+
+
+def rows(block: Tensor) -> Tensor:
+    """A block (k, *shape) as (k, entries), also where the parameter is a scalar or empty."""
+    return block.reshape(len(block), block[0].numel())
 
 
 def _finite(tensor: Tensor) -> Tensor:
@@ -75,20 +80,25 @@ def in_float32(params: list[Tensor], state: dict[Tensor, Any]) -> Iterator[None]
     low = [p for p in params if p.dtype.itemsize < 4]
     rounded = {p: p.data for p in low}
     grads = {p: p.grad for p in low}
+    found = {p: set(state.get(p, {})) for p in low}
+    dtypes = {p: {name: v.dtype for name, v in state.get(p, {}).items() if _is_low(v)} for p in low}
     for p in low:
         p.data = p.data.float()
         p.grad = None if p.grad is None else p.grad.float()
-        _cast_state(state.get(p, {}), p, torch.float32)
+        for name in dtypes[p]:
+            state[p][name] = state[p][name].float()
     try:
         yield
     finally:
         for p in low:
             p.data = rounded[p].copy_(p.data)
             p.grad = grads[p]
-            _cast_state(state.get(p, {}), p, p.dtype)
+            for name, value in state.get(p, {}).items():
+                if name in dtypes[p]:
+                    state[p][name] = value.to(dtypes[p][name])
+                elif isinstance(value, Tensor) and name not in found[p] and value.shape == p.shape and p.ndim > 0:
+                    state[p][name] = value.to(p.dtype)  # made in this step, as large as the parameter: as torch would
 
 
-def _cast_state(entries: dict[str, Any], param: Tensor, dtype: torch.dtype) -> None:
-    for name, value in entries.items():
-        if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point() and name != "step":
-            entries[name] = value.to(dtype)
+def _is_low(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4

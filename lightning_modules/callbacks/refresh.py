@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -22,13 +21,14 @@ class RefreshDirections(pl.Callback):
 
     Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
     module's loggers go the eigenvalues (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with the last basis,
-    ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps``, ``nsgd/cost_gradients`` and ``nsgd/seconds`` so far.
+    ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far; those of several
+    damped optimizers go under ``nsgd-0/``, ``nsgd-1/`` ...
 
     Args:
         samples: Samples that the directions come from; None for the whole running batch, or, with
             ``source="train"``, for 2,560, the paper's number. A running batch that is no larger is used whole, at no
-            extra forward pass; so is the loss itself of a module that optimizes manually and has no
-            ``curvature_loss(batch)``.
+            extra forward pass; so is one of a kind that cannot be cut, and the loss of a module that optimizes
+            manually and has no ``curvature_loss(batch)``.
         source: "batch" for a slice of the running batch, "train" for a sample of the training set, fresh each time.
         optimizer: Index of the one optimizer to refresh, of several. By default all damped ones are, with several
             those whose every trainable parameter the loss reaches: a GAN either toggles its optimizers, so that the
@@ -52,7 +52,6 @@ class RefreshDirections(pl.Callback):
         if source not in ("batch", "train"):
             raise ValueError(f"expected source to be batch or train, got {source!r}")
         self.samples, self.source, self.optimizer = samples, source, optimizer
-        self.seconds = 0.0  # spent on refreshes so far
         self.seed = seed
         self._batch: Any = None
         self._batch_idx = 0
@@ -102,18 +101,22 @@ class RefreshDirections(pl.Callback):
         return list(trainer.optimizers) if self.optimizer is None else [trainer.optimizers[self.optimizer]]
 
     def _refresh(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Damped, loss: Tensor) -> None:
-        began = time.perf_counter()
         alignment = optimizer.alignment  # of the last step, in the basis that goes
         accumulate = trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else float(scaler.get_scale())
         own = module.automatic_optimization or hasattr(module, "curvature_loss")
+        size = batch_size_of(self._batch)
         if self.source == "train":
-            size = batch_size_of(self._batch)
+            if size is None:
+                raise ValueError(
+                    f"source='train' expected batches of tensors, got a {type(self._batch).__name__}; use "
+                    "source='batch'"
+                )
             sample = self._training_sample(trainer, module, size, factor)
             count = sum(n for _, n in sample)
             done = optimizer.refresh(sample, scale=factor, batch_fraction=count / (size * accumulate))
-        elif own and self.samples is not None and self.samples < (size := batch_size_of(self._batch)):
+        elif own and self.samples is not None and size is not None and self.samples < size:
             part = first_samples(self._batch, self.samples)
             done = optimizer.refresh(
                 lambda: factor * batch_loss(module, part, self._batch_idx),
@@ -124,12 +127,13 @@ class RefreshDirections(pl.Callback):
             if module.automatic_optimization:
                 factor /= accumulate
             done = optimizer.refresh(loss, scale=factor, batch_fraction=1 / accumulate)
-        self.seconds += time.perf_counter() - began
         if done:
-            metrics = {f"nsgd/lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
-            metrics |= {"nsgd/hvps": float(optimizer.hvps), "nsgd/cost_gradients": optimizer.cost_gradients}
-            metrics |= {"nsgd/overlap": optimizer.overlap, "nsgd/alignment": alignment, "nsgd/seconds": self.seconds}
-            known = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            metrics = {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+            metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients}
+            metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
+            several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
+            prefix = f"nsgd-{trainer.optimizers.index(optimizer)}" if several else "nsgd"
+            known = {f"{prefix}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
             for logger in trainer.loggers:
                 logger.log_metrics(known, step=trainer.global_step)
 
@@ -149,7 +153,7 @@ class RefreshDirections(pl.Callback):
         chosen = torch.randperm(len(dataset), generator=generator)[: self.samples or 2560].tolist()
 
         def loss_of(indices: list[int]) -> tuple[Closure, int]:
-            whole = loader.batch_size is None  # the data set makes whole batches itself
+            whole = loader.batch_sampler is None  # the data set makes whole batches itself
             batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
             moved = trainer.strategy.batch_to_device(batch)
             return (lambda: factor * batch_loss(module, moved, self._batch_idx)), len(indices)

@@ -52,8 +52,9 @@ def test_averages_equal_plain_loops_over_the_weights(make_trainer, options, step
     module, weights = fitted(make_trainer, read_outs, **options)
     assert len(weights) == steps  # of two batches each, and one in the remainder of each epoch
     ema = weights[0].double()
-    for w in weights[1:]:
-        ema = 0.8 * ema + 0.2 * w.double()
+    for step, w in enumerate(weights[1:], start=2):
+        decay = min(0.8, (1 + step) / (10 + step))  # warm-up: 3/12, 4/13 ...
+        ema = decay * ema + (1 - decay) * w.double()
     begin = {20: 15, 12: 9}[steps]  # SWA: the last quarter of the steps
     swa = torch.stack(weights[begin:]).double().mean(0)
     first = {20: 14, 12: 8}[steps]  # 1 - 0.3 of the steps, rounded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -239,6 +240,22 @@ def test_the_first_samples_of_a_nested_batch(whole, cut):
 
 
 @pytest.mark.parametrize("nothing", ["text", 3, [], {"a": torch.tensor(1.0)}])
-def test_a_batch_without_samples_is_an_error(nothing):
-    with pytest.raises(ValueError, match=f"first axis counts samples, got a {type(nothing).__name__}"):
-        batch_size_of(nothing)
+def test_a_batch_without_samples_has_no_size_and_stays_whole(nothing):
+    assert batch_size_of(nothing) is None
+    assert first_samples(nothing, 2) is nothing
+
+
+def test_a_dict_or_a_dataclass_of_somebody_else_keeps_its_class():
+    class Named(dict):
+        @property
+        def x(self):
+            return self["x"]
+
+    @dataclass
+    class Pair:
+        x: torch.Tensor
+        name: str
+
+    assert first_samples(Named(x=torch.arange(6)), 2).x.tolist() == [0, 1]
+    pair = first_samples(Pair(torch.arange(6), "six"), 2)
+    assert (pair.x.tolist(), pair.name) == ([0, 1], "six")

@@ -108,7 +108,7 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["nsgd"]["k"] == 2
     assert config["threads"] == 1
-    assert config["data"]["limit"] == 300
+    assert config["data"]["init_args"]["limit"] == 300
     first = (folder / "results.csv").read_bytes()
     assert code_of("compare", *TINY) == 0  # again: all runs are kept, and so are their numbers
     assert (folder / "results.csv").read_bytes() == first
@@ -317,3 +317,22 @@ def test_a_fault_of_a_library_is_not_passed_off_as_bad_input(monkeypatch):
     monkeypatch.setattr("lightning_modules.compare.write_csv", lambda *_: np.array([1, 2]).reshape(3))
     with pytest.raises(ValueError, match="reshape"):
         main(["compare", *TINY])
+
+
+def test_an_interrupted_study_says_so_and_its_folders_config_starts_it_again(capsys, here, monkeypatch):
+    from lightning_modules import cli
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_study", interrupted)
+    assert main(["compare"]) == 130
+    assert capsys.readouterr().err.strip() == (
+        "nsgd: interrupted; the same command keeps the finished runs and goes on"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    short = ["--epochs", "1", "--seeds", "1", "--methods", "[sgd]", "--data.limit", "300"]
+    assert main(["compare", *short, "--out", "first"]) == 0
+    assert main(["compare", "--config", "first/config.yaml", "--out", "second"]) == 0
+    assert (here / "second" / "config.yaml").read_text() == (here / "first" / "config.yaml").read_text()

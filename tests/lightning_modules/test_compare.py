@@ -324,8 +324,8 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
         ({"epochs": 3}, "epochs was 2, now 3"),
         ({"threads": 2}, "threads was 1, now 2"),
         ({"methods": ["sgd"]}, "methods was"),
-        ({"nsgd": replace(OPTIONS, gamma=0.5)}, "nsgd was"),
-        ({"data": Digits(batch_size=40, limit=300)}, "data was"),
+        ({"nsgd": replace(OPTIONS, gamma=0.5)}, "nsgd.gamma was 0.1, now 0.5"),
+        ({"data": Digits(batch_size=40, limit=300)}, "data.init_args.batch_size was 50, now 40"),
     ],
 )
 def test_another_studys_folder_is_refused_and_left_alone(tmp_path, changed, named):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from strangers import seeded
 from torch import Tensor
@@ -289,9 +290,26 @@ def test_validation_stands_in_for_a_test_split_and_another_can_be_named(images_f
     assert contents(HuggingFace(folder, batch_size=4).splits["test"]) == expected(range(100, 110), "grey")
 
 
-def test_limit_decodes_the_first_training_images(images_folder):
-    splits = HuggingFace(str(images_folder("grey")), batch_size=4, limit=20).splits
-    assert contents(splits["train"], splits["val"]) == expected(range(20), "grey")
+def test_limit_draws_training_images_at_random_and_always_the_same(images_folder):
+    folder = str(images_folder("grey"))
+    splits = HuggingFace(folder, batch_size=4, limit=20).splits
+    drawn = contents(splits["train"], splits["val"])
+    assert len(drawn) == 20
+    assert drawn.items() <= expected(range(40), "grey").items()
+    assert drawn != expected(range(20), "grey")  # folders hold one class after the other
+    again = HuggingFace(folder, batch_size=4, limit=20).splits
+    assert contents(again["train"], again["val"]) == drawn
+
+
+def test_one_colour_image_makes_all_of_them_colour(tmp_path):
+    for split, mode in (("train", "L"), ("test", "RGB")):
+        for label in ("a", "b"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.new(mode, (4, 4), i if mode == "L" else (i, 2 * i, 0)).save(folder / f"{i}.png")
+    splits = HuggingFace(str(tmp_path), batch_size=4).splits
+    assert splits["train"].pixels.shape[1] == splits["test"].pixels.shape[1] == 3
 
 
 @pytest.mark.parametrize(

@@ -461,12 +461,6 @@ def test_cost_is_counted_in_gradients_of_a_training_batch(make_trainer, refresh,
     assert optimizer.cost_gradients == pytest.approx((optimizer.refreshes + product * optimizer.hvps) * fraction)
 
 
-def test_seconds_are_those_spent_on_refreshes(make_trainer):
-    callback = RefreshDirections(8)
-    make_trainer(callbacks=[callback]).fit(Regression(partial(NSGD, lr=0.05, k=2)), DataLoader(Rows(), batch_size=32))
-    assert 0 < callback.seconds < 60
-
-
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -145,7 +145,7 @@ def test_a_difference_without_significance_is_said_as_such(folder, p, said):
 )
 def test_names_from_the_config_are_escaped(folder, path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["data"] = {**config["data"], "class": "HuggingFace", "path": path}
+    config["data"]["init_args"]["path"] = path
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     page = Page(write_report(folder))
     assert path in page.text.replace("\n", " ")
@@ -156,7 +156,7 @@ def test_names_from_the_config_are_escaped(folder, path):
 
 def test_the_terminal_shows_a_name_with_brackets_as_it_is(folder):
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["data"] = {**config["data"], "path": "data[bold]/[/x]"}
+    config["data"]["init_args"]["path"] = "data[bold]/[/x]"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     console = Console(file=io.StringIO(), width=200)
     print_table(folder, console)
