@@ -191,7 +191,7 @@ class Damped(Optimizer):
                     repeated=False,
                 )
         except FloatingPointError as error:
-            first["attempted_at"] = first["steps"]
+            self._count_refresh(products, cost * batch_fraction)
             first["skipped_refreshes"] += 1
             self._warn_once(
                 "nan",
@@ -199,13 +199,17 @@ class Damped(Optimizer):
                 "skips are counted in skipped_refreshes without a warning",
             )
             return False
-        finally:
-            first["hvps"] += products
-            first["cost_gradients"] += cost * batch_fraction
+        self._count_refresh(products, cost * batch_fraction)
         self._take(pairs, params)
-        first["refreshed_at"] = first["attempted_at"] = first["steps"]
+        first["refreshed_at"] = first["steps"]
         first["refreshes"] += 1
         return True
+
+    def _count_refresh(self, products: int, cost: float) -> None:
+        first = self.param_groups[0]
+        first["attempted_at"] = first["steps"]
+        first["hvps"] += products
+        first["cost_gradients"] += cost
 
     def _take(self, pairs: Eigenpairs, params: list[Tensor]) -> None:
         blocks = [
