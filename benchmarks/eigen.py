@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps on digits")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    data = Digits() if args.smoke else HuggingFace(args.data, limit=20_000)
+    data = Digits() if args.smoke else HuggingFace(args.data, limit=20_000, val_fraction=0.1)
     train = data.splits["train"]
     images = data.normalise(train.pixels)
     seeds, steps, count = (1, 5, 100) if args.smoke else (args.seeds, STEPS, IMAGES)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -60,6 +61,18 @@ def main(args: Sequence[str] | None = None) -> int:
         again = "; the same command keeps the finished runs and goes on" if argv[0] == "compare" else ""
         print(f"nsgd: interrupted{again}", file=sys.stderr)
         return 130
+    except MisconfigurationException as error:
+        print(f"nsgd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        print(
+            "nsgd: the checkpoint is of another network or data set; give the options that it was trained with, for "
+            "example --config lightning_logs/version_0/config.yaml",
+            file=sys.stderr,
+        )
+        return 2
     except ValueError as error:
         said = _ours(error)
         if said is None:
@@ -86,7 +99,9 @@ def _ours(error: BaseException | None) -> BaseException | None:
 def _complain(message: str) -> NoReturn:
     """Say what a parser complains of in one sentence, as every other bad input."""
     said = " ".join(message.split())
-    if 'key "data"' in said:
+    if 'key "data"' in said and "required: path" in said:
+        said = "HuggingFace expected --data.path, a name on the hub or a local folder, got none"
+    elif 'key "data"' in said:
         said = f"expected --data to be Digits or HuggingFace, or the import path of an ImageData class: {said}"
     raise ValueError(said if "--help" in said else f"{said}; nsgd COMMAND --help lists the options")
 
@@ -170,6 +185,8 @@ class _Commands(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
+        if not path and self.subcommand != "fit":
+            raise ValueError(f"expected --ckpt_path, the checkpoint to {self.subcommand}, got none")
         if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
             raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
 
@@ -187,6 +204,8 @@ def _lightning(argv: list[str]) -> None:
     ignore_lightning_noise()
     # That is what --optimizer is for.
     warnings.filterwarnings("ignore", ".*configure_optimizers. will be overridden by.*")
+    # Every command logs to a folder of its own, so that nothing is overwritten.
+    warnings.filterwarnings("ignore", "The dirpath has changed from.*")
     found = sys.argv
     sys.argv = ["nsgd", *argv]  # LightningCLI takes its program name from there, and warns of arguments that differ
     try:

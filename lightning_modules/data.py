@@ -215,8 +215,8 @@ class HuggingFace(ImageData):
         label_column: str | None = None,
         test_split: str = "test",
         batch_size: int = 128,
-        augment: bool = True,
-        val_fraction: float = 0.1,
+        augment: bool = False,
+        val_fraction: float = 0.2,
         limit: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, augment=augment, val_fraction=val_fraction, limit=limit)

@@ -147,7 +147,7 @@ def _difference(entry: dict[str, Any], scale: float, digits: int) -> list[str]:
         return ["", ""]
     text = _estimate(entry["difference"], entry["difference_half_width"], scale, digits, "+")
     if math.isnan(entry["p"]):
-        return [text, "no test"]
+        return [text, "no test"]  # one seed, a run that diverged, or the same difference for every seed
     verdict = "significant" if entry["p"] < _SIGNIFICANT else "no significant difference"
     return [text, f"{verdict} (p = {entry['p']:.2g})"]
 
@@ -161,7 +161,7 @@ def _caption(files: Files) -> str:
     tuned = {
         "grid": f"each tuned on the grid {grid} by validation loss over {len(TUNING_SEEDS)} other seeds",
         "tuned": f"tuned beforehand on the grid {grid} by validation loss, at the default settings"
-        if (config["data"]["class_path"].rpartition(".")[2], config["net"]) in TUNED
+        if (config["data"]["class_path"].rpartition(".")[2], config["net"], config["momentum"]) in TUNED
         else "not tuned",
     }.get(str(config["lr"]), "given, not tuned")
     tests = sum(r["measure"] == "test_accuracy" and not math.isnan(r["p"]) for r in files.summary)

@@ -24,7 +24,7 @@ from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
 from nsgd.rule import correct, in_float32, project, rows
 
-# Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.9 to
+# Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.96 to
 # 1.0 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
 _EXTRA_PRODUCTS = 2
 
@@ -117,6 +117,8 @@ class Damped(Optimizer):
             scale: What the loss that the curvature comes from was multiplied by.
             batch_fraction: Samples in ``curvature`` over samples in a training batch, for ``cost_gradients``.
         """
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
         self.refresh_if_due(loss if curvature is None else curvature, scale, batch_fraction=batch_fraction)
         torch.autograd.backward(loss)
 
@@ -163,6 +165,9 @@ class Damped(Optimizer):
                 f"expected one process, got {_world_size()}: each would take directions of its own, and the replicas "
                 "would drift apart; train on one device"
             )
+        for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
         first = self.param_groups[0]
         params = self._curvature_params()
         if not params:
@@ -291,7 +296,7 @@ class Damped(Optimizer):
     def _count_step(self) -> None:
         first = self.param_groups[0]
         first["steps"] += 1
-        many = first["warmup_steps"] + max(2 * first["refresh_every"], 20)
+        many = first["warmup_steps"] + 20  # the first refresh was due at once
         if first["attempted_at"] < 0 and first["steps"] >= many and self._has_effect:
             self._warn_once(
                 "plain",

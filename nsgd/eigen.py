@@ -84,6 +84,8 @@ def top_eigenpairs(
         ValueError: If an argument is out of range.
         FloatingPointError: If a product, or the loss, is NaN or infinite.
     """
+    if not isinstance(params, Iterable):
+        raise ValueError(f"expected parameters, got a {type(params).__name__}; pass model.parameters()")
     params = list(params)
     check_params(params)
     size = sum(p.numel() for p in params)

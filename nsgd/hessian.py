@@ -181,6 +181,8 @@ def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -
 
 def check_params(params: Sequence[Tensor]) -> None:
     """Raise a ValueError unless there are real parameters of which at least one requires a gradient."""
+    if not all(isinstance(p, Tensor) for p in params):
+        raise ValueError("expected parameters, got something else among them; pass model.parameters()")
     if not params:
         raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
     if not any(p.requires_grad for p in params):

@@ -60,5 +60,5 @@ def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
         main([command, "--help"])
     text = capsys.readouterr().out
     assert flags
-    for flag in flags - {"--data.path", "--optimizer.lr"}:  # these belong to the class that is chosen
+    for flag in flags - {"--data.path", "--data.augment", "--optimizer.lr"}:  # these belong to the class that is chosen
         assert flag in text, flag

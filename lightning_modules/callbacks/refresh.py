@@ -30,14 +30,13 @@ class RefreshDirections(pl.Callback):
             extra forward pass; so is one of a kind that cannot be cut, and the loss of a module that optimizes
             manually and has no ``curvature_loss(batch)``.
         source: "batch" for a slice of the running batch, "train" for a sample of the training set, fresh each time.
-        optimizer: Index of the one optimizer to refresh, of several. By default all damped ones are, with several
-            those whose every trainable parameter the loss reaches: a GAN either toggles its optimizers, so that the
-            generator's loss does not reach the discriminator, or has one callback for each index.
+        optimizer: Index of the one optimizer to refresh, of several; by default all damped ones. With several, a loss
+            refreshes those whose every trainable parameter it reaches, or the named one if it reaches any; the others
+            pass it over. A GAN toggles its optimizers, so that the generator's loss does not reach the discriminator.
         seed: Seeds the samples of the training set.
 
     Raises:
-        ValueError: If an option is out of range; when training starts, if no optimizer is damped; at a refresh, if
-            the loss reaches the parameters of none.
+        ValueError: If an option is out of range; when training starts, if no optimizer is damped.
     """
 
     def __init__(
@@ -84,15 +83,13 @@ class RefreshDirections(pl.Callback):
         damped = [o for o in self._candidates(trainer) if isinstance(o, Damped)]
         if not any(o.refresh_due for o in damped):
             return
-        if len(trainer.optimizers) > 1 and self.optimizer is None:
+        if len(trainer.optimizers) > 1:  # this may be the loss of another network
             reached = _reached(loss)
             trainable = {o: {p for g in o.param_groups for p in g["params"] if p.requires_grad} for o in damped}
-            damped = [o for o in damped if trainable[o] and trainable[o] <= reached]
-            if not damped:
-                raise ValueError(
-                    "RefreshDirections expected the loss to reach all parameters of a damped optimizer, got one that "
-                    "reaches none whole; name the optimizer by its index, RefreshDirections(optimizer=...)"
-                )
+            if self.optimizer is None:
+                damped = [o for o in damped if trainable[o] and trainable[o] <= reached]
+            else:
+                damped = [o for o in damped if trainable[o] & reached]
         for optimizer in damped:
             if optimizer.refresh_due:
                 self._refresh(trainer, pl_module, optimizer, loss)

@@ -302,8 +302,24 @@ def test_bad_input_to_fit_is_one_sentence_and_overwrites_nothing(capsys, here, f
 
 
 def test_predictions_are_not_overwritten(capsys, here):
+    assert code_of("fit", *SHORT) == 0
+    (trained,) = here.rglob("*.ckpt")
+    capsys.readouterr()
     (here / "predictions.csv").write_text("mine")
-    assert "predictions.csv exists" in complaint(capsys, here, "predict", *SHORT)
+    assert code_of("predict", *SHORT, "--ckpt_path", str(trained)) == 2
+    assert "predictions.csv exists" in capsys.readouterr().err
+    assert (here / "predictions.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_checkpoint_is_asked_for_and_has_to_fit(capsys, here, folders, command):
+    assert f"expected --ckpt_path, the checkpoint to {command}" in complaint(capsys, here, command, *SHORT)
+    assert code_of("fit", *SHORT) == 0
+    (trained,) = here.rglob("*.ckpt")
+    capsys.readouterr()
+    other = ("--data", "HuggingFace", "--data.path", "pictures", "--data.batch_size", "2")
+    assert code_of(command, *SHORT[:2], *other, "--ckpt_path", str(trained)) == 2
+    assert "the checkpoint is of another network or data set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [["train"], ["--seeds", "3"], ["Compare"]])

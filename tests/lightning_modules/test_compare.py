@@ -431,8 +431,8 @@ def test_tuned_rates_are_the_best_of_the_committed_grid():
         own = [row for row in rows if row["method"] == method]
         assert tuple(row["lr"] for row in own) == GRID  # equal budgets
         assert {row["seeds"] for row in own} == {3}
-        assert TUNED["Digits", "mlp"][method] == min(own, key=lambda row: row["val_loss"])["lr"]
-    assert set(TUNED["Digits", "mlp"]) == methods
+        assert TUNED["Digits", "mlp", 0.0][method] == min(own, key=lambda row: row["val_loss"])["lr"]
+    assert set(TUNED["Digits", "mlp", 0.0]) == methods
 
 
 @pytest.mark.parametrize(

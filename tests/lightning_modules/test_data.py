@@ -259,7 +259,7 @@ def test_parquet_folders_give_every_pixel_and_label(images_folder, mode, schema)
     folder = images_folder(mode, schema=schema)
     data = HuggingFace(str(folder), batch_size=8, label_column=None if schema else "kind")
     splits = data.splits
-    assert {name: len(s.labels) for name, s in splits.items()} == {"train": 36, "val": 4, "test": 10}
+    assert {name: len(s.labels) for name, s in splits.items()} == {"train": 32, "val": 8, "test": 10}
     assert contents(splits["train"], splits["val"]) == expected(range(40), mode)
     assert contents(splits["test"]) == expected(range(100, 110), mode)
     assert (data.input_shape, data.num_classes) == ((1 if mode == "grey" else 3, 6, 5), 3)
@@ -369,7 +369,7 @@ def test_a_path_without_images_is_refused_in_one_sentence(tmp_path, kind):
 def test_cifar10_reads_as_32_x_32_colour_images_of_ten_classes():
     data = HuggingFace(str(CIFAR10), limit=200, batch_size=50)
     assert (data.input_shape, data.num_classes) == ((3, 32, 32), 10)
-    assert {name: len(s.labels) for name, s in data.splits.items() if name != "test"} == {"train": 180, "val": 20}
+    assert {name: len(s.labels) for name, s in data.splits.items() if name != "test"} == {"train": 160, "val": 40}
     pixels = data.splits["train"].pixels.float()
     assert pixels.std() > 50  # colours, not labels or zeros
     assert data.splits["test"].pixels.shape[1:] == (3, 32, 32)

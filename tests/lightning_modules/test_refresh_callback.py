@@ -299,14 +299,36 @@ def test_of_several_optimizers_those_reached_whole_or_the_one_named(make_trainer
     assert [o.refreshes for o in trainer.optimizers] == refreshed
 
 
-def test_a_loss_that_reaches_no_damped_optimizer_whole_is_an_error(make_trainer):
+def test_a_loss_that_reaches_no_damped_optimizer_whole_is_passed_over(make_trainer):
     def make(params: Any) -> torch.optim.Optimizer:
         params = list(params)
         return NSGD(params, lr=0.1, k=2) if len(params) == 2 else torch.optim.SGD(params, lr=0.1)
 
     trainer = make_trainer(callbacks=[RefreshDirections(None)])
-    with pytest.raises(ValueError, match=r"reaches none whole; name the optimizer by its index"):
-        trainer.fit(TwoParts(make), loader(samples=16, features=2, number=2))
+    trainer.fit(TwoParts(make), loader(samples=16, features=2, number=2))
+    assert sum(o.refreshes for o in trainer.optimizers if isinstance(o, NSGD)) == 0
+
+
+@pytest.mark.parametrize("damped", [(True, False), (False, True), (True, True)], ids=["first", "second", "both"])
+@pytest.mark.parametrize("named", [False, True])
+def test_networks_with_losses_of_their_own_are_refreshed_by_these(make_trainer, damped, named):
+    class Apart(TwoParts):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            losses = (F.cross_entropy(self.net(batch[0]), batch[1]), F.cross_entropy(self.other(batch[0]), batch[1]))
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            kinds = [partial(NSGD, k=2) if d else torch.optim.SGD for d in damped]
+            parts = (self.net, self.other)
+            return [kind(part.parameters(), lr=0.1) for kind, part in zip(kinds, parts, strict=True)]
+
+    indices = [i for i, d in enumerate(damped) if d] if named else [None]
+    trainer = make_trainer(callbacks=[RefreshDirections(None, optimizer=i) for i in indices])
+    trainer.fit(Apart(None), loader(samples=16, features=2, number=2))
+    assert [getattr(o, "refreshes", 0) for o in trainer.optimizers] == [int(d) for d in damped]
 
 
 @pytest.mark.parametrize(
