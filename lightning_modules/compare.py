@@ -44,7 +44,7 @@ TUNING_SEEDS = (1000, 1001, 1002)  # never used by a study
 # the tuning.csv of `nsgd compare --methods [sgd,nsgd,bulk-sgd,dom-sgd] --lr grid`.
 TUNED = {("Digits", "mlp", 0.0): {"sgd": 0.5, "nsgd": 0.5, "bulk-sgd": 0.5, "dom-sgd": 0.2}}
 
-_EVALUATED = 5000  # training images that the training loss of a read-out is taken on
+EVALUATED = 5000  # training images that the training loss of a read-out is taken on
 _CALIBRATION = 2000  # training images that BatchNorm statistics are recalibrated on
 
 
@@ -311,7 +311,7 @@ def _run(
     pixels = data.splits["train"].pixels[:_CALIBRATION]
     calibration = [data.normalise(part) for part in torch.split(pixels, data.batch_size)]
     train = data.splits["train"]
-    scored = {**data.splits, "train": Images(train.pixels[:_EVALUATED], train.labels[:_EVALUATED])}
+    scored = {**data.splits, "train": Images(train.pixels[:EVALUATED], train.labels[:EVALUATED])}
     rows = []
     for name in read_outs.available:
         with read_outs.applied(name, module, calibration):

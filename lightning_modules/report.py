@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.compare import GRID, TUNED, TUNING_SEEDS, Rows, factors, read_csv
+from lightning_modules.compare import EVALUATED, GRID, TUNED, TUNING_SEEDS, Rows, factors, read_csv
 
 matplotlib.use("Agg")
 
@@ -171,7 +171,8 @@ def _caption(files: Files) -> str:
         f"{means if config['seeds'] > 1 else 'One seed, so no intervals and no tests'}. Learning rates: "
         f"{rates} ({tuned}); momentum {config['momentum']:g}; batch size {config['data']['init_args']['batch_size']}; "
         f"threads: {config['threads']}. One gradient is a forward and backward pass on a training batch, and refreshes "
-        "are counted in. Averages are read-outs of the same runs." + _diverged(files)
+        "are counted in. Averages are read-outs of the same runs; training losses are taken on at most "
+        f"{EVALUATED:,} images, accuracies on all." + _diverged(files)
     )
 
 
