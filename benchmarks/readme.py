@@ -83,7 +83,7 @@ def eigen() -> str:
     seeds = len({row["seed"] for row in rows})
     source = (
         f"Medians over {seeds} seeds; overlap is the mean squared cosine with the exact top 10. From\n"
-        "`benchmarks/results/eigen.csv`, made by `python benchmarks/eigen.py --data uoft-cs/cifar10`."
+        "`benchmarks/results/eigen.csv`, made by `python benchmarks/eigen.py --data FOLDER` on the JPEG copies."
     )
     return f"{markdown(header, body)}\n\n{source}"
 

@@ -160,9 +160,9 @@ class Damped(Optimizer):
             ValueError: If the loss is no scalar, has no graph or reaches none of the parameters, or if fewer than
                 k parameters can train.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and _world_size() > 1:
+        if (processes := _processes()) > 1:
             raise ValueError(
-                f"expected one process, got {_world_size()}: each would take directions of its own, and the replicas "
+                f"expected one process, got {processes}: each would take directions of its own, and the replicas "
                 "would drift apart; train on one device"
             )
         for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
@@ -464,8 +464,9 @@ def _check_size(k: int, params: list[Tensor]) -> None:
         raise ValueError(f"expected k of at most {size}, the number of trainable parameters, got {k}")
 
 
-def _world_size() -> int:
-    return torch.distributed.get_world_size()
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _basis_dtype(param: Tensor) -> torch.dtype:
