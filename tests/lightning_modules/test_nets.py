@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.nets import make_net, mlp, simple_cnn
+from lightning_modules.nets import make_net, mlp, resnet, simple_cnn, vision_transformer
 
 
 def conv(inputs: int, outputs: int, size: int) -> int:
@@ -87,3 +87,48 @@ def test_images_too_small_for_the_poolings_are_refused(shape):
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="expected net to be one of mlp, simple-cnn, simple-cnn-root, got 'resnet'"):
         make_net("resnet", (3, 32, 32), 10)
+
+
+@pytest.mark.parametrize(
+    ("depth", "batch_norm", "expected"),
+    [
+        (20, True, 269_722),  # He et al. (2016), table 6: 0.27 M, 0.46 M, 0.85 M
+        (32, True, 464_154),
+        (56, True, 853_018),
+        # Convolutions with a bias each in place of BatchNorm's two vectors.
+        (32, False, 464_154 - 11 * 16 - 10 * 32 - 10 * 64),
+    ],
+)
+def test_resnets_have_the_published_sizes(depth, batch_norm, expected):
+    net = resnet((3, 32, 32), 10, depth=depth, batch_norm=batch_norm)
+    assert sum(p.numel() for p in net.parameters()) == expected
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_resnet_without_batch_norm_starts_at_a_fifteenth_of_he_s_variance():
+    torch.manual_seed(0)
+    net = resnet((3, 32, 32), 10, depth=32, batch_norm=False)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
+            fan_in = module.weight[0].numel()
+            # The standard error of a variance of n normal entries is sqrt(2 / n); five of them.
+            spread = 5 * math.sqrt(2 / module.weight.numel())
+            assert module.weight.var().item() == pytest.approx(2 / fan_in / 15, rel=spread)
+
+
+def test_a_resnet_of_another_depth_is_refused():
+    with pytest.raises(ValueError, match="2 more than a multiple of 6, got 21; take 20 or 32"):
+        resnet((3, 32, 32), 10, depth=21)
+
+
+def test_a_vision_transformer_by_hand():
+    net = vision_transformer((3, 32, 32), 10, patch=4, dim=64, depth=4)
+    block = 4 * (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64) + 2 * 2 * 64  # attention, feed-forward, two norms
+    expected = (3 * 16 * 64 + 64) + 64 * 64 + 4 * block + 2 * 64 + dense(64, 10)
+    assert sum(p.numel() for p in net.parameters()) == expected
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_vision_transformer_wants_whole_patches():
+    with pytest.raises(ValueError, match="multiples of patch = 4, got 30 x 32"):
+        vision_transformer((3, 30, 32), 10)
