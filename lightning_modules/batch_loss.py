@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -14,22 +14,28 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from nsgd.guard import untouched
 
 
 def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
-    """The training loss of a batch, with its graph, as if it had never been computed.
+    """The training loss of a batch, with its graph, as if it had never been computed: :func:`batch_losses`, once."""
+    with batch_losses(module) as loss:
+        return loss(batch, batch_idx)
 
-    This is ``module.curvature_loss(batch)`` where the module defines that, else its ``training_step`` with ``log`` and
-    loggers muted. Buffers, modes, random state, metric states and the module's own attributes (counters, lists of
+
+@contextmanager
+def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Tensor]]:
+    """A function from a batch and its index to its training loss; on leaving, nothing is left behind.
+
+    The loss is ``module.curvature_loss(batch)`` where the module defines that, else its ``training_step`` with ``log``
+    and loggers muted. Buffers, modes, random state, metric states and the module's own attributes (counters, lists of
     outputs) are as before afterwards. It runs under the trainer's precision.
 
     Args:
         module: Any LightningModule. One with manual optimization needs ``curvature_loss``, since its
-            ``training_step`` would take optimizer steps.
-        batch: On the module's device already.
-        batch_idx: Handed to ``training_step``.
+            ``training_step`` would take optimizer steps. Batches have to be on its device already.
 
     Raises:
         ValueError: If the module optimizes manually without ``curvature_loss``, or no loss comes back.
@@ -41,26 +47,30 @@ def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Te
             "define curvature_loss(self, batch), returning the loss"
         )
     trainer = module._trainer
-    precision = nullcontext() if trainer is None else trainer.precision_plugin.train_step_context()
+    takes_one = _takes_one(module.training_step)
+
+    def loss_of(batch: Any, batch_idx: int) -> Tensor:
+        with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
+            if own is not None:
+                output = own(batch)
+            elif takes_one:
+                output = module.training_step(batch)
+            else:
+                output = module.training_step(batch, batch_idx)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                f"expected training_step of {type(module).__name__} to return a loss, or a dict with one under "
+                f"'loss', got {type(loss).__name__}"
+            )
+        return loss
+
     guards = (torch.inference_mode(False), torch.enable_grad(), _shelved(module), _no_loggers(trainer))
     with ExitStack() as stack:
         for guard in (*guards, untouched(module, device=module.device)):
             stack.enter_context(guard)
         vars(module).update(log=_muted, log_dict=_muted)
-        with precision:
-            if own is not None:
-                output = own(batch)
-            elif _takes_one(module.training_step):
-                output = module.training_step(batch)
-            else:
-                output = module.training_step(batch, batch_idx)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"expected training_step of {type(module).__name__} to return a loss, or a dict with one under 'loss', got "
-            f"{type(loss).__name__}"
-        )
-    return loss
+        yield loss_of
 
 
 def _takes_one(step: Any) -> bool:
@@ -122,8 +132,37 @@ def batch_size_of(batch: Any) -> int | None:
     return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim > 0), None)
 
 
-def first_samples(batch: Any, samples: int) -> Any:
-    """The first samples of a batch: every tensor and plain list as long as the batch is cut, the rest is kept."""
+def is_cuttable(batch: Any) -> bool:
+    """Whether a batch can be cut into samples without a doubt: one length for all tensors, and no list of structures.
+
+    Lists of images of several sizes, and targets in a list of dicts, are batches of another kind.
+    """
+    lengths = {len(tensor) for tensor in _tensors(batch) if tensor.ndim > 0}
+    return len(lengths) == 1 and not _has_structures(batch, lengths.pop())
+
+
+def _has_structures(batch: Any, size: int) -> bool:
+    if isinstance(batch, Mapping):
+        return any(_has_structures(value, size) for value in batch.values())
+    if is_dataclass(batch):
+        return any(_has_structures(getattr(batch, field.name), size) for field in fields(batch))
+    if isinstance(batch, PackedSequence):
+        return True
+    if isinstance(batch, list | tuple):
+        holds = any(isinstance(value, Tensor | list | tuple | Mapping) for value in batch)
+        return (isinstance(batch, list) and len(batch) == size and holds and not _is_pair(batch, size)) or any(
+            _has_structures(value, size) for value in batch
+        )
+    return False
+
+
+def _is_pair(batch: list[Any], size: int) -> bool:
+    """A list of tensors of the batch's own length is a batch of its columns, as default_collate makes it."""
+    return all(isinstance(value, Tensor) and value.ndim > 0 and len(value) == size for value in batch)
+
+
+def some_samples(batch: Any, samples: slice) -> Any:
+    """Some samples of a batch: every tensor and plain list as long as the batch is cut, the rest is kept."""
     size = batch_size_of(batch)
     return batch if size is None else _cut(batch, size, samples)
 
@@ -142,9 +181,9 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(batch, field.name))
 
 
-def _cut(batch: Any, size: int, samples: int) -> Any:
+def _cut(batch: Any, size: int, samples: slice) -> Any:
     if isinstance(batch, Tensor):
-        return batch[:samples] if batch.ndim > 0 and len(batch) == size else batch
+        return batch[samples] if batch.ndim > 0 and len(batch) == size else batch
     if isinstance(batch, Mapping):
         parts = {key: _cut(value, size, samples) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):
@@ -156,7 +195,7 @@ def _cut(batch: Any, size: int, samples: int) -> Any:
         return replace(batch, **{f.name: _cut(getattr(batch, f.name), size, samples) for f in fields(batch) if f.init})
     if isinstance(batch, list | tuple):
         if len(batch) == size and not any(isinstance(value, Tensor | list | tuple | Mapping) for value in batch):
-            return batch[:samples]  # one plain item a sample, for example names
+            return batch[samples]  # one plain item a sample, for example names
         items = [_cut(value, size, samples) for value in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch

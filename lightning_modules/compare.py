@@ -33,7 +33,8 @@ from lightning_modules.classifier import Classifier
 from lightning_modules.data import Digits, ImageData, Images
 from lightning_modules.nets import NetName, make_net
 from nsgd import NSGD
-from nsgd.eigen import Solver, Which
+from nsgd.damping import Estimator
+from nsgd.eigen import Which
 
 Method = Literal["sgd", "nsgd", "bulk-sgd", "dom-sgd"]
 Rows = list[dict[str, Any]]
@@ -55,24 +56,34 @@ class NSGDOptions:
     Args:
         k: Number of directions.
         gamma: Factor on the step along them.
-        refresh_every: Steps between two refreshes.
+        refresh_every: Steps between two refreshes, or "auto" for as many as ``overhead`` pays.
+        overhead: Gradients a step that refreshes may cost, with "auto".
+        decay: Share of the last directions in their running average; null for 0.95 with gradients, else 0.
         samples: Samples that the directions come from; null for the whole batch.
+        group_size: Samples in a group, whose gradients give the directions; null for 1, or 8 with BatchNorm.
         source: "batch" for a slice of the running batch, "train" for a fresh sample of the training set.
         which: "LA", "LM" or "SA".
         bulk_scale: Factor on the step outside the directions.
-        solver: "lanczos" or "arpack".
+        solver: "gradients" (of groups), "lanczos" or "arpack"; "auto" is "gradients" where the batch can be cut.
         warmup_steps: Steps before the first refresh.
     """
 
     k: int = 10
     gamma: float = 0.1
-    refresh_every: int = 20
-    samples: int | None = 64
+    refresh_every: int | Literal["auto"] = "auto"
+    overhead: float = 0.1
+    decay: float | None = None
+    samples: int | None = 32
+    group_size: int | None = None
     source: Literal["batch", "train"] = "batch"
     which: Which = "LA"
     bulk_scale: float = 1.0
-    solver: Solver = "lanczos"
+    solver: Estimator = "auto"
     warmup_steps: int = 0
+
+    def callback(self) -> RefreshDirections:
+        """The callback that refreshes with these options."""
+        return RefreshDirections(samples=self.samples, group_size=self.group_size, source=self.source)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,13 @@ class Study:
             raise ValueError(f"expected lr >= 0 and finite, got {self.lr}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum >= 0 and below 1, got {self.momentum}")
-        RefreshDirections(samples=self.nsgd.samples, source=self.nsgd.source)
+        self.nsgd.callback()
+        samples = self.nsgd.samples
+        if self.nsgd.solver == "gradients" and samples is not None and samples <= (self.nsgd.group_size or 1):
+            raise ValueError(
+                f"solver='gradients' expected samples of two groups or more, got samples={samples}; raise it, or lower "
+                "group_size"
+            )
         net = make_net(self.net, self.data.input_shape, self.data.num_classes)
         for method in self.methods:
             make_optimizer(self, method, 0.1, net.parameters())
@@ -162,6 +179,8 @@ def make_optimizer(
         k=options.k,
         gamma=gamma,
         refresh_every=options.refresh_every,
+        overhead=options.overhead,
+        decay=options.decay,
         which=options.which,
         bulk_scale=bulk_scale,
         solver=options.solver,
@@ -292,7 +311,7 @@ def _run(
     module = Classifier(study.net, data.input_shape, data.num_classes)
     module.configure_optimizers = lambda: make_optimizer(study, method, lr, module.parameters())  # type: ignore[method-assign]
     record, read_outs = RecordSteps(progress), ReadOuts()
-    refresh = [] if method == "sgd" else [RefreshDirections(samples=study.nsgd.samples, source=study.nsgd.source)]
+    refresh = [] if method == "sgd" else [study.nsgd.callback()]
     with _quiet():
         trainer = pl.Trainer(
             accelerator="cpu",

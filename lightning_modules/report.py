@@ -65,7 +65,7 @@ def write_report(folder: Path) -> Path:
         "training-loss": (_training_loss(files), "Training loss against the three axes of cost. " + _band(files)),
         "validation-accuracy": (_validation(files), "Validation accuracy after each epoch. " + _band(files)),
     }
-    if any("lambda_1" in row for runs in files.metrics.values() for row in runs[0]):
+    if any("weight_1" in row for runs in files.metrics.values() for row in runs[0]):
         figures["eigenvalues"] = (_eigenvalues(files), _eigenvalues_caption(files))
     pictures = []
     for name, (figure, caption) in figures.items():
@@ -260,7 +260,7 @@ def _validation(files: Files) -> Figure:
 
 def _refreshed(files: Files) -> dict[str, Rows]:
     """For each method that has directions, the rows of its first seed at which they were refreshed."""
-    found = {method: [row for row in runs[0] if "lambda_1" in row] for method, runs in files.metrics.items()}
+    found = {method: [row for row in runs[0] if "weight_1" in row] for method, runs in files.metrics.items()}
     return {method: rows for method, rows in found.items() if rows}
 
 
@@ -281,20 +281,20 @@ def _eigenvalues(files: Files) -> Figure:
     figure.set_size_inches(5.2 * len(refreshed), 3.8)
     for axes, (method, rows) in zip(panels, refreshed.items(), strict=True):
         steps = [row["step"] for row in rows]
-        k = sum(name.startswith("lambda_") for name in rows[0])
+        k = max(sum(name.startswith("weight_") for name in row) for row in rows)  # at first there may be fewer
         for i in range(k, 0, -1):
-            values = [row[f"lambda_{i}"] for row in rows]
+            values = [row.get(f"weight_{i}", math.nan) for row in rows]
             axes.plot(
                 steps, values, color=COLORS[method], alpha=1 if i == 1 else 0.35, linewidth=1.6 if i == 1 else 0.8
             )
         lines = _limits(files, method)
         for label, level, style in lines:
             axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{label} = {level:.3g}")
-        positive = min(row[f"lambda_{i}"] for row in rows for i in range(1, k + 1)) > 0
+        positive = all(value > 0 for row in rows for name, value in row.items() if name.startswith("weight_"))
         axes.set(xlabel="optimizer steps", yscale="log" if positive else "symlog", title=NAMES[method])
         if lines:
             axes.legend(frameon=False, loc="lower left", fontsize=8)
-    panels[0].set_ylabel("top eigenvalues at each refresh")
+    panels[0].set_ylabel("estimated curvature at each refresh")
     return figure
 
 
@@ -302,11 +302,16 @@ def _eigenvalues_caption(files: Files) -> str:
     options = files.config["nsgd"]
     source = "the running batch" if options["source"] == "batch" else "the training set"
     samples = options["samples"] or ("all" if options["source"] == "batch" else 2560)
+    kind = (
+        "second moments of the gradients of small groups, which stand in for eigenvalues"
+        if options["solver"] in ("auto", "gradients")
+        else "eigenvalues that products found"
+    )
     return (
-        f"The top {options['k']} eigenvalues that each refresh found, on {samples} samples of {source}, first seed; "
-        "the strong line is the largest. Dashed: the limit (2 + 2β)/lr of stable steps in undamped directions; dotted: "
-        "(2 + 2β)/(γ lr), the limit in damped ones (none where γ = 0); β is the momentum. Small samples overestimate "
-        "the eigenvalues of the whole training loss."
+        f"Curvature along the {options['k']} directions as each refresh estimated it on {samples} samples of {source} "
+        f"({kind}, averaged over refreshes), first seed; the strong line is the largest. Dashed: the limit (2 + 2β)/lr "
+        "of stable steps in undamped directions; dotted: (2 + 2β)/(γ lr), the limit in damped ones (none where γ = 0); "
+        "β is the momentum. Small samples overestimate the curvature of the whole training loss."
     )
 
 

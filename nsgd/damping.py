@@ -12,24 +12,38 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
-from nsgd.rule import correct, in_float32, project, rows
+from nsgd.rule import correct, cosines, in_float32, project, rows, sgd_moves
+from nsgd.tracking import average, gradient_moment, low_rank
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.96 to
 # 1.0 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
 _EXTRA_PRODUCTS = 2
 
 # Options that one optimizer has once; gamma, bulk_scale and curvature may differ from group to group.
-_SHARED = ("k", "refresh_every", "which", "solver", "warmup_steps", "save_basis")
+_SHARED = ("k", "refresh_every", "overhead", "decay", "which", "solver", "warmup_steps", "save_basis")
+
+# How directions are estimated; "auto" goes by what they come from.
+Estimator = Literal["auto", "gradients", "lanczos", "arpack"]
+
+# Where the step outside the basis is this many times its recent mean square, a direction has escaped the basis.
+_ALARM = 4.0
+_ALARM_MEMORY = 0.9
+_ROUNDING = 1e-5
+
+# Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
+# (benchmarks/results/tracking.csv). Products on a sample stand for themselves.
+_DECAY = 0.95
 
 # Plain numbers kept in the first parameter group, so that any checkpoint carries them.
 _COUNTERS: dict[str, Any] = {
@@ -42,6 +56,9 @@ _COUNTERS: dict[str, Any] = {
     "cost_gradients": 0.0,
     "overlap": math.nan,
     "eigenvalues": [],
+    "weights": [],
+    "mean_square": math.nan,  # of the step outside the basis, in the last steps
+    "alarm": False,
 }
 
 
@@ -49,10 +66,12 @@ def damping_options(
     *,
     k: int = 10,
     gamma: float = 0.1,
-    refresh_every: int = 100,
+    refresh_every: int | Literal["auto"] = "auto",
+    overhead: float = 0.1,
+    decay: float | None = None,
     which: Which = "LA",
     bulk_scale: float = 1.0,
-    solver: Solver = "lanczos",
+    solver: Estimator = "auto",
     warmup_steps: int = 0,
     save_basis: bool = True,
 ) -> dict[str, Any]:
@@ -61,6 +80,8 @@ def damping_options(
         "k": k,
         "gamma": gamma,
         "refresh_every": refresh_every,
+        "overhead": overhead,
+        "decay": decay,
         "which": which,
         "bulk_scale": bulk_scale,
         "solver": solver,
@@ -75,26 +96,40 @@ def damping_options(
 def _check_options(options: dict[str, Any]) -> None:
     for name, least in (("k", 1), ("refresh_every", 1), ("warmup_steps", 0)):
         value = options[name]
+        if name == "refresh_every" and value == "auto":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+            kind = "'auto' or a whole number" if name == "refresh_every" else "a whole number"
+            raise ValueError(f"expected {name} to be {kind} of at least {least}, got {value!r}")
     for name in ("gamma", "bulk_scale"):
         value = options[name]
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"expected {name} to be a finite number >= 0 (1 leaves the step as it is), got {value!r}")
-    for name, kind in (("which", Which), ("solver", Solver)):
-        if options[name] not in get_args(kind):
-            raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {options[name]!r}")
+    if not isinstance(options["overhead"], int | float) or not 0 < options["overhead"] < math.inf:
+        raise ValueError(
+            "expected overhead to be a number above 0, the gradients a step that refreshes may cost, got "
+            f"{options['overhead']!r}"
+        )
+    decay = options["decay"]
+    if decay is not None and not (isinstance(decay, int | float) and 0 <= decay < 1):
+        raise ValueError(f"expected decay to be a number >= 0 and below 1, got {decay!r}; None is the default")
+    for name, choices in (("which", get_args(Which)), ("solver", get_args(Estimator))):
+        if options[name] not in choices:
+            raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {options[name]!r}")
 
 
 class Damped(Optimizer):
     """What every damped optimizer has beside its base class: refreshes, the damped step, diagnostics.
 
     Mixed in before the base optimizer's class, by :class:`nsgd.NSGD` and :func:`damp`. The basis costs k P floats
-    between refreshes; a refresh of m products needs (m + k + 3) P and the graph it takes them from.
+    between refreshes; a refresh of m products needs (m + 2k + 3) P and the graph it takes them from, one from m
+    gradients up to (3m + 5k) P.
     """
 
-    _directions: dict[Tensor, Tensor]  # parameter -> (k, *shape), float32 or float64, on the parameter's device
-    _last_step: dict[str, Tensor]  # of the last damped step: coefficients (k,) and its squared norm
+    # Parameter -> (k, *shape), float32 or float64, on the parameter's device; fewer than k rows where fewer are known.
+    _directions: dict[Tensor, Tensor]
+    _last_step: dict[str, Tensor]  # of the last damped step: coefficients (k,), squared norm, mean square outside
+    _alarm: OnHost | None  # whether the last step left the basis
     _warned: set[str]
 
     # -- refreshing ------------------------------------------------------------------------------------------
@@ -129,36 +164,48 @@ class Damped(Optimizer):
         steps = counters["steps"]
         if steps < counters["warmup_steps"] or counters["attempted_at"] == steps:
             return False
-        return not self._directions or steps - counters["refreshed_at"] >= counters["refresh_every"]
+        if not self._directions:
+            return True
+        if counters["refresh_every"] != "auto":
+            return bool(steps - counters["refreshed_at"] >= counters["refresh_every"])
+        budget = counters["overhead"] * (steps - counters["warmup_steps"])
+        if counters["alarm"] if self._alarm is None else self._alarm.is_true():
+            budget *= 2
+        return bool(counters["cost_gradients"] <= budget)
 
     def refresh_if_due(
         self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0
     ) -> bool:
-        """Refresh if ``refresh_every`` steps have passed, or there are no directions yet; before ``backward``.
+        """Refresh if it is due, or if there are no directions yet; call it before ``backward``.
+
+        With ``refresh_every="auto"`` a refresh is due as soon as all refreshes together cost no more than ``overhead``
+        gradients a step. Where a step left the basis with twice its usual length or more, a sharp direction may have
+        escaped: then they may cost twice as much, so that the next one comes at once.
 
         Takes and returns what :meth:`refresh` does.
         """
         return self.refresh_due and self.refresh(loss, scale, batch_fraction=batch_fraction)
 
     def refresh(self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0) -> bool:
-        """Take new directions: the top eigenvectors of this loss's Hessian at the current parameters.
+        """Estimate the sharpest directions at the current parameters, and average them with the last ones.
 
         ``.grad``, buffers, modes and random state stay as found, and ``loss.backward()`` still works afterwards.
-        Cost: 2k + 2 products or fewer with Lanczos, at two gradients each (three over several batches).
+        Cost on the samples in the loss: one gradient from groups of them (solver "gradients"); with Lanczos
+        2k + 2 products or fewer beside it, at two gradients each (three over several batches).
 
         Args:
             loss: A loss with its graph, a closure that computes one, or pairs of closure and sample count
-                (see :func:`nsgd.hessian.loss_hessian`).
+                (see :func:`nsgd.hessian.loss_hessian`); for gradients, one pair for each of two or more groups.
             scale: What the loss was multiplied by (loss scale, 1 / accumulation); taken out of the eigenvalues.
             batch_fraction: Samples in the loss over samples in a training batch, for ``cost_gradients``.
 
         Returns:
-            True if there are new directions; False if the loss or a product was NaN or infinite: the last
-            directions are kept, and the refresh counts as skipped.
+            True if there are new directions; False if the loss, a gradient or a product was NaN or infinite: the
+            last directions are kept, and the refresh counts as skipped.
 
         Raises:
-            ValueError: If the loss is no scalar, has no graph or reaches none of the parameters, or if fewer than
-                k parameters can train.
+            ValueError: If the loss is no scalar, has no graph or reaches none of the parameters, if fewer than
+                k parameters can train, or if gradients are wanted and there are no groups.
         """
         if (processes := _processes()) > 1:
             raise ValueError(
@@ -173,30 +220,19 @@ class Damped(Optimizer):
         if not params:
             raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
         _check_size(first["k"], params)
-        sign = -1.0 if first.get("maximize", False) else 1.0  # ascent on f is descent on -f
-        limit = 2 * first["k"] + _EXTRA_PRODUCTS if first["solver"] == "lanczos" else None
-        products, cost = 0, 1.0  # what a refresh that fails has spent: its gradient, and the products so far
-
-        def hvp(vector: Tensor) -> Tensor:
-            nonlocal products, cost
-            products, cost = products + 1, hessian.cost(products + 1)
-            return hessian.hvp(vector)
-
+        spent = _Spent()
+        if isinstance(loss, Iterable) and not isinstance(loss, Tensor):
+            loss = list(loss)
         try:
-            with loss_hessian(loss, params, scale=sign * scale) as hessian:
-                pairs = top_eigenpairs(
-                    hvp,
-                    params,
-                    k=first["k"],
-                    which=first["which"],
-                    solver=first["solver"],
-                    start=hessian.gradient,
-                    max_hvps=limit,
-                    seed=first["steps"],
-                    repeated=False,
-                )
+            groups = _groups(first["solver"], loss)
+            eigenvalues: list[float] = []
+            if groups is not None:
+                estimate = gradient_moment(groups, params, scale=scale)
+            else:
+                pairs = self._products(loss, params, scale, spent)
+                estimate, eigenvalues = (pairs.eigenvalues, pairs.eigenvectors), pairs.eigenvalues.tolist()
         except FloatingPointError as error:
-            self._count_refresh(products, cost * batch_fraction)
+            self._count_refresh(spent, batch_fraction)
             first["skipped_refreshes"] += 1
             self._warn_once(
                 "nan",
@@ -204,33 +240,76 @@ class Damped(Optimizer):
                 "skips are counted in skipped_refreshes without a warning",
             )
             return False
-        self._count_refresh(products, cost * batch_fraction)
-        self._take(pairs, params)
+        self._count_refresh(spent, batch_fraction)
+        self._take(*self._averaged(estimate, params, products=bool(eigenvalues)), params)
+        first["eigenvalues"] = eigenvalues
         first["refreshed_at"] = first["steps"]
         first["refreshes"] += 1
         return True
 
-    def _count_refresh(self, products: int, cost: float) -> None:
+    def _products(
+        self, loss: Tensor | Closure | Losses, params: list[Tensor], scale: float, spent: _Spent
+    ) -> Eigenpairs:
+        first = self.param_groups[0]
+        solver: Solver = "arpack" if first["solver"] == "arpack" else "lanczos"
+        sign = -1.0 if first.get("maximize", False) else 1.0  # ascent on f is descent on -f
+
+        def hvp(vector: Tensor) -> Tensor:
+            spent.hvps += 1
+            spent.gradients = hessian.cost(spent.hvps)
+            return hessian.hvp(vector)
+
+        with loss_hessian(loss, params, scale=sign * scale) as hessian:
+            return top_eigenpairs(
+                hvp,
+                params,
+                k=first["k"],
+                which=first["which"],
+                solver=solver,
+                start=hessian.gradient,
+                max_hvps=2 * first["k"] + _EXTRA_PRODUCTS if solver == "lanczos" else None,
+                seed=first["steps"],
+                repeated=False,
+            )
+
+    def _averaged(
+        self, estimate: tuple[Tensor, Tensor], params: list[Tensor], *, products: bool
+    ) -> tuple[Tensor, Tensor]:
+        """An estimate averaged with the last ones: weights (r,), orthonormal rows (r, P)."""
+        first = self.param_groups[0]
+        share = (0.0 if products else _DECAY) if first["decay"] is None else first["decay"]
+        which: Which = first["which"] if products else "LA"
+        alike = bool(first["eigenvalues"]) == products  # moments of gradients and eigenvalues do not add up
+        if share > 0 and first["weights"] and alike and all(p in self._directions for p in params):
+            last = torch.cat([rows(self._directions[p]).to(estimate[1]) for p in params], dim=1)  # (r, P)
+            if bool(last.isfinite().all()):
+                old = torch.tensor(first["weights"], dtype=torch.float64), last
+                return average(old, estimate, decay=share, k=first["k"], which=which)
+        return estimate if products else low_rank(*estimate, k=first["k"], which=which)
+
+    def _count_refresh(self, spent: _Spent, batch_fraction: float) -> None:
         first = self.param_groups[0]
         first["attempted_at"] = first["steps"]
-        first["hvps"] += products
-        first["cost_gradients"] += cost
+        first["hvps"] += spent.hvps
+        first["cost_gradients"] += spent.gradients * batch_fraction
 
-    def _take(self, pairs: Eigenpairs, params: list[Tensor]) -> None:
+    def _take(self, weights: Tensor, vectors: Tensor, params: list[Tensor]) -> None:
         blocks = [
             block.to(device=p.device, dtype=_basis_dtype(p), copy=True)
-            for block, p in zip(split(pairs.eigenvectors, params), params, strict=True)
+            for block, p in zip(split(vectors, params), params, strict=True)
         ]
         overlap = math.nan
         if self._directions:
             known = [(self._directions[p], b) for p, b in zip(params, blocks, strict=True) if p in self._directions]
-            cosines = sum((rows(old) @ rows(new).T).double().cpu() for old, new in known)  # (k, k)
-            overlap = float(torch.as_tensor(cosines).square().sum() / len(pairs.eigenvalues))
+            overlap = float(torch.as_tensor(cosines(known)).square().sum() / max(1, len(weights)))
         self._directions.clear()
         self._directions.update(zip(params, blocks, strict=True))
-        self._last_step.clear()
+        self._alarm = None
+        self.param_groups[0]["alarm"] = False
+        for name in ("coefficients", "squared_norm", "positive"):
+            self._last_step.pop(name, None)
         self.param_groups[0]["overlap"] = overlap
-        self.param_groups[0]["eigenvalues"] = pairs.eigenvalues.tolist()
+        self.param_groups[0]["weights"] = weights.tolist()
 
     def _curvature_params(self) -> list[Tensor]:
         return [p for g in self.param_groups if g["curvature"] for p in g["params"] if p.requires_grad]
@@ -240,16 +319,23 @@ class Damped(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """The base optimizer's step, damped. A closure is handed to the base optimizer, which calls it as it wants.
 
-        Never waits for the device. Costs two passes over the basis and a copy of the parameters in it.
+        Never waits for the device. Costs two passes over the basis and, unless the base optimizer is
+        ``torch.optim.SGD`` and ``bulk_scale`` is 1, a copy of the parameters in it.
         """
-        before: dict[Tensor, Tensor] = {}
+        damped: list[Tensor] = []
+        before: dict[Tensor, Tensor] = {}  # only where the step has to be measured
         with ExitStack() as stack:
 
             def prepare() -> None:
-                if not before and self._directions:
-                    damped = [p for p in self._directions if p.requires_grad and p.grad is not None]
-                    if self._has_effect:
-                        stack.enter_context(in_float32(damped, self.state))
+                if damped:
+                    return
+                self._last_step.pop("coefficients", None)
+                damped.extend(p for p in self._directions if p.requires_grad and p.grad is not None)
+                if damped and self._has_effect:
+                    stack.enter_context(in_float32(damped, self.state))
+                if damped and self._step_is_known(damped):
+                    self._project(self._sgd_moves(damped))
+                else:
                     before.update((p, p.detach().clone()) for p in damped)
 
             if closure is None:
@@ -258,11 +344,36 @@ class Damped(Optimizer):
             else:
                 # The directions may be refreshed inside the closure, so the step begins when it has run.
                 loss = self._base_step(_followed_by(closure, prepare))
-            self._last_step.pop("coefficients", None)
-            if before:
-                self._damp(before)
+            if damped:
+                self._damp(damped, before)
         self._count_step()
         return loss
+
+    def _step_is_known(self, damped: list[Tensor]) -> bool:
+        """Whether the base step is that of ``torch.optim.SGD``, and nothing but its part in the basis is wanted."""
+        plain = super().step.__func__ is SGD.step  # type: ignore[attr-defined]
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        dense = all(p.grad is not None and p.grad.layout == torch.strided for p in damped)
+        return plain and not scaled and dense and all(group["bulk_scale"] == 1 for group in self.param_groups)
+
+    def _sgd_moves(self, damped: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        wanted = set(damped)
+        for group in self.param_groups:
+            yield from sgd_moves((p for p in group["params"] if p in wanted), group, self.state)
+
+    def _project(self, moves: Iterable[tuple[Tensor, Tensor]]) -> None:
+        coefficients, squared_norm = project(moves, self._directions)
+        # Where the whole step is inside, rounding is left: a share of the step that no growth of it can mimic.
+        outside = torch.maximum(squared_norm - coefficients.square().sum(), _ROUNDING * squared_norm)
+        known = self.param_groups[0]["mean_square"]
+        last = self._last_step.get("mean_square", outside if math.isnan(known) else outside.new_tensor(known)).to(
+            outside
+        )
+        jumped = outside > _ALARM * last
+        mean = torch.where(jumped | ~last.isfinite(), outside, torch.lerp(outside, last, _ALARM_MEMORY))
+        mean = torch.where(outside.isfinite(), mean, last)
+        self._last_step.update(coefficients=coefficients, squared_norm=squared_norm, mean_square=mean)
+        self._alarm = OnHost(jumped)
 
     def _base_step(self, closure: Closure | None) -> Any:
         step: Callable[..., Any] = super().step.__func__  # type: ignore[attr-defined]
@@ -274,24 +385,31 @@ class Damped(Optimizer):
     def _has_effect(self) -> bool:
         return any(g["curvature"] and (g["gamma"] != 1 or g["bulk_scale"] != 1) for g in self.param_groups)
 
-    def _damp(self, before: dict[Tensor, Tensor]) -> None:
+    def _damp(self, damped: list[Tensor], before: dict[Tensor, Tensor]) -> None:
         with torch.no_grad():
             moves = {p: old.neg_().add_(p) for p, old in before.items()}  # p - old, in place of the copy
-        coefficients, squared_norm = project(moves, self._directions)
-        self._last_step.update(coefficients=coefficients, squared_norm=squared_norm)
-        positive = self._positive(coefficients)
-        for group in self.param_groups:
-            at_rest = not isinstance(group["lr"], Tensor) and group["lr"] == 0  # the base step moves nothing there
-            if group["curvature"] and not at_rest:
-                own = {p: moves[p] for p in group["params"] if p in moves}
-                correct(own, self._directions, coefficients, positive, group["gamma"], group["bulk_scale"])
+            if moves:
+                self._project(moves.items())
+            coefficients = self._last_step["coefficients"]
+            wanted = set(damped)
+            for group in self.param_groups:
+                gamma, bulk_scale = group["gamma"], group["bulk_scale"]
+                at_rest = not isinstance(group["lr"], Tensor) and group["lr"] == 0  # the base step moves nothing there
+                if not group["curvature"] or at_rest or (gamma == 1 and bulk_scale == 1):
+                    continue
+                own = [p for p in group["params"] if p in wanted]
+                correct(own, self._directions, coefficients * (self._gammas(group) - bulk_scale))
+                if bulk_scale != 1:
+                    for p in own:
+                        p.add_(moves[p], alpha=bulk_scale - 1)
 
-    def _positive(self, like: Tensor) -> Tensor:
-        """Which eigenvalues are positive, (k,), copied to the device once a refresh."""
-        if "positive" not in self._last_step or self._last_step["positive"].device != like.device:
-            values = torch.tensor(self.param_groups[0]["eigenvalues"], dtype=torch.float64)
-            self._last_step["positive"] = (values > 0).to(like.device)
-        return self._last_step["positive"]
+    def _gammas(self, group: dict[str, Any]) -> Tensor:
+        """Factors on the step along the directions, (k,): gamma where the weight is positive, else 1."""
+        coefficients = self._last_step["coefficients"]
+        if "positive" not in self._last_step or self._last_step["positive"].device != coefficients.device:
+            weights = torch.tensor(self.param_groups[0]["weights"], dtype=torch.float64)
+            self._last_step["positive"] = (weights > 0).to(coefficients.device)  # once a refresh
+        return torch.ones_like(coefficients).masked_fill(self._last_step["positive"], group["gamma"])
 
     def _count_step(self) -> None:
         first = self.param_groups[0]
@@ -309,8 +427,13 @@ class Damped(Optimizer):
 
     @property
     def eigenvalues(self) -> tuple[float, ...]:
-        """The current top eigenvalues, descending; empty before the first refresh."""
+        """Top eigenvalues that the last refresh found by products, descending; empty where there were none."""
         return tuple(self.param_groups[0]["eigenvalues"])
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the directions in the running average, descending: estimates of curvature, not eigenvalues."""
+        return tuple(self.param_groups[0]["weights"])
 
     @property
     def overlap(self) -> float:
@@ -375,6 +498,7 @@ class Damped(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the basis beside each parameter's state ("directions") unless ``save_basis=False``."""
+        self._note_alarm()
         saved = super().state_dict()
         if self.param_groups[0]["save_basis"]:
             ids = (i for group in saved["param_groups"] for i in group["params"])
@@ -382,6 +506,13 @@ class Damped(Optimizer):
             extra = {i: {**saved["state"].get(i, {}), "directions": b} for i, b in blocks.items() if b is not None}
             saved["state"] = {**saved["state"], **extra}
         return saved
+
+    def _note_alarm(self) -> None:
+        """Bring what the alarm goes by to the host, for a checkpoint or a copy."""
+        if "mean_square" in self._last_step:
+            self.param_groups[0]["mean_square"] = float(self._last_step["mean_square"])
+        if self._alarm is not None:
+            self.param_groups[0]["alarm"] = self._alarm.is_true()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; a checkpoint of the plain base optimizer loads too, and the next step refreshes."""
@@ -409,6 +540,7 @@ class Damped(Optimizer):
             group.update({name: value for name, value in options.items() if name not in saved})
         self._directions.clear()
         self._last_step.clear()
+        self._alarm = None
         for i, p in zip(ids, self._all_params(), strict=True):
             if i in directions:
                 self._directions[p] = directions[i].to(device=p.device, dtype=_basis_dtype(p), copy=True)
@@ -416,12 +548,14 @@ class Damped(Optimizer):
             self.param_groups[0]["attempted_at"] = -1  # the next step refreshes
 
     def __getstate__(self) -> dict[str, Any]:
+        self._note_alarm()
         return {**super().__getstate__(), "_directions": self._directions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_directions", {})
         self.__dict__.setdefault("_last_step", {})
+        self.__dict__.setdefault("_alarm", None)
         self.__dict__.setdefault("_warned", set())
         self._fill_groups()
 
@@ -430,15 +564,17 @@ class Damped(Optimizer):
         for group in self.param_groups:
             for name, value in damping_options().items():
                 group.setdefault(name, self.defaults.get(name, value))
+        first = self.param_groups[0]
+        first.setdefault("weights", list(first.get("eigenvalues", [])))
         for name, value in _COUNTERS.items():
-            self.param_groups[0].setdefault(name, copy.copy(value))
+            first.setdefault(name, copy.copy(value))
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def _begin_damping(self, options: dict[str, Any]) -> None:
         """Called once, when the base optimizer is complete."""
-        self._directions, self._last_step, self._warned = {}, {}, set()
+        self._directions, self._last_step, self._alarm, self._warned = {}, {}, None, set()
         self.defaults = {**self.defaults, **options}
         self._fill_groups()
         for group in self.param_groups:
@@ -458,6 +594,26 @@ class Damped(Optimizer):
             )
 
 
+@dataclass
+class _Spent:
+    """What a refresh has cost so far, also one that fails: its gradient, and the products."""
+
+    hvps: int = 0
+    gradients: float = 1.0
+
+
+def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None:
+    """The losses of groups of samples, where the directions come from their gradients; None where from products."""
+    if not isinstance(loss, list):
+        if solver == "gradients":
+            raise ValueError(
+                f"solver='gradients' expected a list of losses of groups of samples, got a {type(loss).__name__}; "
+                "pass curvature=nsgd.sample_losses(loss_fn, x, y), or take solver='lanczos'"
+            )
+        return None
+    return loss if solver == "gradients" or (solver == "auto" and len(loss) > 1) else None
+
+
 def _check_size(k: int, params: list[Tensor]) -> None:
     size = sum(p.numel() for p in params)
     if k > size:
@@ -471,6 +627,21 @@ def _processes() -> int:
 
 def _basis_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+class OnHost:
+    """A truth value on its way from the device: asked for too early it counts as false, and nobody waits for it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._copied = None
+        if value.device.type != "cpu":
+            self._copied = torch.get_device_module(value.device).Event()
+            self._copied.record()
+
+    def is_true(self) -> bool:
+        """The value, once it has arrived."""
+        return (self._copied is None or self._copied.query()) and bool(self._value)
 
 
 def _followed_by(closure: Closure, action: Callable[[], None]) -> Closure:

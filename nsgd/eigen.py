@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nsgd.guard import full_precision
 from nsgd.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
 
 Which = Literal["LA", "LM", "SA"]
@@ -180,6 +181,7 @@ def _random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
     return vector / norm
 
 
+@full_precision
 def _orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Classical Gram-Schmidt, twice, which is enough (Parlett): the remainder (P,) and the coefficients (j,)."""
     coefficients = basis @ vector
@@ -225,7 +227,7 @@ def _lanczos(
         beta = float(torch.linalg.vector_norm(rest))
         ritz, coordinates = torch.linalg.eigh(projected[: j + 1, : j + 1])
         full = j + 1 == limit
-        chosen = _wanted(ritz, min(k, j + 1), which)
+        chosen = wanted(ritz, min(k, j + 1), which)
         values, weights = ritz[chosen], coordinates[:, chosen]  # (k,), (m, k)
         outside = [(j, beta, rest), *(tails if j + 1 < size else [])]
         shares = torch.stack([norm * weights[i].abs() for i, norm, _ in outside])  # (chains, k)
@@ -254,12 +256,16 @@ def _lanczos(
             vector = _new_unit(left / norm, basis[: j + 1])
         else:
             vector = rest / beta
-    vectors = weights.T.to(start) @ basis[: len(weights)]  # (k, P)
-    return values, vectors, residuals
+    return values, _mixed(weights.T.to(start), basis[: len(weights)]), residuals
 
 
-def _wanted(ascending: Tensor, k: int, which: Which) -> Tensor:
-    """Indices of the k wanted values, in descending order of value."""
+@full_precision
+def _mixed(weights: Tensor, basis: Tensor) -> Tensor:
+    return weights @ basis  # (k, P)
+
+
+def wanted(ascending: Tensor, k: int, which: Which) -> Tensor:
+    """Indices (k,) of the wanted ones among ascending values, in descending order of value."""
     if which == "SA":
         return torch.arange(k).flip(0)
     if which == "LM":
@@ -323,7 +329,7 @@ def _arpack(
     if vectors is None:
         projected = (basis @ images.T).double().cpu()
         ritz, coordinates = torch.linalg.eigh((projected + projected.T) / 2)
-        vectors = coordinates[:, _wanted(ritz, k, which)].T.to(start) @ basis
+        vectors = coordinates[:, wanted(ritz, k, which)].T.to(start) @ basis
     mapped = (vectors @ basis.T) @ images  # (k, P): H vectors
     theta = (vectors * mapped).sum(1)
     order = theta.argsort(descending=True, stable=True)

@@ -1,15 +1,19 @@
-"""Evaluate a loss and leave no trace: buffers, modes and random state are as found."""
+"""Evaluate a loss and leave no trace: buffers, modes and random state are as found; compute outside autocast."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -56,6 +60,20 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
             for name in [name for name, _ in m.named_buffers(recurse=False) if name not in names]:
                 delattr(m, name)  # registered by the forward pass
         random_state.restore()
+
+
+def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Run a function outside autocast, which would round the products of its float32 matrices to half precision."""
+
+    @wraps(function)
+    def outside(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(kind)]
+        with ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return outside
 
 
 class RandomState:

@@ -116,15 +116,64 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
                 result = result + of_loss(closure()) * (n / (total * scale))
         return result
 
-    def gradient_of(loss: Tensor) -> Tensor:
-        gradient = flatten(_gradient(loss, params, create_graph=False), params)
-        _check_finite(loss, gradient)
-        return gradient
-
     def hvp(vector: Tensor) -> Tensor:
         return weighted(lambda loss: _product(_gradient(loss, params), params, vector))
 
-    yield LossHessian(hvp, weighted(gradient_of), product_cost=3)
+    yield LossHessian(hvp, weighted(lambda loss: _plain_gradient(loss, params)), product_cost=3)
+
+
+def sample_losses(loss: Callable[..., Tensor], *tensors: Tensor, group_size: int = 1) -> list[tuple[Closure, int]]:
+    """Losses of small groups of samples, as pairs of closure and sample count; none is computed yet.
+
+    The losses that directions by gradients come from: ``sample_losses(lambda x, y: loss_fn(model(x), y), x, y)``.
+
+    Args:
+        loss: Mean loss of the samples that it is given.
+        tensors: What it is given, cut along the first dimension; one row a sample.
+        group_size: Samples in a group. One is best; larger groups save time where one sample leaves the machine
+            idle, and BatchNorm needs some.
+
+    Raises:
+        ValueError: If there are no tensors or no samples, lengths differ, or ``group_size`` is no count.
+    """
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"expected a group_size of at least 1, got {group_size!r}")
+
+    def pair(parts: tuple[Tensor, ...]) -> tuple[Closure, int]:
+        return lambda: loss(*parts), len(parts[0])
+
+    return [pair(parts) for parts in zip(*(torch.split(tensor, group_size) for tensor in tensors), strict=True)]
+
+
+def group_gradients(losses: Losses, params: Sequence[Tensor], *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Gradients of the mean losses of groups of samples, and the groups' sample counts; no graph of second order.
+
+    Buffers, modes and random state stay as found, ``.grad`` too. Costs one gradient of all the samples.
+
+    Args:
+        losses: Pairs of closure and sample count, one for each of two or more groups.
+        params: The parameters, P entries together.
+        scale: What the losses were multiplied by; taken out.
+
+    Returns:
+        Gradients (groups, P), and counts (groups,) in float64 on the CPU.
+
+    Raises:
+        ValueError: If there are fewer than two groups, or a loss is no scalar that reaches the parameters.
+        FloatingPointError: If a loss or a gradient is NaN or infinite.
+    """
+    groups = _checked_pairs(losses)
+    if len(groups) < 2:
+        raise ValueError(
+            "expected the losses of two or more groups of samples, got one: a single gradient is a single direction; "
+            "split the samples, or take solver='lanczos'"
+        )
+    with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
+        gradients = torch.stack([_plain_gradient(closure(), params) / scale for closure, _ in groups])
+    return gradients, torch.tensor([n for _, n in groups], dtype=torch.float64)
 
 
 def _checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
@@ -138,7 +187,7 @@ def _checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
     return [(closure, int(n)) for closure, n in pairs]
 
 
-def _gradient(loss: Tensor, params: list[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
+def _gradient(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"expected a scalar loss tensor, got {got}; reduce it, for example with .mean()")
@@ -159,6 +208,12 @@ def _gradient(loss: Tensor, params: list[Tensor], *, create_graph: bool = True) 
     if any(g is not None and g.layout != torch.strided for g in grads):
         raise ValueError("expected dense gradients, got a sparse one; build the embedding with sparse=False")
     return grads
+
+
+def _plain_gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
+    gradient = flatten(_gradient(loss, params, create_graph=False), params)
+    _check_finite(loss, gradient)
+    return gradient
 
 
 def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -> Tensor:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from nsgd.damping import Damped, damping_options
-from nsgd.eigen import Solver, Which
+from nsgd.damping import Damped, Estimator, damping_options
+from nsgd.eigen import Which
 from nsgd.hessian import Closure
 
 
 class NSGD(Damped, SGD):
     """Nudged SGD (Jastrzębski et al., ICLR 2019): a drop-in ``torch.optim.SGD``.
 
-    Call ``optimizer.backward(loss)`` in place of ``loss.backward()``: every ``refresh_every`` steps it estimates the
-    top k eigenvectors of the loss's Hessian, and each step is scaled by ``gamma`` along them. Before the first
-    refresh, or with ``gamma=1`` and ``bulk_scale=1``, the step is bitwise that of ``torch.optim.SGD``.
+    Call ``optimizer.backward(loss)`` in place of ``loss.backward()``: it estimates the sharpest directions of the loss
+    when that is due, and each step is scaled by ``gamma`` along them. Before the first directions, or with ``gamma=1``
+    and ``bulk_scale=1``, the step is bitwise that of ``torch.optim.SGD``.
 
-    A refresh takes up to 2k + 2 Hessian-vector products, each worth two gradients of the loss they come from. The
-    basis takes k times the memory of the parameters.
+    The directions are cheapest from the gradients of single samples: ``optimizer.backward(loss,
+    curvature=nsgd.sample_losses(loss_fn, x[:32], y[:32]), batch_fraction=32 / len(x))``. A refresh then costs one
+    gradient of those 32, takes no second derivatives, and is averaged with all before it. From a loss alone, or a
+    closure, they are the top eigenvectors of its Hessian, found by up to 2k + 2 Hessian-vector products, each worth two
+    gradients. The basis takes k times the memory of the parameters.
 
     Args:
         params: Parameters or parameter groups, as for any torch optimizer. A group may have its own ``gamma`` and
@@ -39,11 +42,16 @@ class NSGD(Damped, SGD):
         k: Number of directions.
         gamma: Factor on the step along directions of positive curvature: 0 is Bulk-SGD, 1 is SGD, above 1 the
             paper's "overshoot".
-        refresh_every: Steps between two refreshes.
-        which: "LA" for the largest eigenvalues, "LM" for the largest in absolute value (the paper's choice), "SA"
-            for the smallest. A direction whose eigenvalue is not positive is never damped.
+        refresh_every: Steps between two refreshes, or "auto": as soon as ``overhead`` pays for one, and at once where a
+            step leaves the directions with more than twice its usual length, as when a sharp one has escaped them.
+        overhead: With "auto", what all refreshes together may cost, in gradients of a training batch a step.
+        decay: Share of the last directions in their running average with a new estimate; 0 takes each estimate alone.
+            None is 0.95 for gradients and 0 for products (benchmarks/results/tracking.csv).
+        which: For products: "LA" for the largest eigenvalues, "LM" for the largest in absolute value (the paper's
+            choice), "SA" for the smallest. A direction whose weight is not positive is never damped.
         bulk_scale: Factor on the step outside the directions; 0 with ``gamma=1`` is Dom-SGD.
-        solver: "lanczos", or "arpack", the paper's own solver.
+        solver: "gradients" of groups of samples; "lanczos", or "arpack", the paper's own, by products; "auto" is
+            "gradients" where two groups or more are given, else "lanczos".
         warmup_steps: Steps before the first refresh.
         save_basis: Whether ``state_dict`` holds the directions (k times the parameters). Without them a resumed
             run refreshes at its first step.
@@ -67,10 +75,12 @@ class NSGD(Damped, SGD):
         fused: bool | None = None,
         k: int = 10,
         gamma: float = 0.1,
-        refresh_every: int = 100,
+        refresh_every: int | Literal["auto"] = "auto",
+        overhead: float = 0.1,
+        decay: float | None = None,
         which: Which = "LA",
         bulk_scale: float = 1.0,
-        solver: Solver = "lanczos",
+        solver: Estimator = "auto",
         warmup_steps: int = 0,
         save_basis: bool = True,
     ) -> None:
@@ -78,6 +88,8 @@ class NSGD(Damped, SGD):
             k=k,
             gamma=gamma,
             refresh_every=refresh_every,
+            overhead=overhead,
+            decay=decay,
             which=which,
             bulk_scale=bulk_scale,
             solver=solver,
@@ -107,10 +119,12 @@ def damp(
     *,
     k: int = 10,
     gamma: float = 0.1,
-    refresh_every: int = 100,
+    refresh_every: int | Literal["auto"] = "auto",
+    overhead: float = 0.1,
+    decay: float | None = None,
     which: Which = "LA",
     bulk_scale: float = 1.0,
-    solver: Solver = "lanczos",
+    solver: Estimator = "auto",
     warmup_steps: int = 0,
     save_basis: bool = True,
 ) -> Damped:
@@ -121,10 +135,12 @@ def damp(
             which becomes a subclass of the one it had; schedulers, hooks and state stay.
         k: Number of directions.
         gamma: Factor on the step along directions of positive curvature. A group may carry its own.
-        refresh_every: Steps between two refreshes.
-        which: "LA", "LM" or "SA", as in :class:`nsgd.NSGD`.
+        refresh_every: Steps between two refreshes, or "auto", as in :class:`nsgd.NSGD`.
+        overhead: With "auto", gradients a step that refreshes may cost.
+        decay: Share of the last directions in their running average with a new estimate.
+        which: "LA", "LM" or "SA", for products.
         bulk_scale: Factor on the step outside the directions. A group may carry its own.
-        solver: "lanczos" or "arpack".
+        solver: "auto", "gradients", "lanczos" or "arpack", as in :class:`nsgd.NSGD`.
         warmup_steps: Steps before the first refresh.
         save_basis: Whether ``state_dict`` holds the directions.
 
@@ -143,6 +159,8 @@ def damp(
         k=k,
         gamma=gamma,
         refresh_every=refresh_every,
+        overhead=overhead,
+        decay=decay,
         which=which,
         bulk_scale=bulk_scale,
         solver=solver,

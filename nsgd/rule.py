@@ -5,66 +5,83 @@ step <- s * step + V (Gamma - s) V^T step        Gamma_i = gamma where eigenvalu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsgd.guard import full_precision
+
 
 @torch.no_grad()
-def project(moves: Mapping[Tensor, Tensor], directions: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Coefficients of a step in the basis, (k,), and its squared norm; no host sync.
+@full_precision
+def project(moves: Iterable[tuple[Tensor, Tensor]], directions: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Coefficients of a step in the basis, (k,), and its squared norm; one pass over the basis, no host sync.
 
     Args:
-        moves: Parameter to what the step added to it, (*shape).
+        moves: Parameters, and what the step adds to each, (*shape).
         directions: Parameter to its block of the basis, (k, *shape).
     """
-    first = next(iter(moves))
-    dtype = max((directions[p].dtype for p in moves), key=lambda d: d.itemsize)
-    coefficients = torch.zeros(len(directions[first]), dtype=dtype, device=first.device)  # (k,): V^T step
-    squared_norm = torch.zeros((), dtype=dtype, device=first.device)
-    for p, move in moves.items():
+    coefficients, squares = [], []
+    for p, move in moves:
         flat = move.to(directions[p].dtype).reshape(-1)
-        coefficients += (rows(directions[p]) @ flat).to(coefficients)
-        squared_norm += torch.dot(flat, flat).to(squared_norm)
-    return _finite(coefficients), squared_norm
+        coefficients.append(rows(directions[p]) @ flat)  # (k,)
+        squares.append(torch.dot(flat, flat))
+    dtype = max((c.dtype for c in coefficients), key=lambda d: d.itemsize)
+    device = coefficients[0].device
+    total = torch.stack([c.to(device=device, dtype=dtype) for c in coefficients]).sum(0)
+    return _finite(total), torch.stack([s.to(device=device, dtype=dtype) for s in squares]).sum()
 
 
 @torch.no_grad()
-def correct(
-    moves: Mapping[Tensor, Tensor],
-    directions: Mapping[Tensor, Tensor],
-    coefficients: Tensor,
-    positive: Tensor,
-    gamma: float,
-    bulk_scale: float,
-) -> None:
-    """Turn the step that parameters have taken into the damped one, in place; no host sync.
+@full_precision
+def correct(params: Iterable[Tensor], directions: Mapping[Tensor, Tensor], factors: Tensor) -> None:
+    """Add to parameters the vector with these coefficients in the basis; one pass over it, no host sync.
 
     Args:
-        moves: Parameter to what the step added to it, (*shape).
+        params: Parameters that have taken their step.
         directions: Parameter to its block of the basis, (k, *shape).
-        coefficients: Of the whole step in the basis, (k,).
-        positive: Which eigenvalues are positive, (k,).
-        gamma: Factor along those directions.
-        bulk_scale: Factor outside the basis.
+        factors: Coefficients, (k,).
     """
-    if gamma == 1 and bulk_scale == 1:
-        return
-    gammas = torch.ones_like(coefficients).masked_fill(positive, gamma)  # (k,)
-    factors = coefficients * (gammas - bulk_scale)
-    for p, move in moves.items():
+    for p in params:
         # Not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
         p.add_(_finite(factors.to(directions[p]) @ rows(directions[p])).view_as(p))
-        if bulk_scale != 1:
-            p.add_(move, alpha=bulk_scale - 1)
+
+
+@torch.no_grad()
+def sgd_moves(
+    params: Iterable[Tensor], group: Mapping[str, Any], state: Mapping[Tensor, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What ``torch.optim.SGD`` is about to add to each parameter, by its own formulas; one parameter at a time.
+
+    So the coefficients of its step are known without a copy of the parameters.
+    """
+    for p in params:
+        gradient: Any = p.grad
+        direction: Tensor = -gradient if group["maximize"] else gradient
+        if group["weight_decay"] != 0:
+            direction = direction + group["weight_decay"] * p
+        if group["momentum"] != 0:
+            last = state.get(p, {}).get("momentum_buffer")
+            velocity = direction
+            if last is not None:
+                velocity = last.mul(group["momentum"]).add_(direction, alpha=1 - group["dampening"])
+            direction = direction.add(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
+        yield p, direction * -group["lr"]
+
+
+@full_precision
+def cosines(bases: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Inner products of two bases, (k, k), given as blocks (k, *shape) of each, parameter by parameter."""
+    return torch.stack([(rows(old) @ rows(new).T).cpu().double() for old, new in bases]).sum(0)
 
 
 def rows(block: Tensor) -> Tensor:
     """A block (k, *shape) as (k, entries), also where the parameter is a scalar or empty."""
-    return block.reshape(len(block), block[0].numel())
+    return block.reshape(len(block), math.prod(block.shape[1:]))
 
 
 def _finite(tensor: Tensor) -> Tensor:

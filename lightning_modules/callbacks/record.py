@@ -46,7 +46,7 @@ class RecordSteps(pl.Callback):
             row["alignment"] = optimizer.alignment
             if refreshes > (self.rows[-1]["refreshes"] if self.rows else 0):
                 row["overlap"] = optimizer.overlap
-                row |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+                row |= {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
         self.rows.append(row)
         self._on_step(step, loss)
 

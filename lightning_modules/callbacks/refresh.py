@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_modules.batch_loss import batch_loss, batch_size_of, first_samples
+from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
 from nsgd.damping import Damped
 from nsgd.guard import untouched
-from nsgd.hessian import Closure
+
+_MOST_GROUPS = 64
 
 
 class RefreshDirections(pl.Callback):
     """Refresh the directions of every damped optimizer when they are due; works with any LightningModule unmodified.
 
     Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
-    module's loggers go the eigenvalues (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with the last basis,
-    ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far; those of several
-    damped optimizers go under ``nsgd-0/``, ``nsgd-1/`` ...
+    module's loggers go the weights of the directions (``nsgd/weight_1`` ...), the eigenvalues where products found some
+    (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with the last basis, ``nsgd/alignment`` of the last step with it, and
+    ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far; those of several damped optimizers go under ``nsgd-0/``,
+    ``nsgd-1/`` ...
+
+    With the solver "auto" or "gradients" the directions come from the gradients of small groups of samples, otherwise
+    from Hessian-vector products. A running batch that cannot be cut, and the loss of a module that optimizes manually
+    and has no ``curvature_loss(batch)``, give products of the loss itself.
 
     Args:
-        samples: Samples that the directions come from; None for the whole running batch, or, with
-            ``source="train"``, for 2,560, the paper's number. A running batch that is no larger is used whole, at no
-            extra forward pass; so is one of a kind that cannot be cut, and the loss of a module that optimizes
-            manually and has no ``curvature_loss(batch)``.
+        samples: Samples that the directions come from, in at most 64 groups; None for the whole running batch, or,
+            with ``source="train"``, for 2,560, the paper's number. For products a running batch that is no larger is
+            used whole, at no extra forward pass.
+        group_size: Samples in a group; by default 1, or 8 where the module has BatchNorm layers, whose statistics of
+            one sample say little.
         source: "batch" for a slice of the running batch, "train" for a sample of the training set, fresh each time.
         optimizer: Index of the one optimizer to refresh, of several; by default all damped ones. With several, a loss
             refreshes those whose every trainable parameter it reaches, or the named one if it reaches any; the others
@@ -41,16 +52,18 @@ class RefreshDirections(pl.Callback):
 
     def __init__(
         self,
-        samples: int | None = 64,
+        samples: int | None = 32,
+        group_size: int | None = None,
         source: Literal["batch", "train"] = "batch",
         optimizer: int | None = None,
         seed: int = 0,
     ) -> None:
-        if samples is not None and samples < 1:
-            raise ValueError(f"expected samples of at least 1, or None for the default, got {samples}")
+        for name, count in (("samples", samples), ("group_size", group_size)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ValueError(f"expected {name} of at least 1, or None for the default, got {count!r}")
         if source not in ("batch", "train"):
             raise ValueError(f"expected source to be batch or train, got {source!r}")
-        self.samples, self.source, self.optimizer = samples, source, optimizer
+        self.samples, self.group_size, self.source, self.optimizer = samples, group_size, source, optimizer
         self.seed = seed
         self._batch: Any = None
         self._batch_idx = 0
@@ -60,7 +73,13 @@ class RefreshDirections(pl.Callback):
         names = ", ".join(type(o).__name__ for o in trainer.optimizers)
         if self.optimizer is not None and not 0 <= self.optimizer < len(trainer.optimizers):
             raise ValueError(f"expected optimizer to be an index into {len(trainer.optimizers)}, got {self.optimizer}")
-        if not any(isinstance(o, Damped) for o in self._candidates(trainer)):
+        solvers = [o.param_groups[0]["solver"] for o in self._candidates(trainer) if isinstance(o, Damped)]
+        if "gradients" in solvers and self.samples is not None and len(self._groups(pl_module, self.samples)) < 2:
+            raise ValueError(
+                f"solver='gradients' expected samples of two groups or more, got samples={self.samples}; raise it, or "
+                "lower group_size"
+            )
+        if not solvers:
             raise ValueError(
                 f"RefreshDirections expected an NSGD or damped optimizer, got {names}; return nsgd.NSGD(...) or "
                 "nsgd.damp(...) from configure_optimizers"
@@ -104,28 +123,44 @@ class RefreshDirections(pl.Callback):
         factor = 1.0 if scaler is None else float(scaler.get_scale())
         own = module.automatic_optimization or hasattr(module, "curvature_loss")
         size = batch_size_of(self._batch)
+        solver = optimizer.param_groups[0]["solver"]
+        in_groups = solver in ("auto", "gradients")
+        parts: list[tuple[Any, int]] = []  # batches and their sample counts
         if self.source == "train":
             if size is None:
                 raise ValueError(
                     f"source='train' expected batches of tensors, got a {type(self._batch).__name__}; use "
                     "source='batch'"
                 )
-            sample = self._training_sample(trainer, module, size, factor)
-            count = sum(n for _, n in sample)
-            done = optimizer.refresh(sample, scale=factor, batch_fraction=count / (size * accumulate))
+            parts = self._training_sample(trainer, module, None if in_groups else size)
+        elif own and in_groups and size is not None and is_cuttable(self._batch):
+            ranges = self._groups(module, min(self.samples or size, size))
+            parts = [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
+            if len(parts) == 1 and solver == "gradients":
+                return  # a short last batch gives no directions: the next batch will
+        if parts and (self.source == "train" or len(parts) > 1):
+            # Products need the same loss every time, gradients need each only once: one guard serves for all.
+            shared = in_groups and len(parts) > 1
+            with batch_losses(module) if shared else nullcontext(partial(batch_loss, module)) as loss_of:
+                done = optimizer.refresh(
+                    [(partial(self._scaled, loss_of, part, factor), n) for part, n in parts],
+                    scale=factor,
+                    batch_fraction=sum(n for _, n in parts) / ((size or 1) * accumulate),
+                )
         elif own and self.samples is not None and size is not None and self.samples < size:
-            part = first_samples(self._batch, self.samples)
+            part = some_samples(self._batch, slice(self.samples))
             done = optimizer.refresh(
-                lambda: factor * batch_loss(module, part, self._batch_idx),
+                partial(self._scaled, partial(batch_loss, module), part, factor),
                 scale=factor,
-                batch_fraction=self.samples / (size * accumulate),
+                batch_fraction=self.samples / ((size or 1) * accumulate),
             )
         else:
             if module.automatic_optimization:
                 factor /= accumulate
             done = optimizer.refresh(loss, scale=factor, batch_fraction=1 / accumulate)
         if done:
-            metrics = {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+            metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
+            metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
             metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients}
             metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
             several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
@@ -134,10 +169,23 @@ class RefreshDirections(pl.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(known, step=trainer.global_step)
 
+    def _scaled(self, loss_of: Callable[[Any, int], Tensor], batch: Any, factor: float) -> Tensor:
+        return factor * loss_of(batch, self._batch_idx)
+
+    def _groups(self, module: pl.LightningModule, count: int) -> list[slice]:
+        """Cut so many samples into groups."""
+        normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+        # Every gradient is kept until all are there, so that many samples come in larger groups.
+        step = max(self.group_size or (8 if normalised else 1), -(-count // _MOST_GROUPS))
+        starts = list(range(0, count, step))
+        if normalised and len(starts) > 1 and count - starts[-1] == 1:
+            starts.pop()  # BatchNorm cannot do with one sample: the last group takes it in
+        return [slice(start, end) for start, end in pairwise([*starts, count])]
+
     def _training_sample(
-        self, trainer: pl.Trainer, module: pl.LightningModule, size: int, factor: float
-    ) -> list[tuple[Closure, int]]:
-        """Losses of fresh samples of the training set, times a factor, in batches of the running size."""
+        self, trainer: pl.Trainer, module: pl.LightningModule, size: int | None
+    ) -> list[tuple[Any, int]]:
+        """Fresh samples of the training set in batches of a size, or in groups, with their sample counts."""
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise ValueError(
@@ -149,14 +197,15 @@ class RefreshDirections(pl.Callback):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + trainer.global_step) % 2**63)
         chosen = torch.randperm(len(dataset), generator=generator)[: self.samples or 2560].tolist()
 
-        def loss_of(indices: list[int]) -> tuple[Closure, int]:
+        def batch_of(indices: list[int]) -> tuple[Any, int]:
             whole = loader.batch_sampler is None  # the data set makes whole batches itself
             batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
-            moved = trainer.strategy.batch_to_device(batch)
-            return (lambda: factor * batch_loss(module, moved, self._batch_idx)), len(indices)
+            return trainer.strategy.batch_to_device(batch), len(indices)
 
         with untouched(device=module.device):  # transforms and augmentation draw random numbers
-            return [loss_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            if size is None:
+                return [batch_of(chosen[part]) for part in self._groups(module, len(chosen))]
+            return [batch_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 
 def _reached(loss: Tensor) -> set[Tensor]:

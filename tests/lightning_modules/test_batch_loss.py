@@ -13,7 +13,7 @@ from strangers import Everything, ManualSmooth, ManualWithCurvature, Regression,
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.batch_loss import batch_loss, batch_size_of, first_samples
+from lightning_modules.batch_loss import batch_loss, batch_size_of, some_samples
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -225,7 +225,7 @@ NAMES = [f"image {i}" for i in range(6)]
     ],
     ids=["tensor", "tuple", "list", "dict", "NamedTuple", "names and numbers", "nested"],
 )
-def test_the_first_samples_of_a_nested_batch(whole, cut):
+def test_the_some_samples_of_a_nested_batch(whole, cut):
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
             return ("tensor", value.tolist())
@@ -234,15 +234,15 @@ def test_the_first_samples_of_a_nested_batch(whole, cut):
         return (type(value), [plain(v) for v in value]) if isinstance(value, list | tuple) else value
 
     assert batch_size_of(whole) == 6
-    assert batch_size_of(first_samples(whole, 2)) == 2
-    assert plain(first_samples(whole, 2)) == plain(cut)
-    assert plain(first_samples(whole, 9)) == plain(whole)
+    assert batch_size_of(some_samples(whole, slice(2))) == 2
+    assert plain(some_samples(whole, slice(2))) == plain(cut)
+    assert plain(some_samples(whole, slice(9))) == plain(whole)
 
 
 @pytest.mark.parametrize("nothing", ["text", 3, [], {"a": torch.tensor(1.0)}])
 def test_a_batch_without_samples_has_no_size_and_stays_whole(nothing):
     assert batch_size_of(nothing) is None
-    assert first_samples(nothing, 2) is nothing
+    assert some_samples(nothing, slice(2)) is nothing
 
 
 def test_a_dict_or_a_dataclass_of_somebody_else_keeps_its_class():
@@ -256,6 +256,6 @@ def test_a_dict_or_a_dataclass_of_somebody_else_keeps_its_class():
         x: torch.Tensor
         name: str
 
-    assert first_samples(Named(x=torch.arange(6)), 2).x.tolist() == [0, 1]
-    pair = first_samples(Pair(torch.arange(6), "six"), 2)
+    assert some_samples(Named(x=torch.arange(6)), slice(2)).x.tolist() == [0, 1]
+    pair = some_samples(Pair(torch.arange(6), "six"), slice(2))
     assert (pair.x.tolist(), pair.name) == ([0, 1], "six")

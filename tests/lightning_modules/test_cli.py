@@ -64,8 +64,20 @@ def test_help_names_every_command(capsys, args):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("compare", ["--out", "--seeds", "--lr", "--threads", "--nsgd.k", "--nsgd.samples", "--data", "--net"]),
-        ("fit", ["--optimizer", "--model.net", "--data", "--refresh.samples", "--ckpt_path"]),
+        (
+            "compare",
+            [
+                "--out",
+                "--seeds",
+                "--lr",
+                "--threads",
+                "--nsgd.k",
+                "--nsgd.samples",
+                "--nsgd.group_size",
+                "--nsgd.decay",
+            ],
+        ),
+        ("fit", ["--optimizer", "--model.net", "--data", "--refresh.samples", "--refresh.group_size", "--ckpt_path"]),
     ],
 )
 def test_help_of_a_command_shows_its_options(capsys, command, options):
@@ -114,6 +126,20 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     assert (folder / "results.csv").read_bytes() == first
 
 
+def test_compare_takes_every_option_of_refreshes_and_repeats_its_config(capsys, here):
+    options = {"refresh_every": "auto", "overhead": 0.5, "decay": 0.8, "group_size": 2, "solver": "gradients"}
+    args = [text for name, value in options.items() for text in (f"--nsgd.{name}", str(value))]
+    assert code_of("compare", *TINY, *args, "--out", "a") == 0
+    assert code_of("compare", "--config", "a/config.yaml", "--out", "b") == 0
+    for folder in ("a", "b"):
+        found = yaml.safe_load((here / folder / "config.yaml").read_text())["nsgd"]
+        assert {name: found[name] for name in options} == options
+    a, b = (read_csv(here / n / "results.csv") for n in "ab")
+    assert [{**row, "seconds": 0} for row in a] == [{**row, "seconds": 0} for row in b]
+    assert all(row["hvps"] == 0 for row in a)
+    assert code_of("compare", *TINY, "--nsgd.group_size", "null", "--out", "c") == 0
+
+
 def test_the_printed_config_of_compare_repeats_the_study(capsys, here):
     assert code_of("compare", *TINY, "--out", "a", "--print_config") == 0
     text = capsys.readouterr().out
@@ -138,10 +164,10 @@ def test_fit_validate_test_and_predict_agree_on_one_checkpoint(here):
     assert code_of("fit", *SHORT, *NSGD) == 0
     logs = here / "lightning_logs"
     metrics = logs / "version_0" / "metrics.csv"
-    assert {"nsgd/lambda_1", "nsgd/lambda_3", "nsgd/hvps", "nsgd/overlap", "train_loss", "val_loss"} <= set(
-        rows(metrics)[0]
-    )
-    assert sum(bool(row["nsgd/lambda_1"]) for row in rows(metrics)) == 6  # 22 steps, every 4
+    wanted = {"nsgd/weight_1", "nsgd/weight_3", "nsgd/hvps", "nsgd/overlap", "train_loss", "val_loss"}
+    assert wanted <= set(rows(metrics)[0])
+    assert not any(name.startswith("nsgd/lambda") for name in rows(metrics)[0])  # there are no products
+    assert sum(bool(row["nsgd/weight_1"]) for row in rows(metrics)) == 6  # 22 steps, every 4
     (checkpoint,) = (logs / "version_0" / "checkpoints").iterdir()
     assert code_of("validate", *SHORT, "--ckpt_path", str(checkpoint)) == 0
     assert code_of("test", *SHORT, "--ckpt_path", str(checkpoint)) == 0
@@ -168,7 +194,7 @@ def test_fit_takes_an_optimizer_without_directions_and_a_scheduler(here):
 
 def test_fit_without_an_optimizer_trains_with_nsgd(here):
     assert code_of("fit", *SHORT, "--refresh.samples", "20") == 0
-    assert any(row["nsgd/lambda_10"] for row in rows(here / "lightning_logs" / "version_0" / "metrics.csv"))
+    assert any(row["nsgd/weight_10"] for row in rows(here / "lightning_logs" / "version_0" / "metrics.csv"))
 
 
 @pytest.mark.parametrize("from_log", [False, True], ids=["printed", "saved"])
@@ -241,8 +267,16 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--lr", ".inf"], "lr"),
         (["--momentum", "-1"], "momentum"),
         (["--nsgd.gamma", "-1"], "expected gamma to be a finite number >= 0"),
-        (["--nsgd.refresh_every", "0"], "expected refresh_every to be a whole number of at least 1, got 0"),
-        (["--nsgd.solver", "power"], "'lanczos', 'arpack'"),
+        (["--nsgd.refresh_every", "0"], "expected refresh_every to be 'auto' or a whole number of at least 1, got 0"),
+        (["--nsgd.refresh_every", "often"], "refresh_every"),
+        (["--nsgd.overhead", "0"], "expected overhead to be a number above 0"),
+        (["--nsgd.overhead", ".nan"], "expected overhead to be a number above 0"),
+        (["--nsgd.overhead", "some"], "overhead"),
+        (["--nsgd.decay", "1"], "expected decay to be a number >= 0 and below 1, got 1"),
+        (["--nsgd.decay", "-0.1"], "expected decay to be a number >= 0 and below 1, got -0.1"),
+        (["--nsgd.group_size", "0"], "expected group_size of at least 1, or None for the default, got 0"),
+        (["--nsgd.group_size", "1.5"], "group_size"),
+        (["--nsgd.solver", "power"], "'auto', 'gradients', 'lanczos', 'arpack'"),
         (["--nsgd.samples", "0"], "expected samples of at least 1"),
         (["--methods", "[sgd,adam]"], "adam"),
         (["--methods", "[]"], "methods"),
@@ -281,9 +315,12 @@ def test_bad_input_to_compare_is_one_sentence_and_writes_nothing(capsys, here, f
         (["--optimizer", "NSGD", "--optimizer.lr", "-0.1"], "-0.1"),
         (["--optimizer", "NSGD", "--optimizer.gamma", "-1"], "expected gamma to be a finite number >= 0"),
         (["--optimizer", "NSGD", "--optimizer.refresh_every", "0"], "expected refresh_every"),
-        (["--optimizer", "NSGD", "--optimizer.solver", "power"], "'lanczos', 'arpack'"),
+        (["--optimizer", "NSGD", "--optimizer.solver", "power"], "'auto', 'gradients', 'lanczos', 'arpack'"),
+        (["--optimizer", "NSGD", "--optimizer.overhead", "0"], "expected overhead to be a number above 0"),
+        (["--optimizer", "NSGD", "--optimizer.decay", "1"], "expected decay to be a number >= 0 and below 1"),
         (["--optimizer", "Nonsense"], "Nonsense"),
         (["--refresh.samples", "0"], "expected samples of at least 1"),
+        (["--refresh.group_size", "0"], "expected group_size of at least 1"),
         (["--refresh.optimizer", "3"], "expected optimizer to be an index into 1, got 3"),
         (["--model.net", "resnet"], "resnet"),
         (["--data", "Mnist"], "Mnist"),

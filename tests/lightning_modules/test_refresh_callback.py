@@ -34,7 +34,8 @@ from lightning_modules import Classifier, Digits, RefreshDirections
 from nsgd import NSGD, damp, top_eigenpairs
 
 SOURCES = [{"samples": 5}, {"samples": None}, {"samples": 20, "source": "train"}]
-EXACT = {"k": 5, "refresh_every": 1, "lr": 0.1}  # 2k + 2 products are the whole Krylov space of 12 parameters
+# 2k + 2 products are the whole Krylov space of 12 parameters, and nothing is averaged.
+EXACT = {"k": 5, "refresh_every": 1, "lr": 0.1, "solver": "lanczos", "decay": 0.0}
 TOP = 3  # of the k: the others are near zero, where the Krylov space ends early
 
 
@@ -187,12 +188,13 @@ class NotesPrecision(Smooth):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
 @pytest.mark.parametrize("source", ["batch", "train"])
-def test_a_sample_runs_in_the_precision_of_the_trainer(make_trainer, precision, dtype, source):
+@pytest.mark.parametrize("options", [{}, {"solver": "gradients"}], ids=["products", "groups"])
+def test_a_sample_runs_in_the_precision_of_the_trainer(make_trainer, precision, dtype, source, options):
     NotesPrecision.noted.clear()
-    module = NotesPrecision(partial(NSGD, **EXACT))
-    trainer = make_trainer(callbacks=[RefreshDirections(7, source)], precision=precision, limit_train_batches=1)
+    module = NotesPrecision(partial(NSGD, **{**EXACT, **options}))
+    trainer = make_trainer(callbacks=[RefreshDirections(7, source=source)], precision=precision, limit_train_batches=1)
     trainer.fit(module, loader(features=2, number=2))
-    assert len(NotesPrecision.noted) >= 2  # the step and the sample
+    assert len(NotesPrecision.noted) >= (8 if options else 2)  # the step, and the sample or its seven groups
     assert set(NotesPrecision.noted) == {dtype}
 
 
@@ -347,7 +349,15 @@ def test_wrong_optimizers_are_refused_before_the_first_step(make_trainer, make, 
     assert [p.tolist() for p in module.parameters()] == before
 
 
-@pytest.mark.parametrize(("options", "message"), [({"samples": 0}, "got 0"), ({"source": "test"}, "got 'test'")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "got 0"),
+        ({"source": "test"}, "got 'test'"),
+        ({"group_size": 0}, "group_size of at least 1, or None for the default, got 0"),
+        ({"group_size": -3}, "group_size of at least 1, or None for the default, got -3"),
+    ],
+)
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RefreshDirections(**options)
@@ -436,30 +446,33 @@ def test_an_exception_leaves_no_hook_and_no_mode_behind(make_trainer, at):
 # -- what is logged --------------------------------------------------------------------------------------------------
 
 
-def test_eigenvalues_alignment_overlap_and_cost_are_logged_at_each_refresh(make_trainer, tmp_path):
-    module = Regression(partial(NSGD, lr=0.05, k=2, refresh_every=2))
+@pytest.mark.parametrize("solver", ["gradients", "lanczos"])
+def test_weights_eigenvalues_alignment_overlap_and_cost_are_logged_at_each_refresh(make_trainer, tmp_path, solver):
+    module = Regression(partial(NSGD, lr=0.05, k=2, refresh_every=2, solver=solver))
     logger = CSVLogger(tmp_path)
     seen: list[Any] = []
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             o = trainer.optimizers[0]
-            seen.append((o.eigenvalues, o.overlap, o.alignment, o.hvps, o.cost_gradients))
+            seen.append((o.weights, o.eigenvalues, o.overlap, o.alignment, o.hvps, o.cost_gradients))
 
     trainer = make_trainer(callbacks=[RefreshDirections(8), Look()], logger=logger, max_epochs=2)
     trainer.fit(module, DataLoader(Rows(), batch_size=32))  # 6 steps
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["nsgd/lambda_1"]]
+        rows = [row for row in csv.DictReader(file) if row["nsgd/weight_1"]]
+    assert any(name.startswith("nsgd/lambda") for name in rows[0]) == (solver == "lanczos")
     assert [int(row["step"]) for row in rows] == [0, 2, 4]
     for row, i in zip(rows, (0, 2, 4), strict=True):
-        values, overlap, _, hvps, cost = seen[i]
-        assert [float(row[f"nsgd/lambda_{j}"]) for j in (1, 2)] == pytest.approx(values)
+        weights, values, overlap, _, hvps, cost = seen[i]
+        assert [float(row[f"nsgd/weight_{j}"]) for j in (1, 2)] == pytest.approx(weights)
+        assert [float(row[f"nsgd/lambda_{j}"]) for j in (1, 2) if values] == pytest.approx(values)
         assert (float(row["nsgd/hvps"]), float(row["nsgd/cost_gradients"])) == pytest.approx((hvps, cost))
         if i == 0:  # nothing to compare with yet
             assert (row["nsgd/overlap"], row["nsgd/alignment"]) == ("", "")
         else:
             assert float(row["nsgd/overlap"]) == pytest.approx(overlap)
-            assert float(row["nsgd/alignment"]) == pytest.approx(seen[i - 1][2])
+            assert float(row["nsgd/alignment"]) == pytest.approx(seen[i - 1][3])
 
 
 @pytest.mark.parametrize(
@@ -471,15 +484,26 @@ def test_eigenvalues_alignment_overlap_and_cost_are_logged_at_each_refresh(make_
         ({"samples": None}, 2, 2, 1 / 2),
         ({"samples": 48, "source": "train"}, 1, 3, 48 / 32),
         ({"samples": 48, "source": "train"}, 2, 3, 48 / 64),
+        ({"samples": 8}, 1, 0, 8 / 32),
+        ({"samples": 8}, 2, 0, 8 / 64),
+        ({"samples": 8, "group_size": 3}, 2, 0, 8 / 64),
+        ({"samples": None}, 1, 0, 1),
+        ({"samples": None}, 2, 0, 1 / 2),
+        ({"samples": 100}, 2, 0, 1 / 2),  # more than there are
+        ({"samples": 48, "source": "train"}, 1, 0, 48 / 32),
+        ({"samples": 48, "source": "train"}, 2, 0, 48 / 64),
     ],
 )
 def test_cost_is_counted_in_gradients_of_a_training_batch(make_trainer, refresh, accumulate, product, fraction):
-    """A refresh of m products on n of B samples is (1 + 2m) n/B gradients, 3m where the graph is rebuilt."""
-    module = Regression(partial(NSGD, lr=0.05, k=2, refresh_every=1))
+    """On n of B samples a refresh of m products is (1 + 2m) n/B gradients, 3m where the graph is rebuilt; of groups,
+    n/B."""
+    solver = "lanczos" if product else "gradients"
+    module = Regression(partial(NSGD, lr=0.05, k=2, refresh_every=1, solver=solver))
     trainer = make_trainer(callbacks=[RefreshDirections(**refresh)], accumulate_grad_batches=accumulate)
     trainer.fit(module, DataLoader(Rows(128), batch_size=32))
     optimizer = trainer.optimizers[0]
     assert optimizer.refreshes == 4 // accumulate
+    assert (optimizer.hvps > 0) == (product > 0)
     assert optimizer.cost_gradients == pytest.approx((optimizer.refreshes + product * optimizer.hvps) * fraction)
 
 
@@ -487,15 +511,17 @@ def test_cost_is_counted_in_gradients_of_a_training_batch(make_trainer, refresh,
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=["slice", "whole batch", "training set"])
+@pytest.mark.parametrize("solver", ["auto", "lanczos"])
 @pytest.mark.parametrize("save_basis", [True, False])
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning")
-def test_resuming_at_an_epoch_boundary_is_bitwise_uninterrupted(make_trainer, tmp_path, source, save_basis):
-    every = 3 if save_basis else 4  # without the basis the next step refreshes in any case: once an epoch of 4 steps
+def test_resuming_at_an_epoch_boundary_is_bitwise_uninterrupted(make_trainer, tmp_path, source, save_basis, solver):
+    # Without the basis the next step refreshes in any case, once an epoch of 4 steps, and there is nothing to average.
+    options = {"refresh_every": 3} if save_basis else {"refresh_every": 4, "decay": 0.0}
 
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
             optimizer = NSGD(
-                self.parameters(), lr=0.1, momentum=0.9, k=3, gamma=0.1, refresh_every=every, save_basis=save_basis
+                self.parameters(), lr=0.1, momentum=0.9, k=3, gamma=0.1, save_basis=save_basis, solver=solver, **options
             )
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
 
@@ -508,11 +534,34 @@ def test_resuming_at_an_epoch_boundary_is_bitwise_uninterrupted(make_trainer, tm
         trainer.fit(Scheduled(), datamodule=Digits(batch_size=50, limit=250), ckpt_path=resume)
         return trainer
 
-    whole = fit(4)
-    resumed = fit(4, str(tmp_path / "epoch=1.ckpt"))
+    whole, resumed = fit(4), fit(4, str(tmp_path / "epoch=1.ckpt"))
+    check_resumed(whole, resumed)
+    assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.7**4)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning")
+def test_resuming_at_the_defaults_is_bitwise_uninterrupted(make_trainer, tmp_path, epoch):
+    """When the next refresh is due, with refresh_every="auto", depends on what a checkpoint has to hold."""
+
+    class Plain(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return NSGD(self.parameters(), lr=0.5, k=3)
+
+    def fit(resume: str | None = None) -> pl.Trainer:
+        pl.seed_everything(3, verbose=False)
+        saves = [ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)] if resume is None else []
+        trainer = make_trainer(max_epochs=5, callbacks=[RefreshDirections(), *saves], enable_checkpointing=bool(saves))
+        trainer.fit(Plain(), datamodule=Digits(batch_size=50, limit=250), ckpt_path=resume)
+        return trainer
+
+    check_resumed(fit(), fit(str(tmp_path / f"epoch={epoch}.ckpt")))
+
+
+def check_resumed(whole: pl.Trainer, resumed: pl.Trainer) -> None:
+    """Parameters and optimizer state are the same to the bit."""
     ours, theirs = (t.lightning_module.state_dict() for t in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = (t.optimizers[0].state_dict() for t in (resumed, whole))
-    assert str(ours["param_groups"]) == str(theirs["param_groups"])  # counters, eigenvalues; NaN is not equal to itself
+    assert str(ours["param_groups"]) == str(theirs["param_groups"])  # counters, weights; NaN is not equal to itself
     assert all(torch.equal(ours["state"][i][n], v) for i, s in theirs["state"].items() for n, v in s.items())
-    assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.7**4)

@@ -131,7 +131,8 @@ def test_the_tables_say_what_the_summary_holds(folder):
 )
 def test_a_difference_without_significance_is_said_as_such(folder, p, said):
     rows = read_csv(folder / "summary.csv")
-    write_csv(folder / "summary.csv", [{**row, "p": p} if row["method"] == "nsgd" else row for row in rows])
+    others = {"nsgd": p, "bulk-sgd": 0.2}  # two seeds may well differ alike, which has no test either
+    write_csv(folder / "summary.csv", [{**row, "p": others.get(row["method"], row["p"])} for row in rows])
     page = Page(write_report(folder))
     console = Console(file=io.StringIO(), width=200)
     print_table(folder, console)
@@ -177,6 +178,63 @@ def test_the_caption_names_rates_seeds_threads_and_how_they_were_chosen(folder):
     for said in ("SGD 0.2, NSGD 0.2, Bulk-SGD 0.2 (given, not tuned)", "2 paired seeds", "threads: 1", "momentum 0.5"):
         assert said in text
     assert yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()), sort_keys=False) in text
+
+
+def drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """The curves of curvature, each method's from the smallest to the largest."""
+    curves: list[list[float]] = []
+    plain = Axes.plot
+
+    def plot(self: Axes, x: Any, y: Any, *args: Any, **options: Any) -> Any:
+        if "alpha" in options:
+            curves.append(list(y))
+        return plain(self, x, y, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    write_report(folder)
+    return curves
+
+
+def test_the_curvature_of_each_refresh_is_drawn(folder, monkeypatch):
+    curves = drawn(folder, monkeypatch)
+    assert len(curves) == 2 * 2  # NSGD and Bulk-SGD, k = 2
+    for method, (second, first) in (("nsgd", curves[:2]), ("bulk-sgd", curves[2:])):
+        rows = [r for r in read_csv(folder / "runs" / f"{method}-0" / "metrics.csv") if "weight_1" in r]
+        assert [r["step"] for r in rows] == [1, 4, 7]
+        assert first == [r["weight_1"] for r in rows]
+        assert second == [r["weight_2"] for r in rows]
+
+
+def test_fewer_weights_at_first_than_later_are_drawn_with_a_gap(tmp_path, monkeypatch):
+    """Two groups a refresh give two directions more each time, up to k."""
+    options = NSGDOptions(k=5, refresh_every=2, samples=16, group_size=8)
+    run_study(make_study(methods=["nsgd"], seeds=1, nsgd=options), tmp_path / "out", lambda *_: None)
+    rows = [r for r in read_csv(tmp_path / "out" / "runs" / "nsgd-0" / "metrics.csv") if "weight_1" in r]
+    assert [sum(name.startswith("weight_") for name in r) for r in rows] == [2, 4, 5, 5]
+    curves = drawn(tmp_path / "out", monkeypatch)
+    assert [[math.isnan(v) for v in y] for y in curves[::-1]] == [
+        *[[False] * 4] * 2,
+        *[[True, False, False, False]] * 2,
+        [True, True, False, False],
+    ]
+    page = Page(tmp_path / "out" / "report.html")
+    assert sum(tag == "img" for tag, _ in page.tags) == len(FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("solver", "said"),
+    [
+        ("auto", "gradients of small groups"),
+        ("gradients", "gradients of small groups"),
+        ("lanczos", "that products found"),
+    ],
+)
+def test_the_figure_of_curvature_says_what_it_shows(tmp_path, solver, said):
+    options = NSGDOptions(k=2, refresh_every=4, samples=16, solver=solver)
+    run_study(make_study(methods=["nsgd"], seeds=1, epochs=1, nsgd=options), tmp_path / "out", lambda *_: None)
+    page = Page(write_report(tmp_path / "out"))
+    assert said in page.text
+    assert (tmp_path / "out" / "eigenvalues.png").exists()
 
 
 @pytest.mark.parametrize(

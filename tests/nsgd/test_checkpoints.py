@@ -18,7 +18,16 @@ MAKERS = {
     "sgd": lambda params, **options: damp(SGD(params, lr=0.1, momentum=0.9), **options),
     "adamw": lambda params, **options: damp(AdamW(params, lr=0.01), **options),
 }
-DIAGNOSTICS = ("eigenvalues", "overlap", "refreshes", "skipped_refreshes", "hvps", "cost_gradients", "refresh_due")
+DIAGNOSTICS = (
+    "eigenvalues",
+    "weights",
+    "overlap",
+    "refreshes",
+    "skipped_refreshes",
+    "hvps",
+    "cost_gradients",
+    "refresh_due",
+)
 
 
 def through_a_file(state):

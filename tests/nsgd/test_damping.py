@@ -229,13 +229,14 @@ def test_a_group_added_later_joins_at_the_next_refresh():
     assert not torch.equal(b, torch.add(before, grad, alpha=-0.02))
 
 
-def test_frozen_parameters_and_those_without_gradient_stay_bitwise(training, flat):
+@pytest.mark.parametrize("bulk_scale", [1.0, 0.5])  # the step is known beforehand, or measured
+def test_frozen_parameters_and_those_without_gradient_stay_bitwise(training, flat, bulk_scale):
     run = training()
     frozen, idle = run.model[0].bias, nn.Parameter(torch.ones(3))
     frozen.requires_grad_(False)
     before = frozen.clone()
     optimizer = NSGD(
-        [*run.model.parameters(), idle], lr=0.1, momentum=0.9, weight_decay=0.1, k=4, gamma=0.0, bulk_scale=0.5
+        [*run.model.parameters(), idle], lr=0.1, momentum=0.9, weight_decay=0.1, k=4, gamma=0.0, bulk_scale=bulk_scale
     )
     for i in range(3):
         optimizer.zero_grad()

@@ -17,10 +17,15 @@ OUT_OF_RANGE = [
     ({"gamma": "0.1"}, "expected gamma to be a finite number >= 0 .*got '0.1'"),
     ({"bulk_scale": -1}, "expected bulk_scale to be a finite number >= 0"),
     ({"bulk_scale": float("inf")}, "expected bulk_scale to be a finite number >= 0"),
-    ({"refresh_every": 0}, "expected refresh_every to be a whole number of at least 1, got 0"),
+    ({"refresh_every": 0}, "expected refresh_every to be 'auto' or a whole number of at least 1, got 0"),
+    ({"refresh_every": "often"}, "expected refresh_every to be 'auto' or a whole number of at least 1, got 'often'"),
+    ({"overhead": 0}, "expected overhead to be a number above 0, .*got 0"),
+    ({"overhead": float("nan")}, "expected overhead to be a number above 0, .*got nan"),
+    ({"decay": 1.0}, "expected decay to be a number >= 0 and below 1, got 1.0"),
+    ({"decay": -0.1}, "expected decay to be a number >= 0 and below 1, got -0.1"),
     ({"warmup_steps": -1}, "expected warmup_steps to be a whole number of at least 0, got -1"),
     ({"which": "BE"}, "expected which to be one of LA, LM, SA, got 'BE'"),
-    ({"solver": "power"}, "expected solver to be one of lanczos, arpack, got 'power'"),
+    ({"solver": "power"}, "expected solver to be one of auto, gradients, lanczos, arpack, got 'power'"),
 ]
 
 
@@ -37,7 +42,9 @@ def test_an_option_out_of_range_is_one_clear_sentence(training, way, options, me
     ("group", "message"),
     [
         ({"k": 3}, "k is one value for the whole optimizer, 10, got 3 for one group"),
-        ({"refresh_every": 7}, "refresh_every is one value for the whole optimizer"),
+        ({"refresh_every": 7}, "refresh_every is one value for the whole optimizer, 'auto', got 7"),
+        ({"overhead": 0.3}, "overhead is one value for the whole optimizer"),
+        ({"decay": 0.5}, "decay is one value for the whole optimizer"),
         ({"gamma": -1.0}, "expected gamma to be a finite number"),
         ({"maximize": True}, "maximize is one value for the whole optimizer"),
         ({"differentiable": True}, "expected differentiable=False"),

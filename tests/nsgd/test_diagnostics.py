@@ -13,7 +13,7 @@ from nsgd import NSGD
 
 def test_diagnostics_before_the_first_refresh(training):
     optimizer = NSGD(training().model.parameters(), k=3)
-    assert optimizer.eigenvalues == ()
+    assert optimizer.eigenvalues == optimizer.weights == ()
     assert (optimizer.refreshes, optimizer.skipped_refreshes, optimizer.hvps, optimizer.cost_gradients) == (
         0,
         0,
@@ -26,7 +26,7 @@ def test_diagnostics_before_the_first_refresh(training):
 
 def test_alignment_and_overlap_are_those_of_a_dense_computation(training, flat, basis_of):
     run = training(torch.float64)
-    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.3)
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.3, decay=0)
     optimizer.refresh(run.loss(0))
     first = basis_of(optimizer)
     run.loss(0).backward()
@@ -59,7 +59,17 @@ def test_cost_is_counted_in_gradients_of_a_training_batch(training, several, pro
 
 @pytest.mark.parametrize(
     "name",
-    ["eigenvalues", "overlap", "alignment", "refreshes", "skipped_refreshes", "hvps", "cost_gradients", "refresh_due"],
+    [
+        "eigenvalues",
+        "weights",
+        "overlap",
+        "alignment",
+        "refreshes",
+        "skipped_refreshes",
+        "hvps",
+        "cost_gradients",
+        "refresh_due",
+    ],
 )
 def test_diagnostics_are_read_only(training, name):
     with pytest.raises(AttributeError):

@@ -91,6 +91,18 @@ def test_a_buffer_that_a_guarded_forward_pass_registers_is_taken_away():
     assert not dict(module.named_buffers())
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_loss_without_curvature_is_refreshed_again_and_again(k):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NSGD([w], lr=0.1, k=k, gamma=0.0, refresh_every=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(w.sum())
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.7))
+    assert optimizer.refreshes == 3
+
+
 def test_a_skipped_refresh_counts_what_it_spent():
     w = nn.Parameter(torch.ones(3))
     optimizer = NSGD([w], lr=0.1, k=2)

@@ -14,6 +14,7 @@ from torch import nn
 
 from nsgd.guard import untouched
 from nsgd.hessian import loss_hessian
+from nsgd.tracking import gradient_moment
 
 
 def dense(hvp, size):
@@ -80,6 +81,24 @@ def test_grad_buffers_modes_parameters_and_random_state_stay_as_found(noisy, sou
     else:
         with loss_hessian(given, model.parameters()) as hessian:
             hessian.hvp(torch.ones_like(hessian.gradient))
+    assert_untouched(model, before)
+    same_random_states(states)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_of_groups_leave_everything_as_found(noisy, fails):
+    model, losses = noisy
+    model.net[1].eval()
+    model.net[0].weight.grad = torch.ones_like(model.net[0].weight)
+    before, states = snapshot(model), random_states()
+
+    def failing():
+        losses[0][0]()
+        model.eval()
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError) if fails else torch.no_grad():
+        gradient_moment([*losses, (failing, 1)] if fails else losses, list(model.parameters()))
     assert_untouched(model, before)
     same_random_states(states)
 

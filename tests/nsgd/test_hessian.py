@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nsgd import sample_losses
 from nsgd.hessian import flatten, loss_hessian, split, vector_dtype
 
 # Both sides are exact in float64; what differs is the order of summation.
@@ -180,3 +181,27 @@ def test_batches_draw_different_dropout_masks():
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
+
+
+# -- groups of samples ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group_size", "counts"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (7, [7]), (100, [7])]
+)
+def test_samples_are_cut_into_groups_of_which_the_last_may_be_smaller(group_size, counts):
+    x, y = torch.arange(14.0).view(7, 2), torch.arange(7.0)
+    called = []
+
+    def loss(x, y):
+        called.append((x, y))
+        return x.mean() + y.mean()
+
+    pairs = sample_losses(loss, x, y, group_size=group_size)
+    assert [n for _, n in pairs] == counts
+    assert called == []  # until a refresh is due
+    values = [closure() for closure, _ in pairs]
+    assert torch.equal(torch.cat([part for part, _ in called]), x)
+    assert torch.equal(torch.cat([part for _, part in called]), y)
+    # Each group is its own: not all of them the last, as closures over a loop's variable would be.
+    assert float(sum(v * n for v, n in zip(values, counts, strict=True))) == pytest.approx(7 * float(x.mean() + 3))

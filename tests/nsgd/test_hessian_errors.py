@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nsgd import sample_losses
 from nsgd.hessian import check_params, loss_hessian
 
 
@@ -72,6 +73,20 @@ def test_a_loss_or_gradient_that_is_not_finite_is_a_floating_point_error(loss, m
     given = [(lambda: loss(weight), 1)] if several else loss(weight)
     with pytest.raises(FloatingPointError, match=message), loss_hessian(given, [weight]):
         pass
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        ([], {}, r"tensors of one length.*got lengths \[\]"),
+        ([torch.zeros(3), torch.zeros(4, 2)], {}, r"tensors of one length.*got lengths \[3, 4\]"),
+        ([torch.zeros(3)], {"group_size": 0}, "group_size of at least 1, got 0"),
+        ([torch.zeros(3)], {"group_size": -2}, "group_size of at least 1, got -2"),
+    ],
+)
+def test_samples_that_cannot_be_cut_are_a_value_error(tensors, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_losses(lambda *parts: parts[0].sum(), *tensors, **options)
 
 
 # -- no double backward ---------------------------------------------------------------------------------------

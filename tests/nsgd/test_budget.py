@@ -1,0 +1,238 @@
+"""refresh_every="auto": what refreshes may cost together, and when one comes early."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from nsgd import NSGD, damp
+from nsgd.damping import OnHost
+
+INSIDE, OUTSIDE = torch.eye(3, dtype=torch.float64)[:2]
+
+
+class Toy:
+    """Three numbers whose one direction is the first; the gradient of a step is what the test says."""
+
+    def __init__(self, make=lambda params, **options: NSGD(params, lr=0.01, **options), **options):
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.optimizer = make([self.weight], k=1, **options)
+
+    def groups(self):
+        return [(lambda c=c: c * self.weight[0], 1) for c in (1.0, 2.0)]
+
+    def refresh_if_due(self, batch_fraction=1.0):
+        return self.optimizer.refresh_if_due(self.groups(), batch_fraction=batch_fraction)
+
+    def step(self, gradient):
+        self.weight.grad = gradient.clone()
+        self.optimizer.step()
+
+
+# -- the budget -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overhead", [0.03, 0.1, 0.25, 2.0])
+@pytest.mark.parametrize("cost", [0.05, 1.0, 7.3])
+def test_refreshes_together_cost_the_overhead_and_one_refresh_at_most(overhead, cost):
+    toy = Toy(overhead=overhead)
+    for steps in range(300):
+        toy.refresh_if_due(batch_fraction=cost)
+        spent = toy.optimizer.cost_gradients
+        assert spent <= overhead * steps + cost + 1e-9
+        assert spent >= min(overhead, cost) * steps - 1e-9  # at most one a step
+        toy.step(INSIDE + OUTSIDE)
+    assert toy.optimizer.refreshes > 1
+
+
+def test_products_have_the_same_budget(training):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.01, k=2)
+    most = 1 + 2 * (2 * 2 + 2)
+    for i in range(300):
+        optimizer.zero_grad()
+        optimizer.backward(run.loss(i))
+        assert optimizer.cost_gradients <= 2 * 0.1 * i + most  # twice the budget where a step left the basis
+        optimizer.step()
+    assert 300 * 0.1 / most <= optimizer.refreshes <= 2 * 300 * 0.1 / 4 + 1  # of three products at least, or 7
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_it_begins_with_a_refresh_after_the_warmup(warmup):
+    toy = Toy(warmup_steps=warmup)
+    came = []
+    for _ in range(8):
+        came.append(toy.refresh_if_due(batch_fraction=100.0))
+        toy.step(OUTSIDE)
+    assert came == [step == warmup for step in range(8)]
+
+
+@pytest.mark.parametrize("period", [1, 4, 50])
+def test_a_period_in_steps_knows_neither_budget_nor_alarm(period):
+    toy = Toy(refresh_every=period, overhead=1e-6)
+    came = []
+    for step in range(100):
+        if toy.refresh_if_due():
+            came.append(step)
+        toy.step(OUTSIDE * (100.0 if step in (30, 61) else 1.0))
+    assert came == list(range(0, 100, period))
+
+
+def test_a_refresh_by_hand_is_paid_from_the_budget():
+    toy = Toy(overhead=0.5)
+    assert toy.refresh_if_due()
+    toy.step(OUTSIDE)
+    toy.optimizer.refresh(toy.groups(), batch_fraction=2.0)
+    came = []
+    for step in range(1, 12):
+        if toy.refresh_if_due():
+            came.append(step)
+        toy.step(OUTSIDE)
+    assert came == [6, 8, 10]  # 3 gradients, at half a gradient a step
+
+
+# -- the alarm ------------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "known": lambda params, **options: NSGD(params, lr=0.01, **options),
+    "measured": lambda params, **options: NSGD(params, lr=0.01, bulk_scale=0.5, **options),
+    "damp": lambda params, **options: damp(SGD(params, lr=0.01), **options),
+    "gamma_one": lambda params, **options: NSGD(params, lr=0.01, gamma=1.0, **options),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("factor", [1.0, 1.9, 2.1, 10.0, -10.0])  # the alarm is at twice the length
+@pytest.mark.parametrize("jump", [2, 4, 6, 8])
+def test_a_step_out_of_the_basis_brings_the_next_refresh_within_twice_the_budget(maker, jump, factor):
+    toy = Toy(MAKERS[maker], overhead=0.1)
+    assert toy.refresh_if_due()  # for one gradient: the next is due after ten steps, or five
+    for _ in range(jump - 1):
+        toy.step(INSIDE + OUTSIDE)
+        assert not toy.optimizer.refresh_due
+    toy.step(INSIDE + factor * OUTSIDE)
+    early = abs(factor) > 2 and jump >= 5
+    assert toy.optimizer.refresh_due == early
+    assert toy.refresh_if_due() == early
+    assert not toy.optimizer.refresh_due
+    toy.step(INSIDE + OUTSIDE)
+    assert not toy.optimizer.refresh_due  # the alarm is of the last step
+
+
+def test_a_long_step_inside_the_basis_is_no_alarm():
+    toy = Toy(overhead=0.1)
+    toy.refresh_if_due()
+    for step in range(8):
+        toy.step((100.0 if step == 7 else 1.0) * INSIDE + OUTSIDE)
+    assert not toy.optimizer.refresh_due
+
+
+def test_the_usual_length_is_learned_anew_after_a_jump():
+    """A schedule that makes every step longer is one alarm, not one at every step."""
+    toy = Toy(overhead=1e-3)
+    toy.refresh_if_due()
+    alarms = []
+    for step in range(40):
+        toy.step(OUTSIDE * (1.0 if step < 20 else 10.0))
+        alarms.append(toy.optimizer._alarm.is_true())
+    assert [step for step, alarm in enumerate(alarms) if alarm] == [20]
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e200])
+def test_a_step_that_is_not_finite_does_not_silence_the_alarm(value):
+    toy = Toy(overhead=0.1)
+    toy.refresh_if_due()
+    for step in range(8):
+        toy.step({3: value, 7: 10.0}.get(step, 1.0) * OUTSIDE)
+        with torch.no_grad():
+            toy.weight.nan_to_num_(0.0, 0.0, 0.0)
+    assert toy.optimizer.refresh_due
+
+
+def test_alarm_and_usual_length_are_those_of_the_uninterrupted_run():
+    """A checkpoint after step 6, whose jump makes the next refresh due, or before it, whose mean tells that it is."""
+    for stop in (5, 6):
+        whole, resumed = Toy(), Toy()
+        whole.refresh_if_due()
+        for _ in range(5):
+            whole.step(OUTSIDE)
+        if stop == 6:
+            whole.step(10 * OUTSIDE)
+        resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+        if stop == 5:
+            whole.step(10 * OUTSIDE), resumed.step(10 * OUTSIDE)
+        assert whole.optimizer.refresh_due
+        assert resumed.optimizer.refresh_due
+
+
+def test_an_alarm_does_not_outlive_the_run_that_raised_it():
+    toy, other = Toy(), Toy()
+    for each in (toy, other):
+        each.refresh_if_due()
+        for _ in range(6):
+            each.step(OUTSIDE)
+    state = copy.deepcopy(other.optimizer.state_dict())
+    toy.step(10 * OUTSIDE)
+    assert toy.optimizer.refresh_due
+    toy.optimizer.load_state_dict(state)
+    assert not toy.optimizer.refresh_due
+
+
+def test_the_dtype_of_the_trained_parameters_may_change_between_steps():
+    """A float64 parameter without gradient at times, beside a float32 one that always has one."""
+    low, high = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = NSGD([low, high], lr=0.01, k=2)
+    optimizer.refresh(low.square().sum() + high.square().sum())
+    for step in range(4):
+        optimizer.zero_grad()
+        (low.square().sum() + (high.square().sum() if step % 2 else 0.0)).backward()
+        optimizer.step()
+    assert low.dtype == torch.float32
+    assert high.dtype == torch.float64
+
+
+def test_steps_of_no_length_are_no_alarm():
+    toy = Toy(lambda params, **options: damp(AdamW(params, lr=0.0, weight_decay=0.0), **options))
+    toy.refresh_if_due()
+    for _ in range(8):
+        toy.step(OUTSIDE)
+    assert not toy.optimizer.refresh_due
+
+
+def test_what_rounding_leaves_outside_the_basis_is_no_alarm():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator)
+    weight = nn.Parameter(torch.randn(6, generator=generator))
+    optimizer = NSGD([weight], lr=0.1, k=6)  # all of space
+    optimizer.refresh(0.5 * (root @ weight).square().sum())
+    for _ in range(100):
+        weight.grad = torch.randn(6, generator=generator)
+        optimizer.step()
+        assert not optimizer._alarm.is_true()
+
+
+# -- values on their way --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_value_on_the_host_is_there_at_once(value):
+    assert OnHost(torch.tensor(value)).is_true() is value
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_value_that_has_not_arrived_counts_as_false(value):
+    class Event:
+        arrived = False
+
+        def query(self):
+            return self.arrived
+
+    thing = OnHost(torch.tensor(value))
+    thing._copied = event = Event()
+    assert thing.is_true() is False
+    event.arrived = True
+    assert thing.is_true() is value

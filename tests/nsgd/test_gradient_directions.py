@@ -1,0 +1,341 @@
+"""Directions from the gradients of groups of samples, through NSGD and damp, against dense averages in NumPy."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from loops import assert_bitwise, everything
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from nsgd import NSGD, damp, sample_losses
+
+
+def samples(run, i, group_size=1):
+    return sample_losses(lambda x, y: F.cross_entropy(run.model(x), y), *run.batches[i % 4], group_size=group_size)
+
+
+def steps(run, optimizer, indices, group_size=1):
+    for i in indices:
+        optimizer.zero_grad()
+        optimizer.backward(run.loss(i), curvature=samples(run, i, group_size), batch_fraction=0.25)
+        optimizer.step()
+
+
+def moment(run, i, group_size=1):
+    """The second moment of the groups' gradients, by one backward pass a group: (P, P)."""
+    x, y = run.batches[i % 4]
+    total, params = 0.0, list(run.model.parameters())
+    for part, labels in zip(x.split(group_size), y.split(group_size), strict=True):
+        grads = torch.autograd.grad(F.cross_entropy(run.model(part), labels), params)
+        gradient = torch.cat([g.reshape(-1) for g in grads]).numpy()
+        total = total + len(part) / len(x) * np.outer(gradient, gradient)
+    return total
+
+
+def top(matrix, k):
+    values, columns = np.linalg.eigh(matrix)
+    return values[::-1][:k], columns[:, ::-1][:, :k].T
+
+
+def agrees(optimizer, basis_of, values, vectors):
+    # Float64 on both sides, with gaps that are no smaller than a hundredth of the largest eigenvalue.
+    np.testing.assert_allclose(optimizer.weights, values, rtol=1e-9, atol=1e-12)
+    rows = basis_of(optimizer).numpy()
+    np.testing.assert_allclose(rows.T @ rows, vectors.T @ vectors, rtol=0, atol=1e-8)
+
+
+# -- the average ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["auto", "gradients"])
+@pytest.mark.parametrize("group_size", [1, 3])  # 16 samples: the last group is of one
+@pytest.mark.parametrize("decay", [0.0, 0.5, None])
+def test_the_basis_is_that_of_the_dense_average_whatever_the_age_of_the_last(
+    training, basis_of, solver, group_size, decay
+):
+    run, k = training(torch.float64), 3
+    optimizer = NSGD(run.model.parameters(), lr=0.1, momentum=0.9, k=k, solver=solver, decay=decay, refresh_every=1000)
+    average, last = 0.0, None
+    for step in range(18):
+        if step in (0, 1, 3, 7, 17):
+            share = 0.0 if last is None else (0.95 if decay is None else decay)
+            values, vectors = top(share * average + (1 - share) * moment(run, step, group_size), k)
+            average, last = (vectors.T * values) @ vectors, step
+            assert optimizer.refresh(samples(run, step, group_size))
+            agrees(optimizer, basis_of, values, vectors)
+            assert list(optimizer.weights) == sorted(optimizer.weights, reverse=True)
+        optimizer.zero_grad()
+        run.loss(step).backward()
+        optimizer.step()
+    assert optimizer.refreshes == 5
+    assert optimizer.eigenvalues == ()
+    assert optimizer.hvps == 0
+
+
+def test_products_are_averaged_as_well(training, basis_of):
+    """Two losses whose Hessians are known: the pairs are the best that two steps of the average leave."""
+    weight = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = NSGD([weight], lr=0.1, k=2, decay=0.5)
+    optimizer.refresh(0.5 * (torch.tensor([8.0, 4.0, 0.0, 0.0]) * weight.square()).sum())
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.refresh(0.5 * (torch.tensor([0.0, 0.0, 20.0, -2.0]) * weight.square()).sum())
+    assert optimizer.weights == pytest.approx((10.0, 4.0))  # halves of 20 and of 8
+    assert optimizer.eigenvalues == pytest.approx((20.0, 0.0), abs=1e-9)  # of the last
+    expected = torch.eye(4, dtype=torch.float64)[[2, 0]]
+    torch.testing.assert_close(basis_of(optimizer).abs(), expected, rtol=0, atol=1e-7)
+
+
+def test_the_scale_is_taken_out(training):
+    run, twin = training(torch.float64), training(torch.float64)
+    optimizer, plain = NSGD(run.model.parameters(), k=3), NSGD(twin.model.parameters(), k=3)
+    optimizer.refresh([(lambda c=c: 256.0 * c(), n) for c, n in samples(run, 0)], scale=256.0)
+    plain.refresh(samples(twin, 0))
+    assert optimizer.weights == pytest.approx(plain.weights, rel=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_fewer_groups_than_directions_give_as_many_and_more_come_later(training, flat, basis_of, groups):
+    run = training(torch.float64)
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=5, gamma=0.0)
+    for refresh in (1, 2):
+        optimizer.refresh(samples(run, refresh)[:groups])
+        rank = min(5, refresh * groups)
+        vectors = basis_of(optimizer)
+        assert len(vectors) == len(optimizer.weights) == rank
+        torch.testing.assert_close(vectors @ vectors.T, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
+        optimizer.zero_grad()
+        run.loss(0).backward()
+        before = flat(run.model.parameters())
+        optimizer.step()
+        moved = flat(run.model.parameters()) - before
+        assert float((vectors @ moved).abs().max()) < 1e-14  # nothing is left inside
+        assert float(moved.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("decay", [0.0, None])
+def test_groups_without_gradient_give_no_directions_and_training_goes_on(training, flat, decay):
+    run, twin = training(), training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.0, decay=decay)
+    plain = SGD(twin.model.parameters(), lr=0.1)
+    for i in range(3):
+        optimizer.zero_grad(), plain.zero_grad()
+        optimizer.refresh([(lambda c=c: 0.0 * c(), n) for c, n in samples(run, i)])
+        run.loss(i).backward(), twin.loss(i).backward()
+        optimizer.step(), plain.step()
+    assert_bitwise(everything(run), everything(twin))
+
+
+def test_a_second_refresh_at_one_step_is_not_ignored():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = NSGD([weight], lr=0.1, k=1)
+    optimizer.refresh([(lambda: weight[0], 1), (lambda: 2 * weight[0], 1)])
+    optimizer.refresh([(lambda: 30 * weight[1], 1), (lambda: 30 * weight[1], 1)])
+    assert optimizer.weights[0] > 3  # 2.5 is the mean square of the first alone, 900 that of the second
+
+
+# -- parameters that come and go ------------------------------------------------------------------------------
+
+
+def test_parameters_frozen_later_leave_the_average_of_the_others(training, basis_of):
+    run, k = training(torch.float64), 3
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=k, decay=0.5)
+    optimizer.refresh(samples(run, 0))
+    values, vectors = top(moment(run, 0), k)
+    steps(run, optimizer, range(1))  # the refresh of this step is taken
+    free = slice(6 * 8 + 8, None)
+    old, new = ((vectors.T * values) @ vectors)[free, free], moment(run, 1)[free, free]
+    run.model[0].requires_grad_(False)
+    assert optimizer.refresh(samples(run, 1))
+    values, vectors = top(0.5 * old + 0.5 * new, k)
+    np.testing.assert_allclose(optimizer.weights, values, rtol=1e-9)
+    rows = basis_of(optimizer).numpy()
+    assert not rows[:, : free.start].any()
+    np.testing.assert_allclose(rows[:, free].T @ rows[:, free], vectors.T @ vectors, rtol=0, atol=1e-8)
+
+
+def test_parameters_added_later_begin_the_average_anew(training, basis_of):
+    run, k = training(torch.float64), 3
+    optimizer = NSGD(run.model[2].parameters(), lr=0.1, k=k, decay=0.9)
+    steps(run, optimizer, range(2))
+    optimizer.add_param_group({"params": list(run.model[0].parameters())})
+    expected = top(moment(run, 2), k)
+    assert optimizer.refresh(samples(run, 2))
+    np.testing.assert_allclose(optimizer.weights, expected[0], rtol=1e-9)
+    steps(run, optimizer, range(2, 4))
+
+
+# -- cost and trouble -----------------------------------------------------------------------------------------
+
+
+def test_a_refresh_costs_the_gradient_of_its_samples_and_no_product(training):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, refresh_every=2)
+    steps(run, optimizer, range(6))
+    assert (optimizer.refreshes, optimizer.hvps, optimizer.cost_gradients) == (3, 0, 0.75)
+
+
+def test_the_samples_are_looked_at_only_when_a_refresh_is_due(training):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, refresh_every=3)
+    calls = []
+    for i in range(6):
+        optimizer.zero_grad()
+        losses = [(lambda c=c, i=i: calls.append(i) or c(), n) for c, n in samples(run, i, 8)]
+        optimizer.backward(run.loss(i), curvature=losses)
+        optimizer.step()
+    assert calls == [0, 0, 3, 3]  # twice: two groups
+
+
+def test_a_group_that_is_not_finite_skips_the_refresh_and_keeps_the_directions(training, basis_of):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, refresh_every=1)
+    steps(run, optimizer, range(1))
+    kept, weights = basis_of(optimizer), optimizer.weights
+    losses = [*samples(run, 1), (lambda: run.loss(1) * float("nan"), 1)]
+    with pytest.warns(UserWarning, match="refresh skipped at step 1, the last directions are kept: the loss is NaN"):
+        assert not optimizer.refresh(losses, batch_fraction=0.25)
+    assert torch.equal(basis_of(optimizer), kept)
+    assert optimizer.weights == weights
+    assert (optimizer.refreshes, optimizer.skipped_refreshes, optimizer.cost_gradients) == (1, 1, 0.5)
+    steps(run, optimizer, range(1, 3))
+    assert optimizer.refreshes == 2  # not twice at one step
+
+
+def test_a_basis_that_is_not_finite_does_not_outlive_the_next_refresh(training, basis_of):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3)
+    steps(run, optimizer, range(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["directions"][1].view(-1)[2] = float("nan")
+    optimizer.load_state_dict(state)
+    assert optimizer.refresh(samples(run, 1))
+    assert torch.isfinite(basis_of(optimizer)).all()
+
+
+def test_gradients_of_one_loss_are_refused(training):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), k=3, solver="gradients")
+    for loss in (run.loss(0), lambda: run.loss(0)):
+        with pytest.raises(ValueError, match=r"expected a list of losses of groups of samples.*nsgd\.sample_losses"):
+            optimizer.refresh(loss)
+    with pytest.raises(ValueError, match="two or more groups of samples, got one"):
+        optimizer.refresh([(lambda: run.loss(0), 16)])
+
+
+@pytest.mark.parametrize(
+    ("solver", "by_products"), [("auto", False), ("gradients", False), ("lanczos", True), ("arpack", True)]
+)
+def test_the_solver_says_what_groups_are_for(training, solver, by_products):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), k=3, solver=solver)
+    optimizer.refresh(samples(run, 0, 8))
+    assert bool(optimizer.hvps) == by_products == bool(optimizer.eigenvalues)
+    assert len(optimizer.weights) == (3 if by_products else 2)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_auto_takes_products_of_one_loss(training, several):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), k=3)
+    optimizer.refresh([(lambda: run.loss(0), 16)] if several else run.loss(0))
+    assert optimizer.hvps > 0
+    assert optimizer.weights == optimizer.eigenvalues
+
+
+def test_groups_may_come_from_a_generator(training):
+    run, twin = training(), training()
+    optimizer, other = NSGD(run.model.parameters(), k=3), NSGD(twin.model.parameters(), k=3)
+    optimizer.refresh(pair for pair in samples(run, 0))
+    other.refresh(samples(twin, 0))
+    assert optimizer.weights == other.weights
+
+
+# -- equivalences ---------------------------------------------------------------------------------------------
+
+
+def test_gamma_one_is_bitwise_sgd_with_dropout_and_batchnorm(training):
+    run, twin = training(noisy=True), training(noisy=True)
+    optimizer = NSGD(run.model.parameters(), lr=0.1, momentum=0.9, k=3, gamma=1.0, refresh_every=2)
+    plain = SGD(twin.model.parameters(), lr=0.1, momentum=0.9)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        steps(run, optimizer, range(6), group_size=4)
+        torch.manual_seed(0)
+        for i in range(6):
+            plain.zero_grad()
+            twin.loss(i).backward()
+            plain.step()
+    assert optimizer.refreshes == 3
+    assert_bitwise(everything(run), everything(twin))
+
+
+MAKERS = {
+    "nsgd": lambda params, **options: NSGD(params, lr=0.1, momentum=0.9, **options),
+    "adamw": lambda params, **options: damp(AdamW(params, lr=0.01), **options),
+}
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("stop", [1, 4, 6])
+@pytest.mark.parametrize("refresh_every", [3, "auto"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(training, flat, maker, stop, refresh_every):
+    whole, part, resumed = training(), training(), training()
+    options = {"k": 3, "gamma": 0.1, "refresh_every": refresh_every}
+    optimizer, halted = (MAKERS[maker](run.model.parameters(), **options) for run in (whole, part))
+    steps(whole, optimizer, range(10))
+    steps(part, halted, range(stop))
+    resumed.model.load_state_dict(through_a_file(part.model.state_dict()))
+    again = MAKERS[maker](resumed.model.parameters(), k=2, decay=0.1, overhead=0.3)
+    again.load_state_dict(through_a_file(halted.state_dict()))
+    assert again.weights == halted.weights
+    steps(resumed, again, range(stop, 10))
+    assert torch.equal(flat(resumed.model.parameters()), flat(whole.model.parameters()))
+    assert again.weights == optimizer.weights
+    assert again.cost_gradients == optimizer.cost_gradients
+    assert again.refreshes == optimizer.refreshes > 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_copies_go_on_bitwise_and_on_their_own(training, flat, copied, maker):
+    run = training()
+    optimizer = MAKERS[maker](run.model.parameters(), k=3, refresh_every=3)
+    steps(run, optimizer, range(2))
+    model, twin_optimizer = copied((run.model, optimizer))
+    twin = type(run)(model, run.batches)
+    assert twin_optimizer.weights == optimizer.weights
+    halfway = flat(run.model.parameters())
+    steps(twin, twin_optimizer, range(2, 8))
+    assert torch.equal(flat(run.model.parameters()), halfway)
+    steps(run, optimizer, range(2, 8))
+    assert torch.equal(flat(run.model.parameters()), flat(model.parameters()))
+    assert twin_optimizer.weights == optimizer.weights
+
+
+def test_a_checkpoint_from_before_there_were_weights_still_loads(training):
+    run, twin = training(), training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.0)
+    optimizer.backward(run.loss(0))
+    state = copy.deepcopy(optimizer.state_dict())
+    for name in ("weights", "decay", "overhead"):
+        del state["param_groups"][0][name]
+    again = NSGD(twin.model.parameters(), lr=0.1, k=3, gamma=0.0)
+    again.load_state_dict(state)
+    twin.loss(0).backward()
+    optimizer.step(), again.step()
+    assert_bitwise(everything(run), everything(twin))
