@@ -1,0 +1,124 @@
+"""Training runs of a small CNN that benchmarks compare: in turns, and kept in a file from which they resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from common import Data, small_cnn
+from lightning_modules.compare import read_csv, write_csv
+from nsgd import NSGD, sample_losses
+
+SAMPLES = 32  # of the running batch, one by one, give the directions
+TUNING_SEED = 1000
+
+Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]  # parameters, learning rate
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch size, its length, and how often it is looked at."""
+
+    batch: int
+    epochs: int
+    evaluations: int  # in an epoch
+
+
+def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[Row]:
+    """One run, a row for each evaluation; it waits until the next is asked for."""
+    torch.manual_seed(seed)
+    model = small_cnn(data.images.shape[1], data.images.shape[2])
+    optimizer = make(model.parameters(), lr)
+    order = torch.Generator().manual_seed(seed)
+    batches = len(data.labels) // case.batch
+    every = max(1, batches // case.evaluations)
+    step, spent, jumps = 0, 0.0, 0
+    recent = math.inf  # the loss of the last batches, averaged
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model(x), y)
+
+    for _ in range(case.epochs):
+        shuffled = torch.randperm(len(data.labels), generator=order)
+        for i in range(batches):
+            chosen = shuffled[i * case.batch : (i + 1) * case.batch]
+            x, y = data.images[chosen], data.labels[chosen]
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            loss = loss_of(x, y)
+            if isinstance(optimizer, NSGD):
+                groups = sample_losses(loss_of, x[:SAMPLES], y[:SAMPLES])
+                optimizer.backward(loss, curvature=groups, batch_fraction=SAMPLES / case.batch)
+            else:
+                loss.backward()
+            optimizer.step()
+            spent += time.perf_counter() - started
+            step += 1
+            value = float(loss.detach())
+            jumps += not value < 1.3 * recent  # a NaN is a jump as well
+            recent = value if math.isinf(recent) else 0.8 * recent + 0.2 * value
+            if (i + 1) % every == 0:
+                extra = optimizer.cost_gradients if isinstance(optimizer, NSGD) else 0.0
+                row = {"step": step, "gradients": step + extra, "seconds": spent, "jumps": jumps}
+                yield {**row, **evaluate(model, data)}
+
+
+def evaluate(model: nn.Module, data: Data, images: int = 2048) -> dict[str, float]:
+    """Training loss on a fixed part of the training images, and validation accuracy."""
+    with torch.no_grad():
+        loss = cross_entropy(model(data.images[:images]), data.labels[:images])
+        accuracy = (model(data.val_images).argmax(1) == data.val_labels).float().mean()
+    return {"train_loss": float(loss) if loss.isfinite() else math.inf, "val_accuracy": float(accuracy)}
+
+
+def final_loss(rows: list[Row]) -> float:
+    """Mean of the last three evaluations: one alone hangs on the last batch."""
+    return mean(float(row["train_loss"]) for row in rows[-3:])
+
+
+class Runs:
+    """Finished runs, kept in a file so that an interrupted benchmark goes on where it stopped."""
+
+    def __init__(self, path: Path | None, data: Data, methods: Mapping[str, Make]) -> None:
+        self.path, self.data, self.methods = path, data, methods
+        self.rows: list[Row] = read_csv(path) if path is not None and path.exists() else []
+
+    def get(self, case: Case, rates: Mapping[str, float], seed: int) -> dict[str, list[Row]]:
+        """The rows of a run of each method. Missing ones are trained now, in turns, so that their seconds compare."""
+        keys = {m: {"batch": case.batch, "method": m, "lr": lr, "seed": seed} for m, lr in rates.items()}
+        found = {m: [r for r in self.rows if all(r[n] == v for n, v in key.items())] for m, key in keys.items()}
+        missing = [m for m in rates if not found[m]]
+        running = [train(self.data, case, self.methods[m], rates[m], seed) for m in missing]
+        for rows in zip(*running, strict=True):
+            for m, row in zip(missing, rows, strict=True):
+                found[m].append({**keys[m], **row})
+        for m in missing:
+            self.rows += found[m]
+            print(
+                *keys[m].values(),
+                f"final loss {final_loss(found[m]):.3f}",
+                f"{found[m][-1]['seconds']:.0f} s",
+                flush=True,
+            )
+        if missing and self.path is not None:
+            write_csv(self.path, self.rows)
+        return found
+
+    def tuned(self, case: Case, grids: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
+        """For each method the rate of its grid with the least final training loss on a seed of its own."""
+        found: dict[str, dict[float, float]] = {m: {} for m in grids}
+        for i in range(max(len(grid) for grid in grids.values())):
+            rates = {m: grid[i] for m, grid in grids.items() if i < len(grid)}
+            for m, rows in self.get(case, rates, TUNING_SEED).items():
+                found[m][rates[m]] = final_loss(rows)
+        return {m: min(losses, key=lambda lr, losses=losses: losses[lr]) for m, losses in found.items()}

@@ -1,0 +1,115 @@
+"""How many gradients, and how many seconds, to the training loss at which tuned SGD with momentum ends?
+
+Trains a CNN of 25,578 parameters on 12,000 CIFAR-10 images at batch 128 and at 1,024. The learning rate of every method
+is tuned on one grid by the final training loss of a seed of its own; then every method runs on five paired seeds. The
+targets are, seed by seed, the final training loss and the best validation accuracy of tuned SGD with momentum. A
+gradient is one forward and backward pass on a training batch; refreshes are counted in, evaluation is not.
+
+    python benchmarks/time_to_target.py --data PATH_OR_HUB_NAME    # hours; writes benchmarks/results/time_to_target.csv
+    python benchmarks/time_to_target.py --smoke                    # seconds, on digits, writes nothing
+
+Interrupted, the same command goes on after the last finished run.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+import torch
+from common import add_data, arguments, load, print_table
+from common.training import Case, Make, Row, Runs, final_loss
+
+from nsgd import NSGD
+
+GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
+METHODS: dict[str, Make] = {
+    "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr),
+    "SGD, momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "NSGD, momentum": lambda params, lr: NSGD(params, lr=lr, momentum=0.9),
+}
+CASES = (Case(128, 6, 4), Case(1024, 16, 2))
+
+
+def reached(rows: list[Row], axis: str, measure: str, target: float) -> float:
+    """Where a run first meets a target, on an axis; infinity where it does not."""
+    sign = 1 if measure == "val_accuracy" else -1
+    return next((float(row[axis]) for row in rows if sign * float(row[measure]) >= sign * target), math.inf)
+
+
+def main() -> None:
+    parser = arguments(__doc__, "time_to_target.csv")
+    add_data(parser)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[case.batch for case in CASES])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = load(args, limit=12_000, val=2_000)
+    cases = (Case(64, 1, 4),) if args.smoke else tuple(case for case in CASES if case.batch in args.batches)
+    grid, seeds = (GRID[2:4], 2) if args.smoke else (GRID, args.seeds)
+    runs = Runs(None if args.smoke else args.out, data, METHODS)
+    table = []
+    for case in cases:
+        rates = runs.tuned(case, dict.fromkeys(METHODS, grid))
+        paired = [runs.get(case, rates, seed) for seed in range(seeds)]
+        curves = {m: [run[m] for run in paired] for m in METHODS}
+        table += summary(case, rates, curves)
+    print()
+    print_table(HEADER, table)
+
+
+HEADER = (
+    *(
+        "batch, method",
+        "lr",
+        "final training loss",
+        "best validation, %",
+        "gradients to its loss",
+        "seconds to its loss",
+    ),
+    *("reached", "gradients to its accuracy", "reached"),
+)
+
+
+def summary(case: Case, rates: dict[str, float], curves: dict[str, list[list[Row]]]) -> list[list[str]]:
+    """Medians over seeds; gradients and seconds as a share of what tuned SGD with momentum takes in all."""
+    base = curves["SGD, momentum"]
+    table = []
+    for method, runs in curves.items():
+        pairs = list(zip(runs, base, strict=True))
+        by_loss = {
+            axis: [reached(own, axis, "train_loss", final_loss(sgd)) / sgd[-1][axis] for own, sgd in pairs]
+            for axis in ("gradients", "seconds")
+        }
+        accuracy = [max(row["val_accuracy"] for row in run) for run in runs]
+        by_accuracy = [
+            reached(own, "gradients", "val_accuracy", best) / reached(sgd, "gradients", "val_accuracy", best)
+            for own, sgd in pairs
+            for best in [max(row["val_accuracy"] for row in sgd)]
+        ]
+        table.append(
+            [
+                f"{case.batch}, {method}",
+                f"{rates[method]:g}",
+                f"{median(final_loss(run) for run in runs):.3f}",
+                f"{100 * median(accuracy):.1f}",
+                *(_ratio(by_loss[axis]) for axis in ("gradients", "seconds")),
+                _count(by_loss["gradients"]),
+                _ratio(by_accuracy),
+                _count(by_accuracy),
+            ]
+        )
+    return table
+
+
+def _ratio(values: list[float]) -> str:
+    middle = median(values)
+    return f"{middle:.2f}" if math.isfinite(middle) else "not reached"
+
+
+def _count(values: list[float]) -> str:
+    return f"{sum(math.isfinite(v) for v in values)} of {len(values)}"
+
+
+if __name__ == "__main__":
+    main()
