@@ -27,7 +27,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lightning_modules.compare import write_csv
 from nsgd import NSGD, Eigenpairs, sample_losses, top_eigenpairs
 from nsgd.hessian import Losses, loss_hessian
-from nsgd.tracking import average, gradient_moment, low_rank
+from nsgd.low_rank import low_rank
+from nsgd.tracking import average, gradient_moment
 
 K, EXACT, GAMMA = 10, 20, 0.1
 Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P)

@@ -34,7 +34,7 @@ from lightning_modules.data import Digits, ImageData, Images
 from lightning_modules.nets import NetName, make_net
 from nsgd import NSGD
 from nsgd.damping import Estimator
-from nsgd.eigen import Which
+from nsgd.low_rank import Which
 
 Method = Literal["sgd", "nsgd", "bulk-sgd", "dom-sgd"]
 Rows = list[dict[str, Any]]

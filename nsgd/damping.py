@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from nsgd.eigen import Eigenpairs, Solver, Which, top_eigenpairs
+from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
+from nsgd.low_rank import Which, low_rank
 from nsgd.rule import correct, cosines, in_float32, project, rows, sgd_moves
-from nsgd.tracking import average, gradient_moment, low_rank
+from nsgd.tracking import average, gradient_moment
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.96 to
 # 1.0 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.

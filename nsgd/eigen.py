@@ -2,7 +2,8 @@
 
 Lanczos with full reorthogonalisation finds the outlying eigenvalues of a loss's Hessian in about 2k products
 (Golub & Van Loan, Matrix Computations, ch. 10). ARPACK, the solver of Jastrzębski et al. (2019), is there as well:
-as the paper's own, and as an oracle.
+as the paper's own, and as an oracle. Where a block is at hand that nearly spans the wanted space, one sweep of
+products over it is cheaper than either (Nyström approximation: Halko, Martinsson & Tropp 2011, section 5.5).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from nsgd.guard import full_precision
 from nsgd.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
+from nsgd.low_rank import Which, low_rank, wanted
 
-Which = Literal["LA", "LM", "SA"]
-Solver = Literal["lanczos", "arpack"]
+Solver = Literal["lanczos", "arpack", "nystrom"]
 
 # Products spent on a fresh random vector after convergence, in search of further copies of a repeated eigenvalue:
 # a Krylov space holds only one vector of each eigenspace. Ten tell an outlier from a bulk of any size in practice.
@@ -30,6 +31,10 @@ _PROBE = 10
 
 # Vectors that ARPACK asked for count as dependent below this share of the largest singular value.
 _DEPENDENT = 1e-6
+
+# Directions of a block with less curvature than this share of the largest are left out of a Nyström approximation,
+# which divides by their curvature.
+_DIM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ def top_eigenpairs(
         k: Number of pairs.
         which: "LA" for the largest eigenvalues, "SA" for the smallest, "LM" for the largest in absolute value.
             Whatever the choice, they are returned in descending order of their signed values.
-        solver: "lanczos", or "arpack" for scipy's ``eigsh``.
-        start: Starting vector (P,), or a basis (j, P) whose sum is taken. Default: the gradient where a loss is
-            given, otherwise a vector drawn from ``seed``.
+        solver: "lanczos"; "arpack" for scipy's ``eigsh``; or "nystrom" for one sweep over a block that is known to be
+            good, such as the last eigenvectors, or the top of a second moment of gradients
+            (:func:`nsgd.tracking.gradient_moment`): k + 2 products do there what takes Lanczos 2k + 2.
+        start: Starting vector (P,), or a basis (j, P) whose sum is taken; for Nyström the block itself, j at least k.
+            Default: the gradient where a loss is given, otherwise a vector drawn from ``seed``.
         max_hvps: Products allowed; when they are used up the best pairs so far are returned with
-            ``converged=False``. Default: 6k + 40 for Lanczos, no limit for ARPACK.
+            ``converged=False``. Default: 6k + 40 for Lanczos, no limit for ARPACK; Nyström takes one for each row.
         tol: Residuals at most ``tol * |lambda_1|`` count as converged (|lambda_1|: the largest of the k).
         seed: Seeds every random vector; the global random state is not used.
         scale: What the loss was multiplied by; taken out of the eigenvalues.
@@ -79,7 +86,8 @@ def top_eigenpairs(
             repeated eigenvalue is missing.
 
     Returns:
-        The pairs. Memory: (max_hvps + k + 3) P while it runs, twice that many vectors for ARPACK.
+        The pairs. Memory: (max_hvps + k + 3) P while it runs, twice that many vectors for ARPACK, (4j + k) P for
+        Nyström, which leaves residuals unknown, NaN, and so never calls itself converged.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -105,6 +113,12 @@ def top_eigenpairs(
             )
         hvp = _Counted(product)
         generator = torch.Generator().manual_seed(seed)
+        if solver == "nystrom" and start is not None:
+            block = start.to(device=params[0].device, dtype=vector_dtype(params))
+            values, vectors = _nystrom(hvp, block, k, which)
+            cost = math.nan if hessian is None else hessian.cost(hvp.count)
+            residuals = torch.full_like(vectors[:, 0], math.nan)
+            return Eigenpairs(values.to(vectors), vectors, residuals, hvp.count, cost, False)
         origin = _start_vector(start, hessian, params, generator)
         if solver == "lanczos":
             limit = min(size, 6 * k + 40 if max_hvps is None else max_hvps)
@@ -131,6 +145,9 @@ def _check(
         raise ValueError(f"expected max_hvps of at least k = {k} (twice that for good directions), got {max_hvps}")
     if not tol >= 0:
         raise ValueError(f"expected tol >= 0, got {tol}")
+    if solver == "nystrom" and (start is None or start.ndim != 2 or len(start) < k):
+        got = "none" if start is None else f"one of shape {tuple(start.shape)}"
+        raise ValueError(f"solver='nystrom' expected a block of {k} rows or more as start, ({k}, {size}), got {got}")
     if start is not None and (start.ndim not in (1, 2) or start.shape[-1] != size):
         raise ValueError(f"expected start of shape ({size},) or (j, {size}), got {tuple(start.shape)}")
 
@@ -256,21 +273,30 @@ def _lanczos(
             vector = _new_unit(left / norm, basis[: j + 1])
         else:
             vector = rest / beta
-    return values, _mixed(weights.T.to(start), basis[: len(weights)]), residuals
+    return values, _product(weights.T.to(start), basis[: len(weights)]), residuals
 
 
 @full_precision
-def _mixed(weights: Tensor, basis: Tensor) -> Tensor:
-    return weights @ basis  # (k, P)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
 
 
-def wanted(ascending: Tensor, k: int, which: Which) -> Tensor:
-    """Indices (k,) of the wanted ones among ascending values, in descending order of value."""
-    if which == "SA":
-        return torch.arange(k).flip(0)
-    if which == "LM":
-        return ascending.abs().argsort(descending=True, stable=True)[:k].sort(descending=True).values
-    return torch.arange(len(ascending) - k, len(ascending)).flip(0)
+def _nystrom(hvp: HVP, block: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor]:
+    """Pairs of Y (W Y)^+ Y^T, with W (j, P) the orthonormal rows of a block and Y = H W^T its products."""
+    rows = torch.linalg.qr(block.T).Q.T
+    images = torch.stack([hvp(row) for row in rows])
+    inner = _product(rows, images.T).cpu().double()
+    ritz, coordinates = torch.linalg.eigh((inner + inner.T) / 2)
+    kept = ritz.abs() > _DIM * ritz.abs().max()
+    values, vectors = (
+        low_rank(1 / ritz[kept], _product(coordinates[:, kept].T.to(images), images), k=k, which=which)
+        if kept.any()
+        else (ritz[:0], rows[:0])
+    )
+    if len(values) < k:  # the operator has fewer outstanding directions: the block's own have to do
+        chosen = wanted(ritz, k, which)
+        return ritz[chosen], _product(coordinates[:, chosen].T.to(rows), rows)
+    return values, vectors
 
 
 def _dense(hvp: HVP, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from nsgd.damping import Damped, Estimator, damping_options
-from nsgd.eigen import Which
 from nsgd.hessian import Closure
+from nsgd.low_rank import Which
 
 
 class NSGD(Damped, SGD):

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from nsgd import sample_losses
-from nsgd.tracking import average, gradient_moment, low_rank
+from nsgd.low_rank import low_rank
+from nsgd.tracking import average, gradient_moment
 
 # Eigenvalues and residuals against the largest eigenvalue. Their squares are what is computed: in float32 the Gram
 # matrix of some tens of vectors is good to about 1e-6, and residuals to the root of what was rounded away.
