@@ -1,136 +1,266 @@
-"""How many Hessian-vector products do good directions take?
+"""Top eigenvectors of a Hessian, ours and the peers': how good, for how many gradients and seconds?
 
-Trains a CNN of 25,578 parameters for 150 SGD steps (lr 0.05, batch 64), takes 800 training images, and compares the
-top-k eigenvectors found with m products with the exact ones (ARPACK at tol 1e-10, in float64): subspace overlap,
-that is the mean squared cosine of the principal angles, and the largest relative error of an eigenvalue. Work is
-counted in gradients of those 800 images.
+At checkpoints of training on CIFAR-10, on one batch each, against the exact eigenpairs (ARPACK at tol 1e-10 in
+float64): the overlap, which is the mean squared cosine of the principal angles between the spaces, and the largest
+relative error of an eigenvalue. Work is counted in gradients of that batch: a gradient 1, a product on a kept graph 2,
+on a rebuilt graph 3. Peers run at their documented defaults and at the best setting that we found; those that are not
+installed are left out: pip install --no-deps curvlinops-for-pytorch hessian-eigenthings pyhessian.
 
-    python benchmarks/eigen.py --data PATH_OR_HUB_NAME     # writes benchmarks/results/eigen.csv
-    python benchmarks/eigen.py --smoke                     # seconds, on digits, writes nothing
+    python benchmarks/eigen.py --data PATH_OR_HUB_NAME    # half an hour; writes benchmarks/results/eigen.csv
+    python benchmarks/eigen.py --smoke                    # seconds, on digits, writes nothing
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import copy
+import importlib
+import importlib.util
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from common import Data, add_data, arguments, load, print_table, small_cnn
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from lightning_modules import Digits, HuggingFace
 from lightning_modules.compare import write_csv
-from nsgd import Eigenpairs, top_eigenpairs
+from lightning_modules.nets import resnet, vision_transformer
+from nsgd import Eigenpairs, sample_losses, top_eigenpairs
+from nsgd.low_rank import low_rank
+from nsgd.tracking import gradient_moment
 
-K, STEPS, BATCH, LR, IMAGES = 10, 150, 64, 0.05, 800
-
-
-def small_cnn(channels: int, side: int) -> nn.Sequential:
-    return nn.Sequential(
-        *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(32 * (side // 4) ** 2, 10)),
-    )
+Found = tuple[Tensor, Tensor, float]  # eigenvalues (k,), eigenvectors (k, P), gradients of work
 
 
-def checkpoint(images: Tensor, labels: Tensor, seed: int, steps: int) -> nn.Sequential:
-    """The network after some SGD steps on random batches."""
-    torch.manual_seed(seed)
-    model = small_cnn(images.shape[1], images.shape[2])
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    for _ in range(steps):
-        batch = torch.randint(len(labels), (BATCH,))
-        optimizer.zero_grad()
-        cross_entropy(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-    return model
+@dataclass(frozen=True)
+class Problem:
+    """A network at some steps of training, and the batch that its curvature is taken on."""
+
+    network: str
+    build: Callable[[], nn.Module]
+    steps: tuple[int, ...]
+    images: int
+    ranks: tuple[int, ...]
+    lr: float
+    group_size: int = 1  # of the moment of gradients: BatchNorm wants more than one
+    power: bool = False  # whether power iterations, hundreds of products, are run here
 
 
-def class_gradients(model: nn.Sequential, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradients of each class's mean loss, (classes, P)."""
-    rows = []
-    for label in labels.unique():
-        loss = cross_entropy(model(images[labels == label]), labels[labels == label])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    return torch.stack(rows)
+def problems(side: int, channels: int, smoke: bool) -> list[Problem]:
+    """What is measured."""
+    shape = (channels, side, side)
+    cnn = Problem("CNN", lambda: small_cnn(channels, side), (30, 300), 256, (1, 5, 10, 20), 0.05, power=True)
+    if smoke:
+        return [Problem("CNN", cnn.build, (5,), 64, (3,), 0.05, power=True)]
+    return [
+        cnn,
+        Problem("ResNet-20, BatchNorm", lambda: resnet(shape, 10), (100,), 64, (10,), 0.1, group_size=8),
+        Problem("vision transformer", lambda: vision_transformer(shape, 10), (200,), 64, (10,), 0.05),
+    ]
 
 
-def measure(images: Tensor, labels: Tensor, seed: int, steps: int, count: int) -> list[dict[str, object]]:
-    model = checkpoint(images, labels, seed, steps)
-    sample = torch.randperm(len(labels))[:count]
-    images, labels = images[sample], labels[sample]
-    params = list(model.parameters())
+class Batch:
+    """One batch of one checkpoint, and every way to its eigenpairs."""
 
-    def solve(**options: object) -> Eigenpairs:
-        return top_eigenpairs(cross_entropy(model(images), labels), params, k=K, **options)
+    def __init__(self, problem: Problem, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.problem, self.model, self.images, self.labels = problem, model, images, labels
+        self.params = list(model.parameters())
 
-    model.double()
-    images = images.double()
-    exact = solve(solver="arpack", tol=1e-10)
-    model.float()
-    images = images.float()
-    # Class means span most of the top eigenspace, with random signs none of it cancels: one more gradient in all.
-    by_class = class_gradients(model, images, labels)
-    signs = torch.randint(0, 2, (len(by_class),)) * 2 - 1
-    spread = (signs[:, None] * by_class / torch.linalg.vector_norm(by_class, dim=1, keepdim=True)).sum(0)
-    settings: dict[str, dict[str, object]] = {
-        f"Lanczos from the gradient, {m} products": {"max_hvps": m, "repeated": False} for m in (12, 15, 18, 20, 22, 26)
-    }
-    settings |= {
-        f"Lanczos from class means, {m} products": {"max_hvps": m, "repeated": False, "start": spread}
-        for m in (18, 20, 22)
-    }
-    settings |= {"Lanczos at its defaults": {}}
-    settings |= {f"ARPACK, tol {tol:g}": {"solver": "arpack", "tol": tol} for tol in (1e-1, 1e-2, 1e-3)}
-    rows: list[dict[str, object]] = []
-    for name, options in settings.items():
-        found = solve(**options)
-        cosines = found.eigenvectors.double() @ exact.eigenvectors.T
-        error = ((found.eigenvalues.double() - exact.eigenvalues) / exact.eigenvalues).abs().max()
-        rows.append(
-            {
-                "seed": seed,
-                "solver": name,
-                "hvps": found.hvps,
-                "gradients": found.cost_gradients + ("start" in options),
-                "overlap": round(float(cosines.square().sum() / K), 5),
-                "eigenvalue_error": float(f"{float(error):.3g}"),
-                "converged": found.converged,
-                "lambda_1": round(float(exact.eigenvalues[0]), 3),
-                "lambda_k": round(float(exact.eigenvalues[-1]), 3),
-                "parameters": sum(p.numel() for p in params),
-            }
+    def loss(self) -> Tensor:
+        """The mean loss, with its graph."""
+        return cross_entropy(self.model(self.images), self.labels)
+
+    def ours(self, k: int, **options: Any) -> Found:
+        """Our solvers on the kept graph."""
+        pairs: Eigenpairs = top_eigenpairs(self.loss(), self.params, k=k, **options)
+        return pairs.eigenvalues, pairs.eigenvectors, pairs.cost_gradients
+
+    def moment(self, k: int) -> Found:
+        """Top of the second moment of gradients: no product at all."""
+        losses = sample_losses(
+            lambda x, y: cross_entropy(self.model(x), y), self.images, self.labels, group_size=self.problem.group_size
         )
+        values, vectors = low_rank(*gradient_moment(losses, self.params), k=k)
+        return values, vectors, 1.0
+
+    def sweep(self, k: int) -> Found:
+        """One sweep of products over the top of that moment."""
+        block = self.moment(k + 2)[1]
+        values, vectors, cost = self.ours(k, solver="nystrom", start=block)
+        return values, vectors, cost + 1.0
+
+    def curvlinops(self, k: int, **options: Any) -> Found:
+        """SciPy's eigsh on curvlinops' operator, as its documentation has it."""
+        from curvlinops import HessianLinearOperator
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        operator = HessianLinearOperator(
+            self.model, nn.CrossEntropyLoss(), self.params, [(self.images, self.labels)], check_deterministic=False
+        ).to_scipy()
+        count = 0
+
+        def matvec(vector: Any) -> Any:
+            nonlocal count
+            count += 1
+            return operator @ vector
+
+        counted = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
+        values, columns = eigsh(counted, k=k, which="LA", **options)
+        return torch.from_numpy(values.copy()).flip(0), torch.from_numpy(columns.T.copy()).flip(0), 3.0 * count
+
+    def eigenthings(self, k: int, *, power: bool = False, **options: Any) -> Found:
+        """Lanczos or deflated power iteration of hessian-eigenthings."""
+        import hessian_eigenthings as library
+
+        operator = library.HessianOperator(
+            self.model, [(self.images, self.labels)], lambda model, batch: cross_entropy(model(batch[0]), batch[1])
+        )
+        count = 0
+
+        def matvec(vector: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return operator.matvec(vector)
+
+        counted = library.LambdaOperator(matvec, operator.size)
+        solve = library.deflated_power_iteration if power else library.lanczos
+        found = solve(counted, k=k, seed=0, **options)
+        return found.eigenvalues, found.eigenvectors, 3.0 * count
+
+    def pyhessian(self, k: int) -> Found:
+        """Power iteration of PyHessian; it leaves the model in eval mode, so it gets a copy."""
+        library = importlib.import_module("pyhessian")
+        module = sys.modules["pyhessian.hessian"]
+        original, count = vars(module)["hessian_vector_product"], 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args)
+
+        vars(module)["hessian_vector_product"] = counted
+        try:
+            of = library.hessian(
+                copy.deepcopy(self.model), nn.CrossEntropyLoss(), (self.images, self.labels), cuda=False
+            )
+            values, vectors = of.eigenvalues(top_n=k)
+        finally:
+            vars(module)["hessian_vector_product"] = original
+        rows = torch.stack([torch.cat([part.flatten() for part in vector]) for vector in vectors]).detach()
+        return torch.tensor(values), rows, 1.0 + 2.0 * count  # it keeps its graph
+
+    def ways(self, k: int) -> dict[str, Callable[[], Found]]:
+        """Every solver with its settings."""
+        settings: dict[str, Callable[[], Found]] = {
+            "ours: moment of gradients": lambda: self.moment(k),
+            f"ours: sweep over it, {k + 2} products": lambda: self.sweep(k),
+            f"ours: Lanczos, {2 * k} products": lambda: self.ours(k, max_hvps=2 * k, repeated=False),
+            f"ours: Lanczos, {2 * k + 2} products": lambda: self.ours(k, max_hvps=2 * k + 2, repeated=False),
+            "ours: Lanczos, defaults": lambda: self.ours(k),
+            "ours: ARPACK, tol 0.1": lambda: self.ours(k, solver="arpack", tol=0.1),
+        }
+        if importlib.util.find_spec("curvlinops"):
+            settings["curvlinops: eigsh, defaults"] = lambda: self.curvlinops(k)
+            settings["curvlinops: eigsh, tol 0.01"] = lambda: self.curvlinops(k, tol=0.01)
+        if importlib.util.find_spec("hessian_eigenthings"):
+            settings["hessian-eigenthings: Lanczos, defaults"] = lambda: self.eigenthings(k)
+            settings[f"hessian-eigenthings: Lanczos, {2 * k + 8} products"] = lambda: self.eigenthings(
+                k, max_iter=2 * k + 8, reorthogonalize=True, which="LA"
+            )
+            if self.problem.power and k <= 5:
+                settings["hessian-eigenthings: power, defaults"] = lambda: self.eigenthings(k, power=True)
+        if importlib.util.find_spec("pyhessian") and self.problem.power and k <= 5:
+            settings["PyHessian: power, defaults"] = lambda: self.pyhessian(k)
+        return settings
+
+
+def checkpoints(problem: Problem, data: Data, seed: int) -> dict[int, nn.Module]:
+    """The network after some SGD steps on random batches of 64."""
+    torch.manual_seed(seed)
+    model = problem.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr, momentum=0.9)
+    found = {}
+    for step in range(1, max(problem.steps) + 1):
+        batch = torch.randint(len(data.labels), (64,))
+        optimizer.zero_grad()
+        cross_entropy(model(data.images[batch]), data.labels[batch]).backward()
+        optimizer.step()
+        if step in problem.steps:
+            found[step] = copy.deepcopy(model)
+    return found
+
+
+def measure(problem: Problem, data: Data, seed: int) -> list[dict[str, Any]]:
+    """A row for each checkpoint, rank and way."""
+    rows: list[dict[str, Any]] = []
+    for step, model in checkpoints(problem, data, seed).items():
+        chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))[: problem.images]
+        batch = Batch(problem, model, data.images[chosen], data.labels[chosen])
+        exact = Batch(problem, copy.deepcopy(model).double(), batch.images.double(), batch.labels)
+        most = max(problem.ranks)
+        all_values, all_vectors, _ = exact.ours(most, solver="arpack", tol=1e-10)
+        started = time.perf_counter()
+        for _ in range(3):
+            torch.autograd.grad(batch.loss(), batch.params)
+        unit = (time.perf_counter() - started) / 3
+        for k in problem.ranks:
+            values, vectors = all_values[:k], all_vectors[:k]
+            for name, solve in batch.ways(k).items():
+                started = time.perf_counter()
+                found, rows_found, gradients = solve()
+                spent = time.perf_counter() - started
+                order = found.double().sort(descending=True)
+                cosines = rows_found.double() @ vectors.T
+                error = ((order.values[:k] - values) / values).abs().max() if len(order.values) >= k else torch.nan
+                rows.append(
+                    {
+                        "network": problem.network,
+                        "parameters": vectors.shape[1],
+                        "images": problem.images,
+                        "step": step,
+                        "seed": seed,
+                        "k": k,
+                        "solver": name,
+                        "gradients": gradients,
+                        "seconds_in_gradients": round(spent / unit, 1),
+                        "overlap": round(float(cosines.square().sum() / k), 5),
+                        "eigenvalue_error": float(f"{float(error):.2g}"),
+                    }
+                )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="CIFAR-10: a hub name or a local folder")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "eigen.csv")
-    parser.add_argument("--smoke", action="store_true", help="a few steps on digits")
+    parser = arguments(__doc__, "eigen.csv")
+    add_data(parser)
+    parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    data = Digits() if args.smoke else HuggingFace(args.data, limit=20_000, val_fraction=0.1)
-    train = data.splits["train"]
-    images = data.normalise(train.pixels)
-    seeds, steps, count = (1, 5, 100) if args.smoke else (args.seeds, STEPS, IMAGES)
-    rows = [row for seed in range(seeds) for row in measure(images, train.labels, seed, steps, count)]
-    print(
-        f"{'solver':40} {'products':>8} {'gradients':>9} {'overlap: median':>15} {'least':>7} {'eigenvalue error':>16}"
-    )
-    for name in dict.fromkeys(row["solver"] for row in rows):
-        of_solver = [row for row in rows if row["solver"] == name]
-        hvps, gradients, error = (
-            median(float(str(r[c])) for r in of_solver) for c in ("hvps", "gradients", "eigenvalue_error")
-        )
-        overlaps = [float(str(r["overlap"])) for r in of_solver]
-        print(f"{name:40} {hvps:8.0f} {gradients:9.0f} {median(overlaps):15.3f} {min(overlaps):7.3f} {error:16.1e}")
-    if not args.smoke:
-        write_csv(args.out, rows)
+    warnings.simplefilter("ignore")  # the peers' own deprecations
+    data = load(args, limit=12_000, val=2_000)
+    _, channels, side, _ = data.images.shape
+    rows: list[dict[str, Any]] = []
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
+        for problem in problems(side, channels, args.smoke):
+            for seed in range(1 if args.smoke else args.seeds):
+                rows += measure(problem, data, seed)
+                if not args.smoke:
+                    write_csv(args.out, rows)
+    table = []
+    for key in dict.fromkeys((row["network"], row["k"], row["solver"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["k"], row["solver"]) == key]
+        overlaps = [row["overlap"] for row in own]
+        middle = {c: median(r[c] for r in own) for c in ("gradients", "seconds_in_gradients", "eigenvalue_error")}
+        counts = [f"{middle['gradients']:.0f}", f"{middle['seconds_in_gradients']:.0f}"]
+        quality = [f"{median(overlaps):.3f}", f"{min(overlaps):.3f}", f"{middle['eigenvalue_error']:.1e}"]
+        table.append([f"{key[0]}, k = {key[1]}, {key[2]}", *counts, *quality])
+    print_table(("solver", "gradients", "seconds / gradient's", "overlap", "least", "eigenvalue error"), table)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,12 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
     def hvp(vector: Tensor) -> Tensor:
         return weighted(lambda loss: _product(_gradient(loss, params), params, vector))
 
-    yield LossHessian(hvp, weighted(lambda loss: _plain_gradient(loss, params)), product_cost=3)
+    def gradient_of(loss: Tensor) -> Tensor:
+        gradient = flatten(_gradient(loss, params, create_graph=False), params)
+        _check_finite(loss, gradient)
+        return gradient
+
+    yield LossHessian(hvp, weighted(gradient_of), product_cost=3)
 
 
 def sample_losses(loss: Callable[..., Tensor], *tensors: Tensor, group_size: int = 1) -> list[tuple[Closure, int]]:
@@ -171,8 +176,14 @@ def group_gradients(losses: Losses, params: Sequence[Tensor], *, scale: float = 
             "expected the losses of two or more groups of samples, got one: a single gradient is a single direction; "
             "split the samples, or take solver='lanczos'"
         )
+    losses_found, rows = [], []
     with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
-        gradients = torch.stack([_plain_gradient(closure(), params) / scale for closure, _ in groups])
+        for closure, _ in groups:
+            loss = closure()
+            rows.append(flatten(_gradient(loss, params, create_graph=False), params) / scale)
+            losses_found.append(loss.detach().reshape(()))
+    gradients = torch.stack(rows)
+    _check_finite(torch.stack(losses_found), gradients)  # all at once: each check waits for the device
     return gradients, torch.tensor([n for _, n in groups], dtype=torch.float64)
 
 
@@ -208,12 +219,6 @@ def _gradient(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = Tr
     if any(g is not None and g.layout != torch.strided for g in grads):
         raise ValueError("expected dense gradients, got a sparse one; build the embedding with sparse=False")
     return grads
-
-
-def _plain_gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
-    gradient = flatten(_gradient(loss, params, create_graph=False), params)
-    _check_finite(loss, gradient)
-    return gradient
 
 
 def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -> Tensor:
