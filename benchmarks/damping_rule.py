@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import add_data, arguments, load, print_table
-from common.training import Case, Make, Runs, final_loss
+from common.training import Case, Make, Row, Runs, by_seed, final_loss
 from torch import Tensor
 
 from nsgd import NSGD
@@ -64,29 +64,27 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = load(args, limit=6_000, val=2_000)
     case, seeds = (Case(256, 1, 1), 1) if args.smoke else (CASE, args.seeds)
-    table = []
+    runs = Runs(None if args.smoke else args.out, data, {})
     for momentum, grid in GRIDS.items():
-        methods = {f"{name}, momentum {momentum:g}": make for name, make in rules(momentum).items()}
-        runs = Runs(None if args.smoke else args.out, data, methods)
-        rates = runs.tuned(case, dict.fromkeys(methods, grid[1:2] if args.smoke else grid))
-        paired = [runs.get(case, rates, seed) for seed in range(seeds)]
-        for name in methods:
-            own = [run[name] for run in paired]
-            accuracy = mean(max(float(row["val_accuracy"]) for row in rows) for rows in own)
-            losses = [final_loss(rows) for rows in own]
-            jumps = sum(int(rows[-1]["jumps"]) for rows in own)
-            table.append(
-                [
-                    name,
-                    f"{rates[name]:g}",
-                    f"{mean(losses):.3f}",
-                    f"{max(losses):.3f}",
-                    f"{100 * accuracy:.1f}",
-                    str(jumps),
-                ]
-            )
+        runs.methods = {f"{name}, momentum {momentum:g}": make for name, make in rules(momentum).items()}
+        rates = runs.tuned(case, dict.fromkeys(runs.methods, grid[1:2] if args.smoke else grid))
+        for seed in range(seeds):
+            runs.get(case, rates, seed)
     print()
-    print_table(("rule", "lr", "final training loss", "worst seed", "best validation, %", "jumps"), table)
+    print_table(*table(runs.rows))
+
+
+def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Means over seeds."""
+    body = []
+    for batch, method in dict.fromkeys((row["batch"], row["method"]) for row in rows):
+        runs = list(by_seed(rows, batch, method).values())
+        losses = [final_loss(run) for run in runs]
+        accuracy = mean(max(row["val_accuracy"] for row in run) for run in runs)
+        jumps = sum(run[-1]["jumps"] for run in runs)
+        counts = [f"{mean(losses):.3f}", f"{max(losses):.3f}", f"{100 * accuracy:.1f}", f"{jumps:.0f}"]
+        body.append([method, f"{runs[0][0]['lr']:g}", *counts])
+    return ("rule", "lr", "final training loss", "worst seed", "best validation, %", "jumps"), body
 
 
 if __name__ == "__main__":

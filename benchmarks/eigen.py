@@ -252,15 +252,20 @@ def main() -> None:
                 rows += measure(problem, data, seed)
                 if not args.smoke:
                     write_csv(args.out, rows)
-    table = []
+    print_table(*table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Medians over checkpoints and seeds."""
+    body = []
     for key in dict.fromkeys((row["network"], row["k"], row["solver"]) for row in rows):
         own = [row for row in rows if (row["network"], row["k"], row["solver"]) == key]
         overlaps = [row["overlap"] for row in own]
         middle = {c: median(r[c] for r in own) for c in ("gradients", "seconds_in_gradients", "eigenvalue_error")}
         counts = [f"{middle['gradients']:.0f}", f"{middle['seconds_in_gradients']:.0f}"]
         quality = [f"{median(overlaps):.3f}", f"{min(overlaps):.3f}", f"{middle['eigenvalue_error']:.1e}"]
-        table.append([f"{key[0]}, k = {key[1]}, {key[2]}", *counts, *quality])
-    print_table(("solver", "gradients", "seconds / gradient's", "overlap", "least", "eigenvalue error"), table)
+        body.append([f"{key[0]}, k = {key[1]}, {key[2]}", *counts, *quality])
+    return ("solver", "gradients", "seconds / gradient's", "overlap", "least", "eigenvalue error"), body
 
 
 if __name__ == "__main__":

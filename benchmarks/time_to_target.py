@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 from common import add_data, arguments, load, print_table
-from common.training import Case, Make, Row, Runs, final_loss
+from common.training import Case, Make, Row, Runs, by_seed, final_loss
 
 from nsgd import NSGD
 
@@ -48,14 +48,12 @@ def main() -> None:
     cases = (Case(64, 1, 4),) if args.smoke else tuple(case for case in CASES if case.batch in args.batches)
     grid, seeds = (GRID[2:4], 2) if args.smoke else (GRID, args.seeds)
     runs = Runs(None if args.smoke else args.out, data, METHODS)
-    table = []
     for case in cases:
         rates = runs.tuned(case, dict.fromkeys(METHODS, grid))
-        paired = [runs.get(case, rates, seed) for seed in range(seeds)]
-        curves = {m: [run[m] for run in paired] for m in METHODS}
-        table += summary(case, rates, curves)
+        for seed in range(seeds):
+            runs.get(case, rates, seed)
     print()
-    print_table(HEADER, table)
+    print_table(*table(runs.rows))
 
 
 HEADER = (
@@ -71,35 +69,34 @@ HEADER = (
 )
 
 
-def summary(case: Case, rates: dict[str, float], curves: dict[str, list[list[Row]]]) -> list[list[str]]:
+def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Medians over seeds; gradients and seconds as a share of what tuned SGD with momentum takes in all."""
-    base = curves["SGD, momentum"]
-    table = []
-    for method, runs in curves.items():
-        pairs = list(zip(runs, base, strict=True))
+    body = []
+    for batch, method in dict.fromkeys((row["batch"], row["method"]) for row in rows):
+        runs, base = by_seed(rows, batch, method), by_seed(rows, batch, "SGD, momentum")
+        pairs = [(runs[seed], base[seed]) for seed in runs]
         by_loss = {
             axis: [reached(own, axis, "train_loss", final_loss(sgd)) / sgd[-1][axis] for own, sgd in pairs]
             for axis in ("gradients", "seconds")
         }
-        accuracy = [max(row["val_accuracy"] for row in run) for run in runs]
         by_accuracy = [
             reached(own, "gradients", "val_accuracy", best) / reached(sgd, "gradients", "val_accuracy", best)
             for own, sgd in pairs
             for best in [max(row["val_accuracy"] for row in sgd)]
         ]
-        table.append(
+        body.append(
             [
-                f"{case.batch}, {method}",
-                f"{rates[method]:g}",
-                f"{median(final_loss(run) for run in runs):.3f}",
-                f"{100 * median(accuracy):.1f}",
+                f"{batch:,}, {method}",
+                f"{next(iter(runs.values()))[0]['lr']:g}",
+                f"{median(final_loss(run) for run in runs.values()):.3f}",
+                f"{100 * median(max(row['val_accuracy'] for row in run) for run in runs.values()):.1f}",
                 *(_ratio(by_loss[axis]) for axis in ("gradients", "seconds")),
                 _count(by_loss["gradients"]),
                 _ratio(by_accuracy),
                 _count(by_accuracy),
             ]
         )
-    return table
+    return HEADER, body
 
 
 def _ratio(values: list[float]) -> str:

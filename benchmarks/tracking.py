@@ -278,14 +278,17 @@ def main() -> None:
         rows += follow(problem, path, record(problem, path, 100 if args.smoke else 800))
         if not args.smoke:
             write_csv(args.out, rows)
-    table = []
-    for path in paths:
-        for name in dict.fromkeys(row["tracker"] for row in rows):
-            own = [row for row in rows if (row["path"], row["tracker"]) == (path.name, name)]
-            means = {m: mean(row[m] for row in own) for m in ("overlap", "caught", "felt")}
-            price = own[-1]["gradients_per_step"]
-            table.append([f"{path.name}: {name}", f"{price:.3f}", *(f"{value:.2f}" for value in means.values())])
-    print_table(("tracker", "gradients a step", "overlap", "caught", "felt"), table)
+    print_table(*table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Means over the points of each path: price, overlap, curvature caught and sharpness felt."""
+    body = []
+    for path, name in dict.fromkeys((row["path"], row["tracker"]) for row in rows):
+        own = [row for row in rows if (row["path"], row["tracker"]) == (path, name)]
+        means = [f"{mean(row[m] for row in own):.2f}" for m in ("overlap", "caught", "felt")]
+        body.append([f"{path}: {name}", f"{own[-1]['gradients_per_step']:.3f}", *means])
+    return ("tracker", "gradients a step", "overlap", "caught", "felt"), body
 
 
 if __name__ == "__main__":

@@ -86,6 +86,12 @@ def final_loss(rows: list[Row]) -> float:
     return mean(float(row["train_loss"]) for row in rows[-3:])
 
 
+def by_seed(rows: list[Row], batch: int, method: str) -> dict[int, list[Row]]:
+    """The runs of a method, without the one that its rate was tuned on."""
+    own = [row for row in rows if (row["batch"], row["method"]) == (batch, method) and row["seed"] != TUNING_SEED]
+    return {seed: [row for row in own if row["seed"] == seed] for seed in sorted({row["seed"] for row in own})}
+
+
 class Runs:
     """Finished runs, kept in a file so that an interrupted benchmark goes on where it stopped."""
 
