@@ -44,10 +44,10 @@ def rules(momentum: float) -> dict[str, Make]:
     ranks = {f"gamma = 0.1, k = {k}": {"k": k} for k in (10, 40)}
 
     def nsgd(options: dict[str, Any]) -> Make:
-        return lambda params, lr: NSGD(params, lr=lr, momentum=momentum, **{"k": 20, **options})
+        return lambda params, lr: NSGD(params, lr=lr, momentum=momentum, **options)
 
     def capped(cap: float) -> Make:
-        return lambda params, lr: Capped(params, lr=lr, momentum=momentum, k=20, cap=cap)
+        return lambda params, lr: Capped(params, lr=lr, momentum=momentum, cap=cap)
 
     return {
         "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=momentum),

@@ -12,11 +12,10 @@ way needs once (a graph, a trace, a compilation) is given apart, in gradients.
 from __future__ import annotations
 
 import copy
-import gc
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.profiler import profile
 
 from lightning_modules.compare import write_csv
 from lightning_modules.nets import make_net, resnet, vision_transformer
@@ -103,22 +103,12 @@ def ways(model: nn.Module, x: Tensor, y: Tensor, vector: Tensor) -> dict[str, tu
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
-    """Peak memory of a call beyond what is held before it; resident memory on the CPU (Linux)."""
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+    """Peak memory of tensors in a call, beyond what is held before it, by the profiler's record of allocations."""
+    with profile(profile_memory=True) as profiled:
         call()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-    held = _status("VmRSS")
-    call()
-    return (_status("VmHWM") - held) / 1024
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(name)))
+    records = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in records), default=0) / 2**20
 
 
 def measure(name: str, model: nn.Module, images: int, repeats: int, skipped: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -157,7 +147,7 @@ def measure(name: str, model: nn.Module, images: int, repeats: int, skipped: tup
             "way": way,
             "gradients": round(found[way] / per_call[way] / unit, 3),
             "once": round(max(0.0, once[way] - found[way]) / unit, 1),
-            "memory": round(memory[way] / max(memory["gradient"], 1.0), 2),
+            "memory": round(memory[way] / memory["gradient"], 2),
             "error": float(f"{error[way]:.1e}") if way != "gradient" else "",
             "device": DEVICE,
         }

@@ -7,10 +7,12 @@ python benchmarks/readme.py --smoke    # fails if README.md is not what these fi
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from lightning_modules.compare import read_csv
@@ -62,35 +64,32 @@ def digits() -> str:
     return f"{table}\n\n{source}"
 
 
-def eigen() -> str:
-    rows = read_csv(RESULTS / "eigen.csv")
-    body = []
-    for solver in dict.fromkeys(row["solver"] for row in rows):
-        own = [row for row in rows if row["solver"] == solver]
-        overlaps = [row["overlap"] for row in own]
-        error = 100 * median(row["eigenvalue_error"] for row in own)
-        body.append(
-            [
-                solver,
-                f"{median(row['hvps'] for row in own):.0f}",
-                f"{median(row['gradients'] for row in own):.0f}",
-                f"{median(overlaps):.3f}",
-                f"{min(overlaps):.3f}",
-                f"{error:.2g} %",
-            ]
-        )
-    header = ["solver", "products", "gradients", "overlap, median", "least", "eigenvalue error"]
-    seeds = len({row["seed"] for row in rows})
-    source = (
-        f"Medians over {seeds} seeds; overlap is the mean squared cosine with the exact top 10. From\n"
-        "`benchmarks/results/eigen.csv`, made by `python benchmarks/eigen.py --data FOLDER` on the JPEG copies."
-    )
-    return f"{markdown(header, body)}\n\n{source}"
+def benchmark(name: str, source: str, wanted: Callable[[str], bool] = lambda first: True) -> Callable[[], str]:
+    """The table of a script in benchmarks/, from its file of results; or the rows whose first cell is wanted."""
+
+    def render() -> str:
+        header, rows = importlib.import_module(name).table(read_csv(RESULTS / f"{name}.csv"))
+        body = markdown(list(header), [row for row in rows if wanted(row[0])])
+        command = f"python benchmarks/{name}.py"
+        return f"{body}\n\n{source} From `benchmarks/results/{name}.csv`, made by\n`{command}`."
+
+    return render
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "digits": digits,
+    "time_to_target": benchmark("time_to_target", "Medians over paired seeds."),
+    "tracking": benchmark("tracking", "Means over points of each path."),
+    "damping_rule": benchmark("damping_rule", "Means over seeds."),
+    "eigen": benchmark("eigen", "Medians over checkpoints and seeds.", lambda first: ", k = 10," in first),
+    "step": benchmark("step", "Medians of iterations taken in turn."),
+    "hvp": benchmark("hvp", "Medians of calls taken in turn."),
+}
 
 
 def rendered(readme: str) -> str:
     """The README with every table made anew."""
-    for name, table in (("digits", digits), ("eigen", eigen)):
+    for name, table in TABLES.items():
         pattern = rf"(<!-- {name}: benchmarks/readme.py -->\n).*?(<!-- /{name} -->)"
         content = table()
         readme, count = re.subn(pattern, lambda found, c=content: f"{found[1]}\n{c}\n\n{found[2]}", readme, flags=re.S)

@@ -68,7 +68,7 @@ class NSGDOptions:
         warmup_steps: Steps before the first refresh.
     """
 
-    k: int = 10
+    k: int = 20
     gamma: float = 0.1
     refresh_every: int | Literal["auto"] = "auto"
     overhead: float = 0.1

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
+from nsgd.alarm import Alarm, jump
 from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
 from nsgd.low_rank import Which, low_rank
-from nsgd.rule import correct, cosines, in_float32, project, rows, sgd_moves
+from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
 from nsgd.tracking import average, gradient_moment
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.96 to
@@ -36,11 +37,6 @@ _SHARED = ("k", "refresh_every", "overhead", "decay", "which", "solver", "warmup
 
 # How directions are estimated; "auto" goes by what they come from.
 Estimator = Literal["auto", "gradients", "lanczos", "arpack"]
-
-# Where the step outside the basis is this many times its recent mean square, a direction has escaped the basis.
-_ALARM = 4.0
-_ALARM_MEMORY = 0.9
-_ROUNDING = 1e-5
 
 # Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
 # (benchmarks/results/tracking.csv). Products on a sample stand for themselves.
@@ -65,7 +61,7 @@ _COUNTERS: dict[str, Any] = {
 
 def damping_options(
     *,
-    k: int = 10,
+    k: int = 20,
     gamma: float = 0.1,
     refresh_every: int | Literal["auto"] = "auto",
     overhead: float = 0.1,
@@ -130,7 +126,8 @@ class Damped(Optimizer):
     # Parameter -> (k, *shape), float32 or float64, on the parameter's device; fewer than k rows where fewer are known.
     _directions: dict[Tensor, Tensor]
     _last_step: dict[str, Tensor]  # of the last damped step: coefficients (k,), squared norm, mean square outside
-    _alarm: OnHost | None  # whether the last step left the basis
+    _positive: Tensor  # which weights of the directions are positive, (k,), on the device of the first
+    _alarm: Alarm
     _warned: set[str]
 
     # -- refreshing ------------------------------------------------------------------------------------------
@@ -170,7 +167,7 @@ class Damped(Optimizer):
         if counters["refresh_every"] != "auto":
             return bool(steps - counters["refreshed_at"] >= counters["refresh_every"])
         budget = counters["overhead"] * (steps - counters["warmup_steps"])
-        if counters["alarm"] if self._alarm is None else self._alarm.is_true():
+        if self._alarm.is_on():
             budget *= 2
         return bool(counters["cost_gradients"] <= budget)
 
@@ -302,15 +299,20 @@ class Damped(Optimizer):
         overlap = math.nan
         if self._directions:
             known = [(self._directions[p], b) for p, b in zip(params, blocks, strict=True) if p in self._directions]
-            overlap = float(torch.as_tensor(cosines(known)).square().sum() / max(1, len(weights)))
+            cos = cosines(known)  # (old, new)
+            overlap = float(cos.square().sum() / max(1, min(cos.shape)))
         self._directions.clear()
         self._directions.update(zip(params, blocks, strict=True))
-        self._alarm = None
-        self.param_groups[0]["alarm"] = False
-        for name in ("coefficients", "squared_norm", "positive"):
+        self._alarm = Alarm()
+        for name in ("coefficients", "squared_norm"):
             self._last_step.pop(name, None)
         self.param_groups[0]["overlap"] = overlap
         self.param_groups[0]["weights"] = weights.tolist()
+        self._note_positive()
+
+    def _note_positive(self) -> None:
+        device = next((p.device for p in self._directions), None)  # where the first coefficients are
+        self._positive = (torch.tensor(self.param_groups[0]["weights"], dtype=torch.float64) > 0).to(device)
 
     def _curvature_params(self) -> list[Tensor]:
         return [p for g in self.param_groups if g["curvature"] for p in g["params"] if p.requires_grad]
@@ -321,7 +323,7 @@ class Damped(Optimizer):
         """The base optimizer's step, damped. A closure is handed to the base optimizer, which calls it as it wants.
 
         Never waits for the device. Costs two passes over the basis and, unless the base optimizer is
-        ``torch.optim.SGD`` and ``bulk_scale`` is 1, a copy of the parameters in it.
+        ``torch.optim.SGD`` without Nesterov and ``bulk_scale`` is 1, a copy of the parameters in it.
         """
         damped: list[Tensor] = []
         before: dict[Tensor, Tensor] = {}  # only where the step has to be measured
@@ -334,9 +336,7 @@ class Damped(Optimizer):
                 damped.extend(p for p in self._directions if p.requires_grad and p.grad is not None)
                 if damped and self._has_effect:
                     stack.enter_context(in_float32(damped, self.state))
-                if damped and self._step_is_known(damped):
-                    self._project(self._sgd_moves(damped))
-                else:
+                if not self._step_is_known(damped):
                     before.update((p, p.detach().clone()) for p in damped)
 
             if closure is None:
@@ -352,29 +352,25 @@ class Damped(Optimizer):
 
     def _step_is_known(self, damped: list[Tensor]) -> bool:
         """Whether the base step is that of ``torch.optim.SGD``, and nothing but its part in the basis is wanted."""
-        plain = super().step.__func__ is SGD.step  # type: ignore[attr-defined]
+        plain = super().step.__func__ is SGD.step and type(self)._init_group is SGD._init_group  # type: ignore[attr-defined]
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         dense = all(p.grad is not None and p.grad.layout == torch.strided for p in damped)
-        return plain and not scaled and dense and all(group["bulk_scale"] == 1 for group in self.param_groups)
+        simple = all(group["bulk_scale"] == 1 and not group.get("nesterov") for group in self.param_groups)
+        return plain and not scaled and dense and simple
 
-    def _sgd_moves(self, damped: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _sgd_moves(self, damped: list[Tensor]) -> Iterator[Move]:
         wanted = set(damped)
         for group in self.param_groups:
             yield from sgd_moves((p for p in group["params"] if p in wanted), group, self.state)
 
-    def _project(self, moves: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def _project(self, moves: Iterable[Move]) -> None:
         coefficients, squared_norm = project(moves, self._directions)
-        # Where the whole step is inside, rounding is left: a share of the step that no growth of it can mimic.
-        outside = torch.maximum(squared_norm - coefficients.square().sum(), _ROUNDING * squared_norm)
         known = self.param_groups[0]["mean_square"]
-        last = self._last_step.get("mean_square", outside if math.isnan(known) else outside.new_tensor(known)).to(
-            outside
-        )
-        jumped = outside > _ALARM * last
-        mean = torch.where(jumped | ~last.isfinite(), outside, torch.lerp(outside, last, _ALARM_MEMORY))
-        mean = torch.where(outside.isfinite(), mean, last)
+        last = self._last_step.get("mean_square", None if math.isnan(known) else squared_norm.new_tensor(known))
+        jumped, mean = jump(coefficients, squared_norm, last)
         self._last_step.update(coefficients=coefficients, squared_norm=squared_norm, mean_square=mean)
-        self._alarm = OnHost(jumped)
+        if self.param_groups[0]["refresh_every"] == "auto":
+            self._alarm.note(jumped)
 
     def _base_step(self, closure: Closure | None) -> Any:
         step: Callable[..., Any] = super().step.__func__  # type: ignore[attr-defined]
@@ -389,8 +385,8 @@ class Damped(Optimizer):
     def _damp(self, damped: list[Tensor], before: dict[Tensor, Tensor]) -> None:
         with torch.no_grad():
             moves = {p: old.neg_().add_(p) for p, old in before.items()}  # p - old, in place of the copy
-            if moves:
-                self._project(moves.items())
+            measured = ((p, move, 1.0) for p, move in moves.items())
+            self._project(measured if moves else self._sgd_moves(damped))
             coefficients = self._last_step["coefficients"]
             wanted = set(damped)
             for group in self.param_groups:
@@ -407,10 +403,8 @@ class Damped(Optimizer):
     def _gammas(self, group: dict[str, Any]) -> Tensor:
         """Factors on the step along the directions, (k,): gamma where the weight is positive, else 1."""
         coefficients = self._last_step["coefficients"]
-        if "positive" not in self._last_step or self._last_step["positive"].device != coefficients.device:
-            weights = torch.tensor(self.param_groups[0]["weights"], dtype=torch.float64)
-            self._last_step["positive"] = (weights > 0).to(coefficients.device)  # once a refresh
-        return torch.ones_like(coefficients).masked_fill(self._last_step["positive"], group["gamma"])
+        positive = self._positive.to(coefficients.device)  # moves only where parameters lie on several devices
+        return torch.ones_like(coefficients).masked_fill(positive, group["gamma"])
 
     def _count_step(self) -> None:
         first = self.param_groups[0]
@@ -512,8 +506,7 @@ class Damped(Optimizer):
         """Bring what the alarm goes by to the host, for a checkpoint or a copy."""
         if "mean_square" in self._last_step:
             self.param_groups[0]["mean_square"] = float(self._last_step["mean_square"])
-        if self._alarm is not None:
-            self.param_groups[0]["alarm"] = self._alarm.is_true()
+        self.param_groups[0]["alarm"] = self._alarm.is_on()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; a checkpoint of the plain base optimizer loads too, and the next step refreshes."""
@@ -541,10 +534,11 @@ class Damped(Optimizer):
             group.update({name: value for name, value in options.items() if name not in saved})
         self._directions.clear()
         self._last_step.clear()
-        self._alarm = None
+        self._alarm = Alarm(bool(self.param_groups[0]["alarm"]))
         for i, p in zip(ids, self._all_params(), strict=True):
             if i in directions:
                 self._directions[p] = directions[i].to(device=p.device, dtype=_basis_dtype(p), copy=True)
+        self._note_positive()
         if not self._directions:
             self.param_groups[0]["attempted_at"] = -1  # the next step refreshes
 
@@ -556,9 +550,10 @@ class Damped(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_directions", {})
         self.__dict__.setdefault("_last_step", {})
-        self.__dict__.setdefault("_alarm", None)
         self.__dict__.setdefault("_warned", set())
         self._fill_groups()
+        self._alarm = Alarm(bool(self.param_groups[0]["alarm"]))
+        self._note_positive()
 
     def _fill_groups(self) -> None:
         """Give groups of an older, or of a plain, checkpoint the options that they lack."""
@@ -575,7 +570,7 @@ class Damped(Optimizer):
 
     def _begin_damping(self, options: dict[str, Any]) -> None:
         """Called once, when the base optimizer is complete."""
-        self._directions, self._last_step, self._alarm, self._warned = {}, {}, None, set()
+        self._directions, self._last_step, self._alarm, self._warned = {}, {}, Alarm(), set()
         self.defaults = {**self.defaults, **options}
         self._fill_groups()
         for group in self.param_groups:
@@ -628,21 +623,6 @@ def _processes() -> int:
 
 def _basis_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-class OnHost:
-    """A truth value on its way from the device: asked for too early it counts as false, and nobody waits for it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value.to("cpu", non_blocking=True)
-        self._copied = None
-        if value.device.type != "cpu":
-            self._copied = torch.get_device_module(value.device).Event()
-            self._copied.record()
-
-    def is_true(self) -> bool:
-        """The value, once it has arrived."""
-        return (self._copied is None or self._copied.query()) and bool(self._value)
 
 
 def _followed_by(closure: Closure, action: Callable[[], None]) -> Closure:

@@ -37,7 +37,7 @@ def low_rank(weights: Tensor, vectors: Tensor, *, k: int, which: Which = "LA") -
     if longest == 0:
         return torch.empty(0, dtype=torch.float64), vectors[:0]
     # (m, P): the sum is scaled^T signs scaled, times longest^2. Squares of very large or small ones leave float32.
-    scaled = vectors / longest * roots.to(vectors)[:, None]
+    scaled = vectors * (roots.double() / longest).to(vectors)[:, None]
     negligible = _NEGLIGIBLE[vectors.dtype]
     squares, mixing = torch.linalg.eigh((scaled @ scaled.T).cpu().double())
     kept = squares > negligible * squares.max()

@@ -22,10 +22,10 @@ class NSGD(Damped, SGD):
     and ``bulk_scale=1``, the step is bitwise that of ``torch.optim.SGD``.
 
     The directions are cheapest from the gradients of single samples: ``optimizer.backward(loss,
-    curvature=nsgd.sample_losses(loss_fn, x[:32], y[:32]), batch_fraction=32 / len(x))``. A refresh then costs one
-    gradient of those 32, takes no second derivatives, and is averaged with all before it. From a loss alone, or a
-    closure, they are the top eigenvectors of its Hessian, found by up to 2k + 2 Hessian-vector products, each worth two
-    gradients. The basis takes k times the memory of the parameters.
+    curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x[:32], y[:32]), batch_fraction=32 / len(x))``. A
+    refresh then costs one gradient of those 32, takes no second derivatives, and is averaged with all before it. From
+    a loss alone, or a closure, they are the top eigenvectors of its Hessian, found by up to 2k + 2 Hessian-vector
+    products, each worth two gradients. The basis takes k times the memory of the parameters.
 
     Args:
         params: Parameters or parameter groups, as for any torch optimizer. A group may have its own ``gamma`` and
@@ -42,9 +42,11 @@ class NSGD(Damped, SGD):
         k: Number of directions.
         gamma: Factor on the step along directions of positive curvature: 0 is Bulk-SGD, 1 is SGD, above 1 the
             paper's "overshoot".
-        refresh_every: Steps between two refreshes, or "auto": as soon as ``overhead`` pays for one, and at once where a
-            step leaves the directions with more than twice its usual length, as when a sharp one has escaped them.
-        overhead: With "auto", what all refreshes together may cost, in gradients of a training batch a step.
+        refresh_every: Steps between two refreshes, or "auto": as soon as ``overhead`` pays for one (for 45 gradients of
+            the whole batch, by products at k = 10, that is every 450 steps: pass ``curvature``, or a number).
+        overhead: With "auto", what all refreshes together may cost, in gradients of a training batch a step; twice
+            that after a step that left the directions with more than twice its usual length, as when a sharp one has
+            escaped them.
         decay: Share of the last directions in their running average with a new estimate; 0 takes each estimate alone.
             None is 0.95 for gradients and 0 for products (benchmarks/results/tracking.csv).
         which: For products: "LA" for the largest eigenvalues, "LM" for the largest in absolute value (the paper's
@@ -73,7 +75,7 @@ class NSGD(Damped, SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        k: int = 10,
+        k: int = 20,
         gamma: float = 0.1,
         refresh_every: int | Literal["auto"] = "auto",
         overhead: float = 0.1,
@@ -117,7 +119,7 @@ class NSGD(Damped, SGD):
 def damp(
     optimizer: Optimizer,
     *,
-    k: int = 10,
+    k: int = 20,
     gamma: float = 0.1,
     refresh_every: int | Literal["auto"] = "auto",
     overhead: float = 0.1,

@@ -15,21 +15,23 @@ from torch import Tensor
 
 from nsgd.guard import full_precision
 
+Move = tuple[Tensor, Tensor, float | Tensor]  # a parameter, a direction (*shape), and its factor in the step
+
 
 @torch.no_grad()
 @full_precision
-def project(moves: Iterable[tuple[Tensor, Tensor]], directions: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def project(moves: Iterable[Move], directions: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Coefficients of a step in the basis, (k,), and its squared norm; one pass over the basis, no host sync.
 
     Args:
-        moves: Parameters, and what the step adds to each, (*shape).
+        moves: Parameters, each with what the step added to it: a factor times a direction.
         directions: Parameter to its block of the basis, (k, *shape).
     """
     coefficients, squares = [], []
-    for p, move in moves:
-        flat = move.to(directions[p].dtype).reshape(-1)
-        coefficients.append(rows(directions[p]) @ flat)  # (k,)
-        squares.append(torch.dot(flat, flat))
+    for p, direction, factor in moves:
+        flat = direction.to(directions[p].dtype).reshape(-1)
+        coefficients.append((rows(directions[p]) @ flat) * factor)  # (k,)
+        squares.append(torch.dot(flat, flat) * factor**2)
     dtype = max((c.dtype for c in coefficients), key=lambda d: d.itemsize)
     device = coefficients[0].device
     total = torch.stack([c.to(device=device, dtype=dtype) for c in coefficients]).sum(0)
@@ -48,29 +50,29 @@ def correct(params: Iterable[Tensor], directions: Mapping[Tensor, Tensor], facto
     """
     for p in params:
         # Not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
-        p.add_(_finite(factors.to(directions[p]) @ rows(directions[p])).view_as(p))
+        change = factors.to(directions[p]) @ rows(directions[p])
+        p.add_(change.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view_as(p))
 
 
 @torch.no_grad()
-def sgd_moves(
-    params: Iterable[Tensor], group: Mapping[str, Any], state: Mapping[Tensor, Any]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What ``torch.optim.SGD`` is about to add to each parameter, by its own formulas; one parameter at a time.
+def sgd_moves(params: Iterable[Tensor], group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> Iterator[Move]:
+    """What the last step of ``torch.optim.SGD``, without Nesterov, added to each parameter, from what it left behind.
 
-    So the coefficients of its step are known without a copy of the parameters.
+    With momentum that is the buffer, without it the gradient: no copy of the parameters is needed, nor of anything else
+    but for weight decay. The decayed parameter is the one before the step, p + lr d; solved for d. (Nesterov's
+    ``foreach`` changes gradients in place, other implementations do not.)
     """
+    decay, lr = group["weight_decay"], group["lr"]
     for p in params:
+        if group["momentum"] != 0:
+            yield p, state[p]["momentum_buffer"], -lr
+            continue
         gradient: Any = p.grad
         direction: Tensor = -gradient if group["maximize"] else gradient
-        if group["weight_decay"] != 0:
-            direction = direction + group["weight_decay"] * p
-        if group["momentum"] != 0:
-            last = state.get(p, {}).get("momentum_buffer")
-            velocity = direction
-            if last is not None:
-                velocity = last.mul(group["momentum"]).add_(direction, alpha=1 - group["dampening"])
-            direction = direction.add(velocity, alpha=group["momentum"]) if group["nesterov"] else velocity
-        yield p, direction * -group["lr"]
+        if decay == 0:
+            yield p, direction, -lr
+        else:
+            yield p, direction + decay * p, -lr / (1 - lr * decay)
 
 
 @full_precision

@@ -38,7 +38,7 @@ def test_a_code_block_runs(block, tmp_path, monkeypatch):
     optimizer = names.get("nudged", names.get("optimizer"))
     if optimizer is not None and "for " in block:
         assert optimizer.refreshes > 0
-        assert len(optimizer.weights) == 10
+        assert len(optimizer.weights) == 20
 
 
 def test_the_first_line_says_what_it_is_and_spells_the_acronym_out():

@@ -136,8 +136,9 @@ class RefreshDirections(pl.Callback):
         elif own and in_groups and size is not None and is_cuttable(self._batch):
             ranges = self._groups(module, min(self.samples or size, size))
             parts = [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
-            if len(parts) == 1 and solver == "gradients":
-                return  # a short last batch gives no directions: the next batch will
+            by_gradients = bool(optimizer.weights) and not optimizer.eigenvalues
+            if len(parts) == 1 and (solver == "gradients" or by_gradients):
+                return  # a short last batch: its products would drive out the average, and the next batch has groups
         if parts and (self.source == "train" or len(parts) > 1):
             # Products need the same loss every time, gradients need each only once: one guard serves for all.
             shared = in_groups and len(parts) > 1

@@ -221,16 +221,23 @@ def test_an_iterable_data_set_gives_groups_of_its_batches(make_trainer):
     assert trainer.optimizers[0].cost_gradients == 3
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (16, 1)], ids=["every batch", "the last batch"])
-def test_a_batch_of_one_gives_products_of_its_loss(make_trainer, sizes):
+def test_batches_of_one_give_products_of_their_loss(make_trainer):
     """There is nothing to cut."""
-    x, y = classes(sum(sizes)).tensors
     trainer = make_trainer(callbacks=[RefreshDirections()])
-    trainer.fit(Notes(partial(NSGD, **ALONE)), DataLoader(TensorDataset(x, y), batch_size=sizes[0]))
+    trainer.fit(Notes(partial(NSGD, **ALONE)), DataLoader(classes(3), batch_size=1))
     optimizer = trainer.optimizers[0]
-    assert optimizer.refreshes == len(sizes)
+    assert optimizer.refreshes == 3
     assert optimizer.hvps > 0
     assert len(optimizer.eigenvalues) == 5
+
+
+def test_a_last_batch_of_one_leaves_the_average_alone(make_trainer):
+    """Products of it would drive out what the whole batches gave, and cost the budget of hundreds of steps."""
+    trainer = make_trainer(callbacks=[RefreshDirections()])
+    trainer.fit(Notes(partial(NSGD, **ALONE)), DataLoader(classes(17), batch_size=16))
+    optimizer = trainer.optimizers[0]
+    assert (optimizer.refreshes, optimizer.hvps, optimizer.cost_gradients) == (1, 0, 1.0)
+    assert trainer.global_step == 2
 
 
 def test_a_last_batch_of_one_does_not_end_training_by_gradients(make_trainer):

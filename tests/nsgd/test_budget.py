@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from nsgd import NSGD, damp
-from nsgd.damping import OnHost
+from nsgd.alarm import Alarm, OnHost
 
 INSIDE, OUTSIDE = torch.eye(3, dtype=torch.float64)[:2]
 
@@ -138,7 +138,7 @@ def test_the_usual_length_is_learned_anew_after_a_jump():
     alarms = []
     for step in range(40):
         toy.step(OUTSIDE * (1.0 if step < 20 else 10.0))
-        alarms.append(toy.optimizer._alarm.is_true())
+        alarms.append(toy.optimizer._alarm.is_on())
     assert [step for step, alarm in enumerate(alarms) if alarm] == [20]
 
 
@@ -212,7 +212,7 @@ def test_what_rounding_leaves_outside_the_basis_is_no_alarm():
     for _ in range(100):
         weight.grad = torch.randn(6, generator=generator)
         optimizer.step()
-        assert not optimizer._alarm.is_true()
+        assert not optimizer._alarm.is_on()
 
 
 # -- values on their way --------------------------------------------------------------------------------------
@@ -223,16 +223,25 @@ def test_a_value_on_the_host_is_there_at_once(value):
     assert OnHost(torch.tensor(value)).is_true() is value
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_a_value_that_has_not_arrived_counts_as_false(value):
+def test_off_the_cpu_an_alarm_is_one_step_late_and_waits_for_that_step_alone():
     class Event:
-        arrived = False
+        waited = False
 
-        def query(self):
-            return self.arrived
+        def synchronize(self):
+            self.waited = True
 
-    thing = OnHost(torch.tensor(value))
-    thing._copied = event = Event()
-    assert thing.is_true() is False
-    event.arrived = True
-    assert thing.is_true() is value
+    alarm, events = Alarm(), []
+    for jumped in (True, False):
+        copy = OnHost(torch.tensor(jumped))
+        copy._copied = Event()
+        events.append(copy._copied)
+        alarm._copies = [*alarm._copies[-1:], copy]
+    assert alarm.is_on()  # of the step before the last
+    assert [event.waited for event in events] == [True, False]
+
+
+def test_on_the_cpu_an_alarm_is_the_last_step_s():
+    alarm = Alarm()
+    for jumped in (True, False, True):
+        alarm.note(torch.tensor(jumped))
+        assert alarm.is_on() is jumped

@@ -41,7 +41,7 @@ def test_an_option_out_of_range_is_one_clear_sentence(training, way, options, me
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"k": 3}, "k is one value for the whole optimizer, 10, got 3 for one group"),
+        ({"k": 3}, "k is one value for the whole optimizer, 20, got 3 for one group"),
         ({"refresh_every": 7}, "refresh_every is one value for the whole optimizer, 'auto', got 7"),
         ({"overhead": 0.3}, "overhead is one value for the whole optimizer"),
         ({"decay": 0.5}, "decay is one value for the whole optimizer"),

@@ -116,7 +116,7 @@ def test_damped_steps_follow_the_rule_in_numpy(monkeypatch, options, way, measur
     ],
     ids=["nsgd", "damp"],
 )
-@pytest.mark.parametrize("options", MOMENTA, ids=str)
+@pytest.mark.parametrize("options", MOMENTA[:-1], ids=str)  # Nesterov is measured
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # In float32 and 64 rounding of five steps of size one. In bfloat16 each step rounds the parameters, of size two
@@ -265,7 +265,7 @@ def calls_of_a_step(training, make, *, wanted, steps=2):
 COPIES = ("clone", "copy_", "_to_copy")
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 0.1}])
 @pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("gamma", [0.1, 1.0])
 def test_the_known_step_copies_nothing(training, options, way, gamma):

@@ -1,0 +1,65 @@
+"""Notice, from what a step already knows, that a sharp direction has escaped the basis; without waiting for the device.
+
+Where the rate is too high for a direction outside the basis, the step grows along it by a factor a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A step whose square outside the basis is more than this many times its mean of late has left it. Batches alone make
+# that square vary by less than a factor of two, and an unstable direction passes any threshold within steps.
+_ALARM = 4.0
+_MEMORY = 0.9
+_ROUNDING = 1e-5  # what rounding leaves outside of a step that is wholly inside, as a share of its square
+
+
+def jump(coefficients: Tensor, squared_norm: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whether a step has left the basis, and the running mean of its square outside; no host sync.
+
+    Args:
+        coefficients: Of the step in the basis, (k,).
+        squared_norm: Of the step.
+        last: The mean before it.
+    """
+    outside = torch.maximum(squared_norm - coefficients.square().sum(), _ROUNDING * squared_norm)
+    last = outside if last is None else last.to(outside)
+    jumped = outside > _ALARM * last
+    mean = torch.where(jumped | ~last.isfinite(), outside, torch.lerp(outside, last, _MEMORY))
+    return jumped, torch.where(outside.isfinite(), mean, last)
+
+
+class Alarm:
+    """Whether a step has left the basis: at once on the CPU, one step late elsewhere, where the last is under way."""
+
+    def __init__(self, on: bool = False) -> None:
+        self._on = on
+        self._copies: list[OnHost] = []
+
+    def note(self, jumped: Tensor) -> None:
+        """Take in the last step."""
+        late = [] if jumped.device.type == "cpu" else self._copies[-1:]
+        self._copies = [*late, OnHost(jumped)]
+
+    def is_on(self) -> bool:
+        """Whether the last step known here has left the basis."""
+        return self._copies[0].is_true() if self._copies else self._on
+
+
+class OnHost:
+    """A truth value on its way from the device."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._copied = None
+        if value.device.type != "cpu":
+            module = torch.get_device_module(value.device)
+            self._copied = module.Event()
+            self._copied.record(module.current_stream(value.device))
+
+    def is_true(self) -> bool:
+        """The value; waits for the copy where that is still under way."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._value)
