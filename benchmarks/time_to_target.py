@@ -57,20 +57,13 @@ def main() -> None:
 
 
 HEADER = (
-    *(
-        "batch, method",
-        "lr",
-        "final training loss",
-        "best validation, %",
-        "gradients to its loss",
-        "seconds to its loss",
-    ),
-    *("reached", "gradients to its accuracy", "reached"),
+    *("batch, method", "lr", "final training loss", "best validation, %", "gradients a step", "seconds a step"),
+    *("gradients to its loss", "seconds to its loss", "reached", "gradients to its accuracy", "reached"),
 )
 
 
 def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Medians over seeds; gradients and seconds as a share of what tuned SGD with momentum takes in all."""
+    """Medians over seeds; gradients and seconds as a multiple of those of tuned SGD with momentum, in all."""
     body = []
     for batch, method in dict.fromkeys((row["batch"], row["method"]) for row in rows):
         runs, base = by_seed(rows, batch, method), by_seed(rows, batch, "SGD, momentum")
@@ -90,6 +83,10 @@ def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
                 f"{next(iter(runs.values()))[0]['lr']:g}",
                 f"{median(final_loss(run) for run in runs.values()):.3f}",
                 f"{100 * median(max(row['val_accuracy'] for row in run) for run in runs.values()):.1f}",
+                *(
+                    f"{median(own[-1][axis] / sgd[-1][axis] for own, sgd in pairs):.2f}"
+                    for axis in ("gradients", "seconds")
+                ),
                 *(_ratio(by_loss[axis]) for axis in ("gradients", "seconds")),
                 _count(by_loss["gradients"]),
                 _ratio(by_accuracy),

@@ -222,14 +222,13 @@ def trackers() -> list[Tracker]:
             for n, e, decay in (
                 (32, 1, 0.95),
                 (32, 1, 0.98),
-                (32, 3, 0.95),
-                (96, 1, 0.9),
-                (96, 1, 0.95),
-                (128, 12, 0.8),
+                (32, 3, 0.857),
+                (32, 3, 0.941),
+                (128, 12, 0.785),
             )
         ),
         Tracker("averaged gradients of groups of 4, 32, every step, decay 0.95", 1, 0.95, moment(32, 4)),
-        Tracker("averaged gradients of groups of 4, 128, every 4, decay 0.8", 4, 0.8, moment(128, 4)),
+        Tracker("averaged gradients of groups of 4, 128, every 4, decay 0.815", 4, 0.815, moment(128, 4)),
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -67,6 +68,7 @@ class RefreshDirections(pl.Callback):
         self.seed = seed
         self._batch: Any = None
         self._batch_idx = 0
+        self._told = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to refresh."""
@@ -133,7 +135,12 @@ class RefreshDirections(pl.Callback):
                     "source='batch'"
                 )
             parts = self._training_sample(trainer, module, None if in_groups else size)
-        elif own and in_groups and size is not None and is_cuttable(self._batch):
+        elif own and in_groups and not (size is not None and is_cuttable(self._batch)):
+            self._tell_once(
+                "RefreshDirections cannot cut this batch into samples, so the directions come from Hessian-vector "
+                "products of its whole loss, which cost more; solver='lanczos' on the optimizer says that this is meant"
+            )
+        elif own and in_groups and size is not None:
             ranges = self._groups(module, min(self.samples or size, size))
             parts = [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
             by_gradients = bool(optimizer.weights) and not optimizer.eigenvalues
@@ -148,7 +155,7 @@ class RefreshDirections(pl.Callback):
                     scale=factor,
                     batch_fraction=sum(n for _, n in parts) / ((size or 1) * accumulate),
                 )
-        elif own and self.samples is not None and size is not None and self.samples < size:
+        elif own and (parts or not in_groups) and self.samples is not None and size is not None and self.samples < size:
             part = some_samples(self._batch, slice(self.samples))
             done = optimizer.refresh(
                 partial(self._scaled, partial(batch_loss, module), part, factor),
@@ -172,6 +179,11 @@ class RefreshDirections(pl.Callback):
 
     def _scaled(self, loss_of: Callable[[Any, int], Tensor], batch: Any, factor: float) -> Tensor:
         return factor * loss_of(batch, self._batch_idx)
+
+    def _tell_once(self, message: str) -> None:
+        if not self._told:
+            rank_zero_info(message)
+        self._told = True
 
     def _groups(self, module: pl.LightningModule, count: int) -> list[slice]:
         """Cut so many samples into groups."""
