@@ -108,7 +108,14 @@ def main() -> None:
         width = dense(size)[0].in_features
         inputs = torch.randn(128, width, generator=generator).to(DEVICE)
         ranks = RANKS if size < 10**8 else RANKS[:2]  # 50 directions of 10^8 entries take 20 GB
-        rows += measure("dense layers", lambda size=size: dense(size), inputs, y, min(repeats, 5), ranks)
+        rows += measure(
+            "dense layers",
+            lambda size=size: dense(size),
+            inputs,
+            y,
+            repeats if args.smoke else (5 if size >= 10**7 else 3 * repeats),
+            ranks,
+        )
     print_table(*table(rows))
     if not args.smoke:
         write_csv(args.out, rows)

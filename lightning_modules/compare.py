@@ -33,8 +33,8 @@ from lightning_modules.classifier import Classifier
 from lightning_modules.data import Digits, ImageData, Images
 from lightning_modules.nets import NetName, make_net
 from nsgd import NSGD
-from nsgd.damping import Estimator
 from nsgd.low_rank import Which
+from nsgd.options import Estimator
 
 Method = Literal["sgd", "nsgd", "bulk-sgd", "dom-sgd"]
 Rows = list[dict[str, Any]]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from nsgd.alarm import Alarm, jump
 from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
 from nsgd.low_rank import Which, low_rank
+from nsgd.options import COUNTERS, SHARED, Estimator, check_options, damping_options
 from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
 from nsgd.tracking import average, gradient_moment
 
@@ -32,87 +33,9 @@ from nsgd.tracking import average, gradient_moment
 # 0.94 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
 _EXTRA_PRODUCTS = 2
 
-# Options that one optimizer has once; gamma, bulk_scale and curvature may differ from group to group.
-_SHARED = ("k", "refresh_every", "overhead", "decay", "which", "solver", "warmup_steps", "save_basis")
-
-# How directions are estimated; "auto" goes by what they come from.
-Estimator = Literal["auto", "gradients", "lanczos", "arpack"]
-
 # Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
 # (benchmarks/results/tracking.csv). Products on a sample stand for themselves.
 _DECAY = 0.95
-
-# Plain numbers kept in the first parameter group, so that any checkpoint carries them.
-_COUNTERS: dict[str, Any] = {
-    "steps": 0,
-    "refreshed_at": -1,  # value of steps at the last refresh
-    "attempted_at": -1,  # and at the last attempt, also one that met a NaN
-    "refreshes": 0,
-    "skipped_refreshes": 0,
-    "hvps": 0,
-    "cost_gradients": 0.0,
-    "overlap": math.nan,
-    "eigenvalues": [],
-    "weights": [],
-    "mean_square": math.nan,  # of the step outside the basis, in the last steps
-    "alarm": False,
-}
-
-
-def damping_options(
-    *,
-    k: int = 20,
-    gamma: float = 0.1,
-    refresh_every: int | Literal["auto"] = "auto",
-    overhead: float = 0.1,
-    decay: float | None = None,
-    which: Which = "LA",
-    bulk_scale: float = 1.0,
-    solver: Estimator = "auto",
-    warmup_steps: int = 0,
-    save_basis: bool = True,
-) -> dict[str, Any]:
-    """Validate the options of the rule and return them by name; :class:`nsgd.NSGD` describes them."""
-    options = {
-        "k": k,
-        "gamma": gamma,
-        "refresh_every": refresh_every,
-        "overhead": overhead,
-        "decay": decay,
-        "which": which,
-        "bulk_scale": bulk_scale,
-        "solver": solver,
-        "warmup_steps": warmup_steps,
-        "save_basis": save_basis,
-        "curvature": True,
-    }
-    _check_options(options)
-    return options
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name, least in (("k", 1), ("refresh_every", 1), ("warmup_steps", 0)):
-        value = options[name]
-        if name == "refresh_every" and value == "auto":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            kind = "'auto' or a whole number" if name == "refresh_every" else "a whole number"
-            raise ValueError(f"expected {name} to be {kind} of at least {least}, got {value!r}")
-    for name in ("gamma", "bulk_scale"):
-        value = options[name]
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"expected {name} to be a finite number >= 0 (1 leaves the step as it is), got {value!r}")
-    if not isinstance(options["overhead"], int | float) or not 0 < options["overhead"] < math.inf:
-        raise ValueError(
-            "expected overhead to be a number above 0, the gradients a step that refreshes may cost, got "
-            f"{options['overhead']!r}"
-        )
-    decay = options["decay"]
-    if decay is not None and not (isinstance(decay, int | float) and 0 <= decay < 1):
-        raise ValueError(f"expected decay to be a number >= 0 and below 1, got {decay!r}; None is the default")
-    for name, choices in (("which", get_args(Which)), ("solver", get_args(Estimator))):
-        if options[name] not in choices:
-            raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {options[name]!r}")
 
 
 class Damped(Optimizer):
@@ -477,14 +400,14 @@ class Damped(Optimizer):
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _check_options(group)
+        check_options(group)
         if group.get("differentiable", False):
             raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
         lr = group.get("lr", 0)
         if not isinstance(lr, Tensor) and not lr >= 0:
             raise ValueError(f"expected lr >= 0, got {lr} for a group")
         first = self.param_groups[0]
-        for name in (*_SHARED, "maximize"):
+        for name in (*SHARED, "maximize"):
             if group.get(name) != first.get(name):
                 raise ValueError(
                     f"{name} is one value for the whole optimizer, {first.get(name)!r}, got {group.get(name)!r} for "
@@ -562,7 +485,7 @@ class Damped(Optimizer):
                 group.setdefault(name, self.defaults.get(name, value))
         first = self.param_groups[0]
         first.setdefault("weights", list(first.get("eigenvalues", [])))
-        for name, value in _COUNTERS.items():
+        for name, value in COUNTERS.items():
             first.setdefault(name, copy.copy(value))
 
     def _all_params(self) -> list[Tensor]:

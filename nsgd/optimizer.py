@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from nsgd.damping import Damped, Estimator, damping_options
+from nsgd.damping import Damped
 from nsgd.hessian import Closure
 from nsgd.low_rank import Which
+from nsgd.options import Estimator, damping_options
 
 
 class NSGD(Damped, SGD):
