@@ -188,7 +188,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]
             f"{r['gradients']:.2f}",
             f"{r['once']:.0f}",
             f"{r['memory']:.1f}",
-            f"{r['error']}",
+            f"{r.get('error', '')}",
         ]
         for r in rows
     ]

@@ -74,7 +74,7 @@ def top_eigenpairs(
             Whatever the choice, they are returned in descending order of their signed values.
         solver: "lanczos"; "arpack" for scipy's ``eigsh``; or "nystrom" for one sweep over a block that is known to be
             good, such as the last eigenvectors, or the top of a second moment of gradients
-            (:func:`nsgd.tracking.gradient_moment`): k + 2 products do there what takes Lanczos 2k + 2.
+            (:func:`nsgd.tracking.gradient_moment`): k + 2 products do there what takes Lanczos about 2k.
         start: Starting vector (P,), or a basis (j, P) whose sum is taken; for Nyström the block itself, j at least k.
             Default: the gradient where a loss is given, otherwise a vector drawn from ``seed``.
         max_hvps: Products allowed; when they are used up the best pairs so far are returned with

@@ -518,7 +518,7 @@ def test_tuned_rates_are_the_best_of_the_committed_grid():
 @pytest.mark.parametrize(
     ("options", "rates"),
     [
-        ({"lr": "tuned"}, {"sgd": 0.5, "nsgd": 0.5, "dom-sgd": 0.2}),
+        ({"lr": "tuned"}, {"sgd": 0.5, "nsgd": 0.5, "dom-sgd": 0.05}),
         ({"lr": "tuned", "net": "simple-cnn-root"}, {"sgd": 0.1, "nsgd": 0.1, "dom-sgd": 0.1}),
         ({"lr": 0.03}, {"sgd": 0.03, "nsgd": 0.03, "dom-sgd": 0.03}),
     ],
