@@ -288,15 +288,13 @@ def _nystrom(hvp: HVP, block: Tensor, k: int, which: Which) -> tuple[Tensor, Ten
     inner = _product(rows, images.T).cpu().double()
     ritz, coordinates = torch.linalg.eigh((inner + inner.T) / 2)
     kept = ritz.abs() > _DIM * ritz.abs().max()
-    values, vectors = (
-        low_rank(1 / ritz[kept], _product(coordinates[:, kept].T.to(images), images), k=k, which=which)
-        if kept.any()
-        else (ritz[:0], rows[:0])
-    )
-    if len(values) < k:  # the operator has fewer outstanding directions: the block's own have to do
-        chosen = wanted(ritz, k, which)
-        return ritz[chosen], _product(coordinates[:, chosen].T.to(rows), rows)
-    return values, vectors
+    if int(kept.sum()) >= k:
+        mixed = _product(coordinates[:, kept].T.to(images), images)
+        values, vectors = low_rank(1 / ritz[kept], mixed, k=k, which=which)
+        if len(values) == k:
+            return values, vectors
+    chosen = wanted(ritz, k, which)  # the operator has fewer outstanding directions: the block's own have to do
+    return ritz[chosen], _product(coordinates[:, chosen].T.to(rows), rows)
 
 
 def _dense(hvp: HVP, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
