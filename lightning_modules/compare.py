@@ -139,14 +139,9 @@ class Study:
             raise ValueError(f"expected lr >= 0 and finite, got {self.lr}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum >= 0 and below 1, got {self.momentum}")
-        self.nsgd.callback()
-        samples = self.nsgd.samples
-        if self.nsgd.solver == "gradients" and samples is not None and samples <= (self.nsgd.group_size or 1):
-            raise ValueError(
-                f"solver='gradients' expected samples of two groups or more, got samples={samples}; raise it, or lower "
-                "group_size"
-            )
+        callback = self.nsgd.callback()
         net = make_net(self.net, self.data.input_shape, self.data.num_classes)
+        callback.check_samples([self.nsgd.solver], net)
         for method in self.methods:
             make_optimizer(self, method, 0.1, net.parameters())
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
 from nsgd.damping import Damped
 from nsgd.guard import untouched
+from nsgd.options import Estimator
 
 _MOST_GROUPS = 64
 
@@ -76,11 +77,7 @@ class RefreshDirections(pl.Callback):
         if self.optimizer is not None and not 0 <= self.optimizer < len(trainer.optimizers):
             raise ValueError(f"expected optimizer to be an index into {len(trainer.optimizers)}, got {self.optimizer}")
         solvers = [o.param_groups[0]["solver"] for o in self._candidates(trainer) if isinstance(o, Damped)]
-        if "gradients" in solvers and self.samples is not None and len(self._groups(pl_module, self.samples)) < 2:
-            raise ValueError(
-                f"solver='gradients' expected samples of two groups or more, got samples={self.samples}; raise it, or "
-                "lower group_size"
-            )
+        self.check_samples(solvers, pl_module)
         if not solvers:
             raise ValueError(
                 f"RefreshDirections expected an NSGD or damped optimizer, got {names}; return nsgd.NSGD(...) or "
@@ -185,7 +182,15 @@ class RefreshDirections(pl.Callback):
             rank_zero_info(message)
         self._told = True
 
-    def _groups(self, module: pl.LightningModule, count: int) -> list[slice]:
+    def check_samples(self, solvers: list[Estimator], module: nn.Module) -> None:
+        """Raise a ValueError where gradients of groups are wanted and the samples make no two groups."""
+        if "gradients" in solvers and self.samples is not None and len(self._groups(module, self.samples)) < 2:
+            raise ValueError(
+                f"solver='gradients' expected samples of two groups or more, got samples={self.samples}; raise it, or "
+                "lower group_size"
+            )
+
+    def _groups(self, module: nn.Module, count: int) -> list[slice]:
         """Cut so many samples into groups."""
         normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
         # Every gradient is kept until all are there, so that many samples come in larger groups.
