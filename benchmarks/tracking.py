@@ -28,9 +28,10 @@ from lightning_modules.compare import write_csv
 from nsgd import NSGD, Eigenpairs, sample_losses, top_eigenpairs
 from nsgd.hessian import Losses, loss_hessian
 from nsgd.low_rank import low_rank
-from nsgd.tracking import average, gradient_moment
+from nsgd.samples import gradient_moment
+from nsgd.tracking import average, clipped
 
-K, EXACT, GAMMA = 10, 20, 0.1
+K, KEPT, EXACT, GAMMA = 10, 20, 20, 0.1  # directions that are judged, that averages keep, that are known exactly
 Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P)
 
 
@@ -67,7 +68,7 @@ class Problem:
 
     def singles(self, indices: Tensor, size: int = 1) -> Losses:
         """Losses of these images in groups of a size."""
-        return sample_losses(self.loss, indices, group_size=size)
+        return sample_losses(self.loss, indices, group_size=size, module=self.model)
 
     def classes(self, indices: Tensor) -> Losses:
         """Losses of these images, a group for each class."""
@@ -127,6 +128,7 @@ class Tracker:
         self.name, self.every, self.decay, self.estimate = name, every, decay, estimate
         self.now: Estimate | None = None
         self.samples = 0.0  # gradients of one sample, in all
+        self.count, self.usual = 0, 0.0  # estimates so far, and their trace of late
         self.generator = torch.Generator().manual_seed(2)
 
     def follow(self, problem: Problem, batch: Tensor, step: int) -> None:
@@ -135,10 +137,12 @@ class Tracker:
             return
         new, samples = self.estimate(problem, batch, self)
         self.samples += samples
+        self.count += 1
+        new, self.usual = clipped(new, self.usual)
         if self.now is None or self.decay == 0:
-            self.now = low_rank(*new, k=K)
+            self.now = low_rank(*new, k=K if self.decay == 0 else KEPT)
         else:
-            self.now = average(self.now, new, decay=self.decay, k=K)
+            self.now = average(self.now, new, decay=min(self.decay, 1 - 1 / self.count), k=KEPT)
 
 
 def lanczos(products: int, samples: int) -> Callable[..., tuple[Estimate, float]]:
@@ -160,7 +164,7 @@ def block_sweep(samples: int) -> Callable[..., tuple[Estimate, float]]:
             rows = (
                 torch.randn(K, len(hessian.gradient), generator=tracker.generator)
                 if tracker.now is None
-                else tracker.now[1]
+                else tracker.now[1][:K]
             )
             block = torch.linalg.qr(torch.cat([rows, hessian.gradient[None]]).T).Q.T
             images = torch.stack([hessian.hvp(row) for row in block])
@@ -206,8 +210,17 @@ def moment(samples: int, size: int | None = 1) -> Callable[..., tuple[Estimate, 
     return estimate
 
 
-def trackers() -> list[Tracker]:
-    """All that are compared."""
+def trackers(batch: int) -> list[Tracker]:
+    """All that are compared on a path of this batch size."""
+    single = [
+        (32, 1, 0.95),
+        (32, 1, 0.98),
+        (32, 3, 0.857),
+        (32, 3, 0.95),
+        (128, 12, 0.785),
+    ]
+    if batch >= 1024:
+        single.append((96, 1, 0.95))  # a tenth of a gradient
     return [
         Tracker("Lanczos, 22 products on 128 samples, every 50 steps", 50, 0, lanczos(22, 128)),
         Tracker("Lanczos, 15 products on 128, every 20", 20, 0, lanczos(15, 128)),
@@ -219,13 +232,7 @@ def trackers() -> list[Tracker]:
         Tracker("averaged gradients, 32 classes' samples, every step", 1, 0.95, moment(32, None)),
         *(
             Tracker(f"averaged gradients of single samples, {n}, every {e}, decay {decay}", e, decay, moment(n))
-            for n, e, decay in (
-                (32, 1, 0.95),
-                (32, 1, 0.98),
-                (32, 3, 0.857),
-                (32, 3, 0.941),
-                (128, 12, 0.785),
-            )
+            for n, e, decay in single
         ),
         Tracker("averaged gradients of groups of 4, 32, every step, decay 0.95", 1, 0.95, moment(32, 4)),
         Tracker("averaged gradients of groups of 4, 128, every 4, decay 0.815", 4, 0.815, moment(128, 4)),
@@ -252,7 +259,7 @@ def quality(vectors: Tensor, exact: Eigenpairs) -> dict[str, float]:
 def follow(problem: Problem, path: Path, recorded: Recorded) -> list[dict[str, Any]]:
     """Let every tracker follow a recorded path, and measure it where the exact eigenpairs are known."""
     rows = []
-    running = trackers()
+    running = trackers(path.batch)
     for step in range(max(recorded.exact) + 1):
         vector_to_parameters(recorded.positions[step], problem.params)
         for tracker in running:

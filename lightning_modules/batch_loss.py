@@ -98,7 +98,7 @@ def _no_loggers(trainer: pl.Trainer | None) -> Iterator[None]:
 
 @contextmanager
 def _shelved(root: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back afterwards; inside, tensors, lists and dicts among them are copies."""
+    """Put every module's attributes back afterwards; inside, tensors, containers and plain objects are copies."""
     found = [(module, dict(vars(module))) for module in root.modules()]
     try:
         for module, attributes in found:
@@ -113,7 +113,19 @@ def _shelved(root: nn.Module) -> Iterator[None]:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
+    if _is_own(value):
+        same = object.__new__(type(value))
+        same.__dict__.update({name: _container(inner) for name, inner in vars(value).items()})
+        return same
     return _container(value)
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an attribute is a plain object of the user's, such as a meter that sums up losses."""
+    cls: Any = type(value)
+    foreign = cls.__module__.split(".")[0] in ("torch", "torchmetrics", "pytorch_lightning", "lightning", "builtins")
+    plain = cls.__new__ is object.__new__ and hasattr(value, "__dict__") and not hasattr(cls, "__slots__")
+    return plain and not foreign and not callable(value) and not isinstance(value, nn.Module | type)
 
 
 def _container(value: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from nsgd.eigen import Eigenpairs as Eigenpairs
 from nsgd.eigen import top_eigenpairs as top_eigenpairs
-from nsgd.hessian import sample_losses as sample_losses
 from nsgd.optimizer import NSGD as NSGD
 from nsgd.optimizer import damp as damp
+from nsgd.samples import sample_losses as sample_losses
 
 __all__ = ["NSGD", "Eigenpairs", "damp", "sample_losses", "top_eigenpairs"]
 __version__ = "0.1.0"

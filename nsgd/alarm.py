@@ -5,6 +5,8 @@ Where the rate is too high for a direction outside the basis, the step grows alo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,19 @@ _MEMORY = 0.9
 _ROUNDING = 1e-5  # what rounding leaves outside of a step that is wholly inside, as a share of its square
 
 
-def jump(coefficients: Tensor, squared_norm: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Whether a step has left the basis, and the running mean of its square outside; no host sync.
+def jump(coefficients: Tensor, squared_norm: Tensor, lr: float | Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whether a step has left the basis, and the running mean of its square outside, over lr^2; no host sync.
+
+    Steps of length zero, at a rate of zero or without a gradient, count for nothing.
 
     Args:
         coefficients: Of the step in the basis, (k,).
         squared_norm: Of the step.
+        lr: The learning rate of the step, so that a schedule is not taken for an escape.
         last: The mean before it.
     """
     outside = torch.maximum(squared_norm - coefficients.square().sum(), _ROUNDING * squared_norm)
+    outside = torch.where(squared_norm > 0, outside / torch.as_tensor(lr).to(outside).square(), math.nan)
     last = outside if last is None else last.to(outside)
     jumped = outside > _ALARM * last
     mean = torch.where(jumped | ~last.isfinite(), outside, torch.lerp(outside, last, _MEMORY))

@@ -27,7 +27,8 @@ from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
 from nsgd.low_rank import Which, low_rank
 from nsgd.options import COUNTERS, SHARED, Estimator, check_options, damping_options
 from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
-from nsgd.tracking import average, gradient_moment
+from nsgd.samples import gradient_moment
+from nsgd.tracking import average, clipped, trace
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.77 to
 # 0.94 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
@@ -142,7 +143,7 @@ class Damped(Optimizer):
             raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
         _check_size(first["k"], params)
         spent = _Spent()
-        if isinstance(loss, Iterable) and not isinstance(loss, Tensor):
+        if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
             loss = list(loss)
         try:
             groups = _groups(first["solver"], loss)
@@ -198,14 +199,19 @@ class Damped(Optimizer):
     ) -> tuple[Tensor, Tensor]:
         """An estimate averaged with the last ones: weights (r,), orthonormal rows (r, P)."""
         first = self.param_groups[0]
-        share = (0.0 if products else _DECAY) if first["decay"] is None else first["decay"]
+        decay = (0.0 if products else _DECAY) if first["decay"] is None else first["decay"]
         which: Which = first["which"] if products else "LA"
         alike = bool(first["eigenvalues"]) == products  # moments of gradients and eigenvalues do not add up
-        if share > 0 and first["weights"] and alike and all(p in self._directions for p in params):
+        if decay > 0 and first["weights"] and alike and all(p in self._directions for p in params):
             last = torch.cat([rows(self._directions[p]).to(estimate[1]) for p in params], dim=1)  # (r, P)
             if bool(last.isfinite().all()):
                 old = torch.tensor(first["weights"], dtype=torch.float64), last
-                return average(old, estimate, decay=share, k=first["k"], which=which)
+                first["averaged"] += 1
+                # A plain mean until there are so many that the last 1 / (1 - decay) count.
+                decay = min(decay, 1 - 1 / first["averaged"])
+                estimate, first["trace"] = clipped(estimate, first["trace"])
+                return average(old, estimate, decay=decay, k=first["k"], which=which)
+        first["averaged"], first["trace"] = 1, trace(estimate)
         return estimate if products else low_rank(*estimate, k=first["k"], which=which)
 
     def _count_refresh(self, spent: _Spent, batch_fraction: float) -> None:
@@ -290,7 +296,7 @@ class Damped(Optimizer):
         coefficients, squared_norm = project(moves, self._directions)
         known = self.param_groups[0]["mean_square"]
         last = self._last_step.get("mean_square", None if math.isnan(known) else squared_norm.new_tensor(known))
-        jumped, mean = jump(coefficients, squared_norm, last)
+        jumped, mean = jump(coefficients, squared_norm, self.param_groups[0].get("lr", 1.0), last)
         self._last_step.update(coefficients=coefficients, squared_norm=squared_norm, mean_square=mean)
         if self.param_groups[0]["refresh_every"] == "auto":
             self._alarm.note(jumped)
@@ -527,7 +533,7 @@ def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None
         if solver == "gradients":
             raise ValueError(
                 f"solver='gradients' expected a list of losses of groups of samples, got a {type(loss).__name__}; "
-                "pass curvature=nsgd.sample_losses(loss_fn, x, y), or take solver='lanczos'"
+                "pass curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x, y), or take solver='lanczos'"
             )
         return None
     return loss if solver == "gradients" or (solver == "auto" and len(loss) > 1) else None

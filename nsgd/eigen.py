@@ -33,8 +33,10 @@ _PROBE = 10
 _DEPENDENT = 1e-6
 
 # Directions of a block with less curvature than this share of the largest are left out of a Nyström approximation,
-# which divides by their curvature.
+# which divides by their curvature; and those whose product is so much longer than their curvature that dividing by it
+# would make a value of this many times any product: they mix directions of either sign.
 _DIM = 1e-3
+_MIXED = 4.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def top_eigenpairs(
             Whatever the choice, they are returned in descending order of their signed values.
         solver: "lanczos"; "arpack" for scipy's ``eigsh``; or "nystrom" for one sweep over a block that is known to be
             good, such as the last eigenvectors, or the top of a second moment of gradients
-            (:func:`nsgd.tracking.gradient_moment`): k + 2 products do there what takes Lanczos about 2k.
+            (:func:`nsgd.samples.gradient_moment`): k + 2 products do there what takes Lanczos about 2k.
         start: Starting vector (P,), or a basis (j, P) whose sum is taken; for Nyström the block itself, j at least k.
             Default: the gradient where a loss is given, otherwise a vector drawn from ``seed``.
         max_hvps: Products allowed; when they are used up the best pairs so far are returned with
@@ -287,10 +289,11 @@ def _nystrom(hvp: HVP, block: Tensor, k: int, which: Which) -> tuple[Tensor, Ten
     images = torch.stack([hvp(row) for row in rows])
     inner = _product(rows, images.T).cpu().double()
     ritz, coordinates = torch.linalg.eigh((inner + inner.T) / 2)
-    kept = ritz.abs() > _DIM * ritz.abs().max()
+    mixed = _product(coordinates.T.to(images), images)  # (j, P), the products of the Ritz vectors
+    lengths = torch.linalg.vector_norm(mixed, dim=1).cpu().double()
+    kept = (ritz.abs() > _DIM * ritz.abs().max()) & (lengths.square() <= _MIXED * lengths.max() * ritz.abs())
     if int(kept.sum()) >= k:
-        mixed = _product(coordinates[:, kept].T.to(images), images)
-        values, vectors = low_rank(1 / ritz[kept], mixed, k=k, which=which)
+        values, vectors = low_rank(1 / ritz[kept], mixed[kept.to(mixed.device)], k=k, which=which)
         if len(values) == k:
             return values, vectors
     chosen = wanted(ritz, k, which)  # the operator has fewer outstanding directions: the block's own have to do

@@ -63,7 +63,7 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
 
 
 def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Run a function outside autocast, which would round the products of its float32 matrices to half precision."""
+    """Run a function outside autocast and TF32, which would round the factors of its float32 matrix products."""
 
     @wraps(function)
     def outside(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -71,9 +71,27 @@ def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameter
         with ExitStack() as stack:
             for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(_without_tf32())
             return function(*args, **kwargs)
 
     return outside
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever ``torch.set_float32_matmul_precision`` says."""
+    settings_of = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    known: list[tuple[Any, str]] = [(s, getattr(s, "fp32_precision", "none")) for s in settings_of]  # torch >= 2.9
+    kept = [(settings, precision) for settings, precision in known if precision not in ("ieee", "none")]
+    for settings, _ in kept:
+        settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for settings, precision in kept:
+            settings.fp32_precision = "none"  # which is what a setting for all backends leaves here
+            if settings.fp32_precision != precision:
+                settings.fp32_precision = precision
 
 
 class RandomState:

@@ -84,9 +84,9 @@ def loss_hessian(
 def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHessian]:
     # Products of checkpointed activations run modules again: those too leave no trace.
     with untouched(device=params[0].device):
-        grads: list[Tensor | None] = _gradient(loss, params)
+        grads: list[Tensor | None] = gradient_of(loss, params)
     gradient = flatten(grads, params) / scale
-    _check_finite(loss, gradient)
+    check_finite(loss, gradient)
     is_open = True
 
     def hvp(vector: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHes
 
 
 def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[LossHessian]:
-    losses = _checked_pairs(losses)
+    losses = checked_pairs(losses)
     total = sum(n for _, n in losses)
     device = params[0].device
     random_state = RandomState(device)
@@ -117,79 +117,22 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
         return result
 
     def hvp(vector: Tensor) -> Tensor:
-        return weighted(lambda loss: _product(_gradient(loss, params), params, vector))
+        return weighted(lambda loss: _product(gradient_of(loss, params), params, vector))
 
-    def gradient_of(loss: Tensor) -> Tensor:
-        gradient = flatten(_gradient(loss, params, create_graph=False), params)
-        _check_finite(loss, gradient)
+    def first(loss: Tensor) -> Tensor:
+        gradient = flatten(gradient_of(loss, params, create_graph=False), params)
+        check_finite(loss, gradient)
         return gradient
 
-    yield LossHessian(hvp, weighted(gradient_of), product_cost=3)
+    yield LossHessian(hvp, weighted(first), product_cost=3)
 
 
-def sample_losses(loss: Callable[..., Tensor], *tensors: Tensor, group_size: int = 1) -> list[tuple[Closure, int]]:
-    """Losses of small groups of samples, as pairs of closure and sample count; none is computed yet.
-
-    The losses that directions by gradients come from: ``sample_losses(lambda x, y: loss_fn(model(x), y), x, y)``.
-
-    Args:
-        loss: Mean loss of the samples that it is given.
-        tensors: What it is given, cut along the first dimension; one row a sample.
-        group_size: Samples in a group. One is best; larger groups save time where one sample leaves the machine
-            idle, and BatchNorm needs some.
-
-    Raises:
-        ValueError: If there are no tensors or no samples, lengths differ, or ``group_size`` is no count.
-    """
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"expected a group_size of at least 1, got {group_size!r}")
-
-    def pair(parts: tuple[Tensor, ...]) -> tuple[Closure, int]:
-        return lambda: loss(*parts), len(parts[0])
-
-    return [pair(parts) for parts in zip(*(torch.split(tensor, group_size) for tensor in tensors), strict=True)]
-
-
-def group_gradients(losses: Losses, params: Sequence[Tensor], *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Gradients of the mean losses of groups of samples, and the groups' sample counts; no graph of second order.
-
-    Buffers, modes and random state stay as found, ``.grad`` too. Costs one gradient of all the samples.
-
-    Args:
-        losses: Pairs of closure and sample count, one for each of two or more groups.
-        params: The parameters, P entries together.
-        scale: What the losses were multiplied by; taken out.
-
-    Returns:
-        Gradients (groups, P), and counts (groups,) in float64 on the CPU.
-
-    Raises:
-        ValueError: If there are fewer than two groups, or a loss is no scalar that reaches the parameters.
-        FloatingPointError: If a loss or a gradient is NaN or infinite.
-    """
-    groups = _checked_pairs(losses)
-    if len(groups) < 2:
-        raise ValueError(
-            "expected the losses of two or more groups of samples, got one: a single gradient is a single direction; "
-            "split the samples, or take solver='lanczos'"
-        )
-    losses_found, rows = [], []
-    with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
-        for closure, _ in groups:
-            loss = closure()
-            rows.append(flatten(_gradient(loss, params, create_graph=False), params) / scale)
-            losses_found.append(loss.detach().reshape(()))
-    gradients = torch.stack(rows)
-    _check_finite(torch.stack(losses_found), gradients)  # all at once: each check waits for the device
-    return gradients, torch.tensor([n for _, n in groups], dtype=torch.float64)
-
-
-def _checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
+def checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
+    """Pairs of closure and sample count as a list; a ValueError for anything else, and for none."""
     pairs = list(losses) if isinstance(losses, Iterable) else [losses]
-    for pair in pairs or [None]:
+    if not pairs:
+        raise ValueError("expected pairs of a closure that computes a loss and its sample count, got an empty list")
+    for pair in pairs:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Integral) and int(pair[1]) >= 1):
             raise ValueError(
                 "expected a loss tensor, a closure that computes it, or pairs of such a closure and its sample count "
@@ -198,7 +141,8 @@ def _checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
     return [(closure, int(n)) for closure, n in pairs]
 
 
-def _gradient(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
+def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
+    """Gradient of a loss, a block for each parameter; None for those that it does not reach, or that are frozen."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"expected a scalar loss tensor, got {got}; reduce it, for example with .mean()")
@@ -278,7 +222,8 @@ def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _check_finite(loss: Tensor, gradient: Tensor) -> None:
+def check_finite(loss: Tensor, gradient: Tensor) -> None:
+    """Raise a FloatingPointError where a loss or a gradient is NaN or infinite; waits for the device."""
     for name, value in (("loss", loss), ("gradient of the loss", gradient)):
         if not bool(torch.isfinite(value).all()):
             raise FloatingPointError(f"the {name} is NaN or infinite; no curvature can be taken there")

@@ -25,7 +25,9 @@ COUNTERS: dict[str, Any] = {
     "overlap": math.nan,
     "eigenvalues": [],
     "weights": [],
-    "mean_square": math.nan,  # of the step outside the basis, in the last steps
+    "averaged": 0,  # estimates in the running average
+    "trace": 0.0,  # of late
+    "mean_square": math.nan,  # of the step outside the basis over lr, in the last steps
     "alarm": False,
 }
 

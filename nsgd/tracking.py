@@ -3,44 +3,48 @@
 One estimate from a few samples is mostly noise, and one from many is dear and soon stale. The exponential average of
 many small ones overlaps the exact directions better at a fraction of the price (benchmarks/results/tracking.csv).
 An estimate is a sum of weighted outer products: eigenvalues and eigenvectors of a sample's Hessian, or gradients of
-small groups of samples, whose second moment has nearly the Hessian's outlying eigenvectors (for a log-likelihood it
-is the Fisher matrix: Martens 2020, Papyan 2020).
+small groups of samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from nsgd.hessian import Losses, group_gradients
 from nsgd.low_rank import Which, low_rank
 
+Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P): a sum of weighted outer products
 
-def average(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, decay: float, k: int, which: Which = "LA"
-) -> tuple[Tensor, Tensor]:
+_MOST = 2.0  # times the usual trace that one estimate may have
+
+
+def average(old: Estimate, new: Estimate, *, decay: float, k: int, which: Which = "LA") -> Estimate:
     """Rank-k part of ``decay * old + (1 - decay) * new``, each given as weights (m,) and vectors (m, P)."""
     (old_weights, old_vectors), (new_weights, new_vectors) = old, new
     weights = torch.cat([decay * old_weights.cpu().double(), (1 - decay) * new_weights.cpu().double()])
     return low_rank(weights, torch.cat([old_vectors, new_vectors]), k=k, which=which)
 
 
-def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Second moment of the gradients of groups of samples, as weights (m,) that sum to 1 and vectors (m, P).
+def clipped(new: Estimate, usual: float) -> tuple[Estimate, float]:
+    """An estimate whose trace is at most twice the usual, and what is usual after it: the mean of its trace and that.
 
-    No product, and no graph of second order: it costs one gradient of the samples. With one sample a group it is the
-    empirical Fisher matrix; the smaller the groups, the less it is drawn to the mean gradient, which need not be sharp.
+    One spike of the loss, a hundred times the usual gradients, would otherwise own the average until it has decayed.
+    What lasts is followed: the bound grows by half a refresh.
 
     Args:
-        losses: Pairs of closure and sample count, one for each of two or more groups.
-        params: The parameters, P entries together.
-        scale: What the losses were multiplied by; taken out.
-
-    Raises:
-        ValueError: If there are fewer than two groups, or a loss is no scalar that reaches the parameters.
-        FloatingPointError: If a loss or a gradient is NaN or infinite.
+        new: Weights (m,) and vectors (m, P).
+        usual: Trace of late; not positive where there is none to go by.
     """
-    gradients, counts = group_gradients(losses, params, scale=scale)
-    return counts / counts.sum(), gradients
+    weights, vectors = new
+    size = trace(new)
+    most = _MOST * usual
+    if 0 < most < size:
+        weights, size = weights * (most / size), most
+    return (weights, vectors), (usual + size) / 2
+
+
+def trace(estimate: Estimate) -> float:
+    """Sum of the sizes of its outer products, weight times squared length."""
+    weights, vectors = estimate
+    squares = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).square()
+    return float((weights.abs().to(squares) * squares).sum())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -13,12 +12,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
 from nsgd.damping import Damped
 from nsgd.guard import untouched
 from nsgd.options import Estimator
+from nsgd.samples import SampleLosses
 
 _MOST_GROUPS = 64
 
@@ -27,10 +28,10 @@ class RefreshDirections(pl.Callback):
     """Refresh the directions of every damped optimizer when they are due; works with any LightningModule unmodified.
 
     Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
-    module's loggers go the weights of the directions (``nsgd/weight_1`` ...), the eigenvalues where products found some
-    (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with the last basis, ``nsgd/alignment`` of the last step with it, and
-    ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far; those of several damped optimizers go under ``nsgd-0/``,
-    ``nsgd-1/`` ...
+    module's loggers, at most once in ``log_every_n_steps`` of the trainer, go the weights of the directions
+    (``nsgd/weight_1`` ...), the eigenvalues where products found some (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with
+    the last basis, ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far;
+    those of several damped optimizers go under ``nsgd-0/``, ``nsgd-1/`` ...
 
     With the solver "auto" or "gradients" the directions come from the gradients of small groups of samples, otherwise
     from Hessian-vector products. A running batch that cannot be cut, and the loss of a module that optimizes manually
@@ -69,10 +70,15 @@ class RefreshDirections(pl.Callback):
         self.seed = seed
         self._batch: Any = None
         self._batch_idx = 0
-        self._told = False
+        self._full_size = 1  # samples in the largest batch so far: the last of an epoch may be short
+        self._logged: dict[int, int] = {}  # optimizer to the step that it was last logged at
+        self._told: set[str] = set()
+        self._at_once = True  # until vmap meets a training_step that it cannot run
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to refresh."""
+        self._full_size, self._logged, self._at_once = 1, {}, True
+        self._told.clear()
         names = ", ".join(type(o).__name__ for o in trainer.optimizers)
         if self.optimizer is not None and not 0 <= self.optimizer < len(trainer.optimizers):
             raise ValueError(f"expected optimizer to be an index into {len(trainer.optimizers)}, got {self.optimizer}")
@@ -120,67 +126,113 @@ class RefreshDirections(pl.Callback):
         accumulate = trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else float(scaler.get_scale())
-        own = module.automatic_optimization or hasattr(module, "curvature_loss")
+        parts = self._parts(trainer, module, optimizer)
+        if parts is None:
+            return
+        size = batch_size_of(self._batch) or 1
+        self._full_size = max(self._full_size, size)
+        if parts:
+            fraction = sum(n for _, n in parts) / (self._full_size * accumulate)
+            done = self._refresh_on(parts, module, optimizer, scale=factor, batch_fraction=fraction)
+        else:
+            if module.automatic_optimization:
+                factor /= accumulate
+            done = optimizer.refresh(loss, scale=factor, batch_fraction=size / (self._full_size * accumulate))
+        if done:
+            self._log(trainer, optimizer, alignment)
+
+    def _parts(
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Damped
+    ) -> list[tuple[Any, int]] | None:
+        """Batches to take the curvature of, with their sample counts: none for the running loss, None to pass over."""
         size = batch_size_of(self._batch)
         solver = optimizer.param_groups[0]["solver"]
         in_groups = solver in ("auto", "gradients")
-        parts: list[tuple[Any, int]] = []  # batches and their sample counts
         if self.source == "train":
             if size is None:
                 raise ValueError(
                     f"source='train' expected batches of tensors, got a {type(self._batch).__name__}; use "
                     "source='batch'"
                 )
-            parts = self._training_sample(trainer, module, None if in_groups else size)
-        elif own and in_groups and not (size is not None and is_cuttable(self._batch)):
+            return self._training_sample(trainer, module, None if in_groups else size)
+        if not (module.automatic_optimization or hasattr(module, "curvature_loss")):
+            return []
+        if not in_groups:
+            if self.samples is None or size is None or self.samples >= size:
+                return []
+            return [(some_samples(self._batch, slice(self.samples)), self.samples)]
+        if size is None or not is_cuttable(self._batch):
             self._tell_once(
                 "RefreshDirections cannot cut this batch into samples, so the directions come from Hessian-vector "
                 "products of its whole loss, which cost more; solver='lanczos' on the optimizer says that this is meant"
             )
-        elif own and in_groups and size is not None:
-            ranges = self._groups(module, min(self.samples or size, size))
-            parts = [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
-            by_gradients = bool(optimizer.weights) and not optimizer.eigenvalues
-            if len(parts) == 1 and (solver == "gradients" or by_gradients):
-                return  # a short last batch: its products would drive out the average, and the next batch has groups
-        if parts and (self.source == "train" or len(parts) > 1):
-            # Products need the same loss every time, gradients need each only once: one guard serves for all.
-            shared = in_groups and len(parts) > 1
-            with batch_losses(module) if shared else nullcontext(partial(batch_loss, module)) as loss_of:
-                done = optimizer.refresh(
-                    [(partial(self._scaled, loss_of, part, factor), n) for part, n in parts],
-                    scale=factor,
-                    batch_fraction=sum(n for _, n in parts) / ((size or 1) * accumulate),
-                )
-        elif own and (parts or not in_groups) and self.samples is not None and size is not None and self.samples < size:
-            part = some_samples(self._batch, slice(self.samples))
-            done = optimizer.refresh(
-                partial(self._scaled, partial(batch_loss, module), part, factor),
-                scale=factor,
-                batch_fraction=self.samples / ((size or 1) * accumulate),
-            )
-        else:
-            if module.automatic_optimization:
-                factor /= accumulate
-            done = optimizer.refresh(loss, scale=factor, batch_fraction=1 / accumulate)
-        if done:
-            metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
-            metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
-            metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients}
-            metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
-            several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
-            prefix = f"nsgd-{trainer.optimizers.index(optimizer)}" if several else "nsgd"
-            known = {f"{prefix}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
-            for logger in trainer.loggers:
-                logger.log_metrics(known, step=trainer.global_step)
+            return []
+        count = min(self.samples or size, size)
+        ranges = self._groups(module, count)
+        if len(ranges) == 1 and (solver == "gradients" or (optimizer.weights and not optimizer.eigenvalues)):
+            return None  # a short last batch: its products would drive out the average, and the next batch has groups
+        if len(ranges) == 1 and count == size:
+            return []
+        return [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
 
-    def _scaled(self, loss_of: Callable[[Any, int], Tensor], batch: Any, factor: float) -> Tensor:
-        return factor * loss_of(batch, self._batch_idx)
+    def _refresh_on(
+        self, parts: list[tuple[Any, int]], module: pl.LightningModule, optimizer: Damped, **options: float
+    ) -> bool:
+        """Refresh from the losses of these batches; gradients of groups are taken at once where they can be."""
+
+        def scaled(loss_of: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
+            return options["scale"] * loss_of(batch, self._batch_idx)
+
+        if len(parts) == 1:
+            return optimizer.refresh(partial(scaled, partial(batch_loss, module), parts[0][0]), **options)
+        if optimizer.param_groups[0]["solver"] not in ("auto", "gradients"):
+            # A product needs the same loss every time.
+            pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]
+            return optimizer.refresh(pairs, **options)
+        columns = _columns(parts)
+        if columns is None:
+            self._tell_once(
+                "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
+                "wants batches of tensors alone, with one row a sample"
+            )
+        elif self._at_once:
+            tensors, batch_of = columns
+            try:
+                with batch_losses(module) as loss_of:
+                    losses = SampleLosses(
+                        lambda *columns: scaled(loss_of, batch_of(columns)), tensors, parts[0][1], module
+                    )
+                    return optimizer.refresh(losses, **options)
+            except Exception as error:  # of any kind: a training_step may hold anything; a real fault raises below too
+                self._at_once = False
+                cause = (str(error) or type(error).__name__).splitlines()[0]
+                self._tell_once(
+                    "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
+                    f"cannot run this training_step ({cause})"
+                )
+        with batch_losses(module) as loss_of:  # gradients need each loss only once: one guard serves for all
+            return optimizer.refresh([(partial(scaled, loss_of, batch), n) for batch, n in parts], **options)
+
+    def _log(self, trainer: pl.Trainer, optimizer: Damped, alignment: float) -> None:
+        step, number = trainer.global_step, trainer.optimizers.index(optimizer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
+        if every == 0 or step - self._logged.get(number, -every) < every:
+            return
+        self._logged[number] = step
+        metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
+        metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+        metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients}
+        metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
+        several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
+        prefix = f"nsgd-{number}" if several else "nsgd"
+        known = {f"{prefix}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step=step)
 
     def _tell_once(self, message: str) -> None:
-        if not self._told:
+        if message not in self._told:
             rank_zero_info(message)
-        self._told = True
+        self._told.add(message)
 
     def check_samples(self, solvers: list[Estimator], module: nn.Module) -> None:
         """Raise a ValueError where gradients of groups are wanted and the samples make no two groups."""
@@ -224,6 +276,27 @@ class RefreshDirections(pl.Callback):
             if size is None:
                 return [batch_of(chosen[part]) for part in self._groups(module, len(chosen))]
             return [batch_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
+def _columns(parts: list[tuple[Any, int]]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]] | None:
+    """Batches end to end: their tensors, and a function from tensors to a batch; None if they are not of one make."""
+    sizes = [n for _, n in parts]
+    flat = [tree_flatten(batch) for batch, _ in parts]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat) or set(sizes[:-1]) != {sizes[0]} or sizes[-1] > sizes[0]:
+        return None
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    if not all(_is_column(column, sizes) for column in columns):
+        return None
+    return [torch.cat(column) for column in columns], lambda tensors: tree_unflatten(list(tensors), spec)
+
+
+def _is_column(parts: Sequence[Any], sizes: list[int]) -> bool:
+    """Whether these are tensors of so many rows of one shape."""
+    return all(
+        isinstance(part, Tensor) and part.ndim > 0 and len(part) == n and part.shape[1:] == parts[0].shape[1:]
+        for part, n in zip(parts, sizes, strict=True)
+    )
 
 
 def _reached(loss: Tensor) -> set[Tensor]:

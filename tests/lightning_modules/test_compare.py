@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from scipy import stats
 from torch.nn import functional as F
 
-from lightning_modules import Classifier, Digits, compare
+from lightning_modules import Classifier, Digits, RefreshDirections, compare
 from lightning_modules.compare import (
     GRID,
     TUNED,
@@ -29,6 +30,8 @@ from lightning_modules.compare import (
     total_runs,
     write_csv,
 )
+from nsgd import NSGD, damp
+from nsgd.options import damping_options
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16)
@@ -239,7 +242,7 @@ def test_methods_set_gamma_and_bulk_scale_by_name(tmp_path):
         ({"samples": 80, "source": "train"}, 0, 80 / 50),
         ({"samples": 16, "solver": "lanczos"}, 2, 16 / 50),
         ({"samples": None, "solver": "arpack"}, 2, 1.0),
-        ({"samples": 30, "source": "train", "solver": "lanczos"}, 3, 30 / 50),
+        ({"samples": 30, "source": "train", "solver": "lanczos"}, 2, 30 / 50),  # no more than a batch: one graph
         ({"samples": 80, "source": "train", "solver": "lanczos"}, 3, 80 / 50),
     ],
 )
@@ -526,3 +529,14 @@ def test_tuned_rates_are_the_best_of_the_committed_grid():
 def test_each_method_runs_at_its_learning_rate(tmp_path, options, rates):
     folder = finished(tmp_path / "out", methods=list(rates), seeds=1, epochs=1, **options)
     assert {row["method"]: row["lr"] for row in read_csv(folder / "results.csv")} == rates
+
+
+def test_options_have_one_default_wherever_they_are_spelled():
+    expected = {name: value for name, value in damping_options().items() if name != "curvature"}
+    for place in (NSGD, damp, NSGDOptions, RefreshDirections):
+        found = {name: p.default for name, p in signature(place).parameters.items() if name in expected}
+        assert found == {name: expected[name] for name in found}, place
+    refresh = {name: p.default for name, p in signature(RefreshDirections).parameters.items()}
+    study = {name: p.default for name, p in signature(NSGDOptions).parameters.items() if name in refresh}
+    assert len(study) == 3
+    assert study == {name: refresh[name] for name in study}

@@ -41,21 +41,46 @@ class Pair:
     y: Tensor
 
 
+class Seen(torch.autograd.Function):
+    """Keeps the tensors of every call, on the class: a list of one, or of all groups that vmap makes the call for."""
+
+    calls: ClassVar[list[list[tuple[Tensor, ...]]]] = []
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        Seen.calls.append([tensors])
+        return torch.zeros(())
+
+    @staticmethod
+    def setup_context(*_: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, None]:
+        columns = [tensor.movedim(dim, 0) for tensor, dim in zip(tensors, in_dims, strict=True)]
+        Seen.calls.append(list(zip(*columns, strict=True)))
+        return torch.zeros(()), None
+
+    @classmethod
+    def groups(cls) -> list[tuple[Tensor, ...]]:
+        return list(itertools.chain(*cls.calls))
+
+
 class Notes(pl.LightningModule):
-    """A classifier that keeps every batch it sees, also those seen for directions alone, from the class on."""
+    """A classifier whose every batch is kept in ``Seen``, also those for directions alone."""
 
-    seen: ClassVar[list[Any]] = []
-
-    def __init__(self, make: Any, *norm: nn.Module) -> None:
+    def __init__(self, make: Any, *norm: nn.Module, one_by_one: bool = False) -> None:
         super().__init__()
-        self.make = make
+        self.make, self.one_by_one = make, one_by_one
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 5), *norm, nn.Tanh(), nn.Linear(5, 3))
-        self.seen.clear()
+        Seen.calls.clear()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen.append(batch)
-        x, y = (batch.x, batch.y) if isinstance(batch, Pair) else (batch[0], batch[1])
+        x, y = (batch.x, batch.y) if isinstance(batch, Pair) else batch
+        if self.one_by_one:
+            x.sum().item()  # which vmap cannot
+        Seen.apply(x, y)
         return F.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -63,10 +88,13 @@ class Notes(pl.LightningModule):
 
 
 def groups_of(make_trainer: Any, data: Any, refresh: RefreshDirections, *norm: nn.Module, **options: Any) -> Any:
-    """The batches that one refresh sees, and the optimizer."""
+    """The tensors of the groups that one refresh sees, and the optimizer."""
     trainer = make_trainer(callbacks=[refresh], limit_train_batches=1)
-    trainer.fit(Notes(partial(NSGD, **{**ALONE, "k": 2, **options}), *norm), data)
-    return Notes.seen[1:], trainer.optimizers[0]
+    trainer.fit(Notes(partial(NSGD, **{**ALONE, "k": 2}), *norm, **options), data)
+    return Seen.groups()[1:], trainer.optimizers[0]
+
+
+WAYS = pytest.mark.parametrize("one_by_one", [False, True], ids=["at once", "one by one"])
 
 
 class Emulated16(MixedPrecision):
@@ -94,10 +122,12 @@ class Emulated16(MixedPrecision):
         ({"samples": 9, "group_size": 8}, 16, [8, 1]),
     ],
 )
-def test_a_batch_is_cut_into_groups_in_its_own_order(make_trainer, options, batch_size, sizes):
-    data = classes(48)
-    seen, optimizer = groups_of(make_trainer, DataLoader(data, batch_size), RefreshDirections(**options))
+@WAYS
+def test_a_batch_is_cut_into_groups_in_its_own_order(make_trainer, options, batch_size, sizes, one_by_one):
+    data, refresh = classes(48), RefreshDirections(**options)
+    seen, optimizer = groups_of(make_trainer, DataLoader(data, batch_size), refresh, one_by_one=one_by_one)
     assert [len(x) for x, _ in seen] == sizes
+    assert len(Seen.calls) == 1 + (len(sizes) if one_by_one else len(set(sizes)))  # a smaller last group on its own
     for part, whole in zip(zip(*seen, strict=True), data.tensors, strict=True):
         assert torch.equal(torch.cat(part), whole[: sum(sizes)])
     assert (optimizer.refreshes, optimizer.hvps, optimizer.eigenvalues) == (1, 0, ())
@@ -115,9 +145,10 @@ def test_a_batch_is_cut_into_groups_in_its_own_order(make_trainer, options, batc
         ({"samples": 20, "source": "train"}, [8, 8, 4]),
     ],
 )
-def test_with_batch_norm_a_group_has_eight_samples(make_trainer, options, sizes, deep):
+@WAYS
+def test_with_batch_norm_a_group_has_eight_samples(make_trainer, options, sizes, deep, one_by_one):
     norm = nn.Sequential(nn.Identity(), nn.BatchNorm1d(5)) if deep else nn.BatchNorm1d(5)
-    seen, optimizer = groups_of(make_trainer, loader(40), RefreshDirections(**options), norm)
+    seen, optimizer = groups_of(make_trainer, loader(40), RefreshDirections(**options), norm, one_by_one=one_by_one)
     assert [len(x) for x, _ in seen] == sizes
     assert optimizer.hvps == 0
 
@@ -148,9 +179,10 @@ def test_batch_norm_never_meets_a_group_of_one(make_trainer, batch_size, samples
         ({"samples": 100, "group_size": 20}, [20, 20, 8]),
     ],
 )
-def test_groups_of_the_training_set_are_distinct_samples_with_their_labels(make_trainer, options, sizes):
-    data = classes(48)
-    seen, optimizer = groups_of(make_trainer, DataLoader(data, 16), RefreshDirections(source="train", **options))
+@WAYS
+def test_groups_of_the_training_set_are_distinct_samples_with_their_labels(make_trainer, options, sizes, one_by_one):
+    data, refresh = classes(48), RefreshDirections(source="train", **options)
+    seen, optimizer = groups_of(make_trainer, DataLoader(data, 16), refresh, one_by_one=one_by_one)
     assert [len(x) for x, _ in seen] == sizes
     x, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
     found = (x[:, None] == data.tensors[0]).all(2)  # (n, 48)
@@ -185,7 +217,7 @@ def collated(rows: Any) -> Pair:
 def test_a_batch_may_be_a_dataclass(make_trainer, source):
     data = DataLoader(classes(32), batch_size=16, collate_fn=collated)
     seen, optimizer = groups_of(make_trainer, data, RefreshDirections(6, 2, source=source))
-    assert [(type(part), len(part.x), len(part.y)) for part in seen] == [(Pair, 2, 2)] * 3
+    assert [(len(x), len(y)) for x, y in seen] == [(2, 2)] * 3
     assert optimizer.hvps == 0
 
 
@@ -214,11 +246,41 @@ class Stream(IterableDataset[Any]):
         return zip(*classes(40).tensors, strict=True)
 
 
-def test_an_iterable_data_set_gives_groups_of_its_batches(make_trainer):
+@WAYS
+def test_an_iterable_data_set_gives_groups_of_its_batches(make_trainer, one_by_one):
     trainer = make_trainer(callbacks=[RefreshDirections()])
-    trainer.fit(Notes(partial(NSGD, **ALONE)), DataLoader(Stream(), batch_size=16))  # 16, 16, 8
-    assert [len(x) for x, _ in Notes.seen] == [16, *[1] * 16, 16, *[1] * 16, 8, *[1] * 8]
-    assert trainer.optimizers[0].cost_gradients == 3
+    trainer.fit(Notes(partial(NSGD, **ALONE), one_by_one=one_by_one), DataLoader(Stream(), batch_size=16))  # 16, 16, 8
+    assert [len(x) for x, _ in Seen.groups()] == [16, *[1] * 16, 16, *[1] * 16, 8, *[1] * 8]
+    assert trainer.optimizers[0].cost_gradients == 2.5  # the last batch is half of one
+
+
+@pytest.mark.parametrize("sizes", [[16, 16, 8], [8, 16, 16], [8, 4, 16]], ids=str)
+@pytest.mark.parametrize(
+    ("refresh", "products"),
+    [({"samples": None}, 0), ({"samples": 4}, 0), ({"samples": 3}, 2), ({"samples": None}, 2)],
+    ids=str,
+)
+def test_samples_are_counted_against_the_largest_batch_so_far(make_trainer, sizes, refresh, products):
+    x, y = classes(sum(sizes), 2, 2).tensors
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    counted: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            optimizer = trainer.optimizers[0]
+            counted.append((optimizer.cost_gradients, optimizer.refreshes + products * optimizer.hvps))
+
+    module = Smooth(partial(NSGD, **{**ALONE, "solver": "lanczos" if products else "auto"}))
+    trainer = make_trainer(callbacks=[RefreshDirections(**refresh), Watch()])
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    largest = list(itertools.accumulate(sizes, max))
+    spent = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise([(0.0, 0), *counted])]
+    assert [cost for cost, _ in spent] == pytest.approx(
+        [
+            units * min(refresh["samples"] or n, n) / most
+            for (_, units), n, most in zip(spent, sizes, largest, strict=True)
+        ]
+    )
 
 
 def test_batches_of_one_give_products_of_their_loss(make_trainer):
@@ -345,13 +407,22 @@ def test_the_weights_are_those_of_the_second_moment_by_hand(make_trainer, module
 
 
 def test_estimates_are_averaged_over_refreshes(make_trainer):
-    """With k = P nothing is cut off, so that the average is exact: decay M1 + (1 - decay) M2."""
+    """With k = P nothing is cut off, so that the average is exact; the third estimate of four is cut to twice the mean
+    trace."""
     module = Smooth(partial(NSGD, lr=0.0, k=12, refresh_every=1, decay=0.7))
-    x, y = classes(32, 2, 2).tensors
-    first, second = (moment(module, x[part], y[part], [1] * 16) for part in (slice(16), slice(16, 32)))
+    x, y = classes(64, 2, 2).tensors
+    x[32:48] *= 30.0
+    y[32:48] = 1 - y[32:48]
+    average, trace, clips = 0.0, 0.0, []
+    for i, share in enumerate((0.0, 1 / 2, 2 / 3, 0.7)):
+        new = moment(module, x[16 * i :][:16], y[16 * i :][:16], [1] * 16)
+        clips.append(bool(i and new.trace() > 2 * trace))
+        new = new * (2 * trace / new.trace() if clips[-1] else 1.0)
+        average, trace = share * average + (1 - share) * new, share * trace + (1 - share) * float(new.trace())
+    assert clips == [False, False, True, False]
     trainer = make_trainer(callbacks=[RefreshDirections()])
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=16))
-    expected = torch.linalg.eigvalsh(0.7 * first + 0.3 * second).flip(0)
+    expected = torch.linalg.eigvalsh(average).flip(0)
     weights = trainer.optimizers[0].weights
     assert torch.tensor(weights) == pytest.approx(expected[: len(weights)], abs=1e-5 * float(expected[0]))  # float32
     assert expected[len(weights) :].abs().sum() < 1e-5 * expected[0]
@@ -453,20 +524,45 @@ def test_a_loss_without_any_gradient_ends_nothing(make_trainer, solver):
     assert [p.tolist() for p in module.parameters()] == before
 
 
-def test_a_group_that_is_not_finite_skips_the_refresh_and_no_step(make_trainer):
-    x, y = classes(48).tensors
+class Unknown(Notes):
+    """Has a loss of its own choosing for one sample alone."""
 
-    class Diverges(Notes):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            return loss * torch.nan if len(batch[0]) == 1 and bool((batch[0] == x[18]).all()) else loss
+    value, sample = torch.nan, classes(48).tensors[0][18]
 
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        chosen = (batch[0] == self.sample).all() & (len(batch[0]) == 1)
+        return loss * torch.where(chosen, self.value, 1.0)
+
+
+@WAYS
+def test_an_infinite_group_skips_the_refresh_and_no_step(make_trainer, one_by_one):
+    module = Unknown(partial(NSGD, **ALONE), one_by_one=one_by_one)
+    module.value = torch.inf
     trainer = make_trainer(callbacks=[RefreshDirections()])
     with pytest.warns(UserWarning, match="refresh skipped at step 1"):
-        trainer.fit(Diverges(partial(NSGD, **ALONE)), DataLoader(TensorDataset(x, y), batch_size=16))
+        trainer.fit(module, loader(16))
     optimizer = trainer.optimizers[0]
     assert (optimizer.refreshes, optimizer.skipped_refreshes, optimizer.cost_gradients) == (2, 1, 3.0)
     assert trainer.global_step == 3
+
+
+@WAYS
+def test_a_group_without_a_known_loss_is_left_out(make_trainer, one_by_one):
+    module = Unknown(partial(NSGD, **{**ALONE, "lr": 0.0}), one_by_one=one_by_one)
+    x, y = (column[[16, 17, *range(19, 32)]] for column in classes(48).tensors)
+    found: list[Any] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            found.append(trainer.optimizers[0].weights)
+
+    trainer = make_trainer(callbacks=[RefreshDirections(), Watch()])
+    trainer.fit(module, loader(16))
+    optimizer = trainer.optimizers[0]
+    assert (optimizer.refreshes, optimizer.skipped_refreshes, optimizer.cost_gradients) == (3, 0, 3.0)
+    expected = torch.linalg.eigvalsh(moment(module, x, y, [1] * 15)).flip(0)[:5]
+    assert torch.tensor(found[1]) == pytest.approx(expected, abs=1e-5 * float(expected[0]))  # float32
 
 
 def test_gradients_that_overflow_under_loss_scaling_skip_the_refresh(make_trainer):

@@ -142,6 +142,65 @@ def test_the_usual_length_is_learned_anew_after_a_jump():
     assert [step for step, alarm in enumerate(alarms) if alarm] == [20]
 
 
+SCHEDULED = {
+    "known": lambda params, lr, **options: NSGD(params, lr=lr, **options),
+    "measured": lambda params, lr, **options: NSGD(params, lr=lr, bulk_scale=0.5, **options),
+    "damp": lambda params, lr, **options: damp(SGD(params, lr=lr), **options),
+}
+
+
+def set_lr(optimizer, lr):
+    group = optimizer.param_groups[0]
+    group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
+
+
+def alarms_of(toy, steps):
+    """At which of the steps, given as rate and gradient, the alarm is on."""
+    found = []
+    for i, (lr, gradient) in enumerate(steps):
+        set_lr(toy.optimizer, lr)
+        toy.step(gradient)
+        if toy.optimizer._alarm.is_on():
+            found.append(i)
+    return found
+
+
+def scheduled(maker, lr):
+    toy = Toy(lambda params, **options: SCHEDULED[maker](params, lr, **options), overhead=1e-3)
+    toy.refresh_if_due()
+    return toy
+
+
+def rate(kind, value=0.01):
+    return torch.tensor(value, dtype=torch.float64) if kind is torch.Tensor else value
+
+
+@pytest.mark.parametrize("maker", SCHEDULED)
+@pytest.mark.parametrize("kind", [float, torch.Tensor])
+@pytest.mark.parametrize("factor", [10.0, 0.1, 1e-4])
+def test_a_schedule_of_the_rate_is_no_alarm_and_an_escape_under_it_is(maker, kind, factor):
+    rates = [0.01] * 10 + [0.01 * factor] * 10 + [0.01] * 10
+    steps = [(lr, INSIDE + OUTSIDE) for lr in rates]
+    assert alarms_of(scheduled(maker, rate(kind)), steps) == []
+    for escape in (10, 15, 20, 29):
+        steps[escape] = (rates[escape], INSIDE + 10 * OUTSIDE)
+        assert alarms_of(scheduled(maker, rate(kind)), steps[: escape + 1]) == [escape]
+        steps[escape] = (rates[escape], INSIDE + OUTSIDE)
+
+
+@pytest.mark.parametrize("maker", SCHEDULED)
+@pytest.mark.parametrize("kind", [float, torch.Tensor])
+@pytest.mark.parametrize("idle", [(0.01, 0 * OUTSIDE), (0.0, OUTSIDE), (0.0, 0 * OUTSIDE)], ids=["grad", "lr", "both"])
+def test_steps_of_no_length_neither_alarm_nor_count(maker, kind, idle):
+    steps = [(0.01, INSIDE + (1 + 0.1 * i) * OUTSIDE) for i in range(6)]
+    plain, paused = scheduled(maker, rate(kind)), scheduled(maker, rate(kind))
+    assert alarms_of(plain, steps) == []
+    assert alarms_of(paused, [idle, idle, *steps[:3], idle, *steps[3:], idle, idle]) == []
+    means = [toy.optimizer.state_dict()["param_groups"][0]["mean_square"] for toy in (plain, paused)]
+    assert means[0] == pytest.approx(means[1], rel=1e-9)
+    assert alarms_of(paused, [(0.01, 10 * OUTSIDE), idle]) == [0]
+
+
 @pytest.mark.parametrize("value", [float("inf"), 1e200])
 def test_a_step_that_is_not_finite_does_not_silence_the_alarm(value):
     toy = Toy(overhead=0.1)

@@ -17,8 +17,11 @@ from torch.optim import SGD, AdamW
 from nsgd import NSGD, damp, sample_losses
 
 
-def samples(run, i, group_size=1):
-    return sample_losses(lambda x, y: F.cross_entropy(run.model(x), y), *run.batches[i % 4], group_size=group_size)
+def samples(run, i, group_size=1, factor=1.0, module=None):
+    def loss(x, y):
+        return factor * F.cross_entropy(run.model(x), y)
+
+    return sample_losses(loss, *run.batches[i % 4], group_size=group_size, module=module)
 
 
 def steps(run, optimizer, indices, group_size=1):
@@ -56,39 +59,48 @@ def agrees(optimizer, basis_of, values, vectors):
 
 @pytest.mark.parametrize("solver", ["auto", "gradients"])
 @pytest.mark.parametrize("group_size", [1, 3])  # 16 samples: the last group is of one
-@pytest.mark.parametrize("decay", [0.0, 0.5, None])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.7, None])
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
 def test_the_basis_is_that_of_the_dense_average_whatever_the_age_of_the_last(
-    training, basis_of, solver, group_size, decay
+    training, basis_of, solver, group_size, decay, at_once
 ):
+    """A plain mean at first; the fourth estimate is a spike, of which twice the mean trace is taken."""
     run, k = training(torch.float64), 3
     optimizer = NSGD(run.model.parameters(), lr=0.1, momentum=0.9, k=k, solver=solver, decay=decay, refresh_every=1000)
-    average, last = 0.0, None
+    average, trace, clips = 0.0, 0.0, []
     for step in range(18):
         if step in (0, 1, 3, 7, 17):
-            share = 0.0 if last is None else (0.95 if decay is None else decay)
-            values, vectors = top(share * average + (1 - share) * moment(run, step, group_size), k)
-            average, last = (vectors.T * values) @ vectors, step
-            assert optimizer.refresh(samples(run, step, group_size))
+            share = min(0.95 if decay is None else decay, 1 - 1 / (len(clips) + 1))
+            factor = 30.0 if step == 7 else 1.0
+            new = factor**2 * moment(run, step, group_size)
+            clips.append(bool(share > 0 and new.trace() > 2 * trace))
+            new *= 2 * trace / new.trace() if clips[-1] else 1.0
+            trace = (trace + new.trace()) / 2 if share > 0 else new.trace()
+            values, vectors = top(share * average + (1 - share) * new, k)
+            average = (vectors.T * values) @ vectors
+            assert optimizer.refresh(samples(run, step, group_size, factor, run.model if at_once else None))
             agrees(optimizer, basis_of, values, vectors)
             assert list(optimizer.weights) == sorted(optimizer.weights, reverse=True)
         optimizer.zero_grad()
         run.loss(step).backward()
         optimizer.step()
+    assert clips == [False, False, False, decay != 0.0, False]
     assert optimizer.refreshes == 5
     assert optimizer.eigenvalues == ()
     assert optimizer.hvps == 0
 
 
-def test_products_are_averaged_as_well(training, basis_of):
+@pytest.mark.parametrize(("largest", "taken"), [(20.0, 20.0), (60.0, 24.0)], ids=["whole", "clipped"])
+def test_products_are_averaged_as_well(training, basis_of, largest, taken):
     """Two losses whose Hessians are known: the pairs are the best that two steps of the average leave."""
     weight = nn.Parameter(torch.zeros(4, dtype=torch.float64))
     optimizer = NSGD([weight], lr=0.1, k=2, decay=0.5)
-    optimizer.refresh(0.5 * (torch.tensor([8.0, 4.0, 0.0, 0.0]) * weight.square()).sum())
+    optimizer.refresh(0.5 * (torch.tensor([8.0, 4.0, 0.0, 0.0]) * weight.square()).sum())  # a trace of 12
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
-    optimizer.refresh(0.5 * (torch.tensor([0.0, 0.0, 20.0, -2.0]) * weight.square()).sum())
-    assert optimizer.weights == pytest.approx((10.0, 4.0))  # halves of 20 and of 8
-    assert optimizer.eigenvalues == pytest.approx((20.0, 0.0), abs=1e-9)  # of the last
+    optimizer.refresh(0.5 * (torch.tensor([0.0, 0.0, largest, -2.0]) * weight.square()).sum())
+    assert optimizer.weights == pytest.approx((taken / 2, 4.0))  # halves of this and of 8
+    assert optimizer.eigenvalues == pytest.approx((largest, 0.0), abs=1e-9)  # of the last
     expected = torch.eye(4, dtype=torch.float64)[[2, 0]]
     torch.testing.assert_close(basis_of(optimizer).abs(), expected, rtol=0, atol=1e-7)
 
@@ -133,12 +145,14 @@ def test_groups_without_gradient_give_no_directions_and_training_goes_on(trainin
     assert_bitwise(everything(run), everything(twin))
 
 
-def test_a_second_refresh_at_one_step_is_not_ignored():
+def test_a_second_refresh_at_one_step_is_not_ignored(basis_of):
     weight = nn.Parameter(torch.zeros(4))
-    optimizer = NSGD([weight], lr=0.1, k=1)
-    optimizer.refresh([(lambda: weight[0], 1), (lambda: 2 * weight[0], 1)])
+    optimizer = NSGD([weight], lr=0.1, k=2)
+    optimizer.refresh([(lambda: weight[0], 1), (lambda: 3 * weight[0], 1)])
     optimizer.refresh([(lambda: 30 * weight[1], 1), (lambda: 30 * weight[1], 1)])
-    assert optimizer.weights[0] > 3  # 2.5 is the mean square of the first alone, 900 that of the second
+    # Half the mean squares: 5 is that of the first, 900 that of the second, of which twice 5 are taken.
+    assert optimizer.weights == pytest.approx((5.0, 2.5))
+    torch.testing.assert_close(basis_of(optimizer).abs(), torch.eye(4)[[1, 0]])
 
 
 # -- parameters that come and go ------------------------------------------------------------------------------
@@ -194,19 +208,43 @@ def test_the_samples_are_looked_at_only_when_a_refresh_is_due(training):
     assert calls == [0, 0, 3, 3]  # twice: two groups
 
 
-def test_a_group_that_is_not_finite_skips_the_refresh_and_keeps_the_directions(training, basis_of):
+def of_unknown(losses, count):
+    """The same groups, so many of them with a loss of NaN."""
+    return [((lambda c=c, i=i: c() * (torch.nan if i < count else 1.0)), n) for i, (c, n) in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda losses: of_unknown(losses, 16),
+        lambda losses: of_unknown(losses, 15),  # a single one is left
+        lambda losses: [*losses, (lambda: losses[0][0]() * torch.inf, 1)],
+        lambda losses: [*of_unknown(losses, 3), (lambda: losses[3][0]() * torch.inf, 1)],
+    ],
+    ids=["all NaN", "all but one NaN", "infinite", "infinite and NaN"],
+)
+def test_groups_that_are_not_finite_skip_the_refresh_and_keep_the_directions(training, basis_of, spoilt):
     run = training()
     optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, refresh_every=1)
     steps(run, optimizer, range(1))
     kept, weights = basis_of(optimizer), optimizer.weights
-    losses = [*samples(run, 1), (lambda: run.loss(1) * float("nan"), 1)]
     with pytest.warns(UserWarning, match="refresh skipped at step 1, the last directions are kept: the loss is NaN"):
-        assert not optimizer.refresh(losses, batch_fraction=0.25)
+        assert not optimizer.refresh(spoilt(samples(run, 1)), batch_fraction=0.25)
     assert torch.equal(basis_of(optimizer), kept)
     assert optimizer.weights == weights
     assert (optimizer.refreshes, optimizer.skipped_refreshes, optimizer.cost_gradients) == (1, 1, 0.5)
     steps(run, optimizer, range(1, 3))
     assert optimizer.refreshes == 2  # not twice at one step
+
+
+@pytest.mark.parametrize("unknown", [1, 14])
+def test_groups_of_unknown_loss_are_left_out(training, basis_of, unknown):
+    run = training(torch.float64)
+    optimizer, k = NSGD(run.model.parameters(), lr=0.1, k=3, refresh_every=1), min(3, 16 - unknown)
+    assert optimizer.refresh(of_unknown(samples(run, 0), unknown), batch_fraction=0.25)
+    run.batches[0] = tuple(column[unknown:] for column in run.batches[0])
+    agrees(optimizer, basis_of, *top(moment(run, 0), k))
+    assert (optimizer.skipped_refreshes, optimizer.cost_gradients) == (0, 0.25)
 
 
 def test_a_basis_that_is_not_finite_does_not_outlive_the_next_refresh(training, basis_of):
@@ -226,7 +264,7 @@ def test_gradients_of_one_loss_are_refused(training):
     for loss in (run.loss(0), lambda: run.loss(0)):
         with pytest.raises(ValueError, match=r"expected a list of losses of groups of samples.*nsgd\.sample_losses"):
             optimizer.refresh(loss)
-    with pytest.raises(ValueError, match="two or more groups of samples, got one"):
+    with pytest.raises(ValueError, match="two or more groups of samples, got 1"):
         optimizer.refresh([(lambda: run.loss(0), 16)])
 
 

@@ -11,45 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from traces import assert_untouched, random_states, same_random_states, snapshot
 
-from nsgd.guard import untouched
+from nsgd.guard import full_precision, untouched
 from nsgd.hessian import loss_hessian
-from nsgd.tracking import gradient_moment
+from nsgd.samples import gradient_moment
 
 
 def dense(hvp, size):
     return torch.stack([hvp(row) for row in torch.eye(size, dtype=torch.float64)])
-
-
-def random_states():
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def same_random_states(before):
-    torch_state, python_state, numpy_state = before
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert random.getstate() == python_state
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
-
-
-def snapshot(model):
-    """Everything of a model that a measurement must leave alone: values, identity of buffers, gradients, modes."""
-    return {
-        "values": {n: t.clone() for n, t in model.state_dict().items()},
-        "buffers": {n: id(b) for n, b in model.named_buffers()},
-        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-        "modes": [m.training for m in model.modules()],
-    }
-
-
-def assert_untouched(model, before):
-    now = snapshot(model)
-    assert now["buffers"] == before["buffers"]
-    assert now["modes"] == before["modes"]
-    for kind in ("values", "grads"):
-        assert now[kind].keys() == before[kind].keys()
-        for name, value in before[kind].items():
-            assert (value is None and now[kind][name] is None) or torch.equal(now[kind][name], value), (kind, name)
 
 
 # -- everything as found --------------------------------------------------------------------------------------
@@ -226,3 +196,87 @@ def test_the_graph_of_a_closure_is_freed_at_the_end(several):
         assert len(Identity.alive) == (0 if several else 1)
     assert len(calls) == (3 if several else 1)
     assert len(Identity.alive) == 0
+
+
+# -- precision ------------------------------------------------------------------------------------------------
+
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def precisions():
+    return [backend.fp32_precision for backend in BACKENDS]
+
+
+@pytest.fixture
+def settings():
+    """The global settings of float32 products are put back afterwards."""
+    found, everywhere = precisions(), torch.backends.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = everywhere
+    for backend, precision in zip(BACKENDS, found, strict=True):
+        backend.fp32_precision = "none"
+        if backend.fp32_precision != precision:
+            backend.fp32_precision = precision
+    assert (precisions(), torch.backends.fp32_precision) == (found, everywhere)
+
+
+def everywhere(precision):
+    for backend in BACKENDS:
+        backend.fp32_precision = "none"
+    torch.backends.fp32_precision = precision
+
+
+def by_backend(cuda, mkldnn):
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = cuda, mkldnn
+
+
+PRECISIONS = {
+    "highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "tf32 everywhere": lambda: everywhere("tf32"),
+    "ieee everywhere": lambda: everywhere("ieee"),
+    "tf32 on cuda": lambda: by_backend("tf32", "ieee"),
+    "bf16 on mkldnn": lambda: by_backend("ieee", "bf16"),
+    "tf32 on both": lambda: by_backend("tf32", "tf32"),
+    "as found": lambda: None,
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.usefixtures("settings")
+def test_products_of_float32_are_not_rounded_inside_and_settings_stay_as_found(precision, fails):
+    PRECISIONS[precision]()
+    before, inside = precisions(), []
+
+    @full_precision
+    def function():
+        inside.append(precisions())
+        if fails:
+            raise KeyError("inside")
+        return 3
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        assert function() == 3
+    assert not {"tf32", "bf16"} & set(inside[0])
+    assert precisions() == before
+
+
+@pytest.mark.parametrize("precision", ["high", "medium", "highest"])
+@pytest.mark.usefixtures("settings")
+def test_the_legacy_setting_reads_as_before(precision):
+    torch.set_float32_matmul_precision(precision)
+    full_precision(lambda: None)()
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("first", ["tf32", "ieee"])
+@pytest.mark.usefixtures("settings")
+def test_a_setting_for_all_backends_is_still_followed_afterwards(first):
+    everywhere(first)
+    full_precision(lambda: None)()
+    for later in ("ieee", "tf32", "ieee"):
+        torch.backends.fp32_precision = later
+        assert precisions() == [later, later]

@@ -22,7 +22,7 @@ BAD = {
     "a_number": (lambda w: 3.0, "expected a loss tensor, a closure .*got 3.0"),
     "closure_of_a_number": (lambda w: lambda: 3.0, "scalar loss tensor, got a float"),
     "closure_without_graph": (lambda w: lambda: w.detach().sum(), "no graph"),
-    "no_batches": (lambda w: [], "pairs of such a closure and its sample count"),
+    "no_batches": (lambda w: [], "pairs of a closure that computes a loss and its sample count, got an empty list"),
     "no_samples": (lambda w: [(lambda: w.sum(), 0)], "sample count .1 or more., got"),
     "closures_without_counts": (lambda w: [lambda: w.sum()], "pairs of such a closure and its sample count"),
     "batch_no_scalar": (lambda w: [(lambda: w * torch.ones(3), 1)], "scalar loss tensor"),

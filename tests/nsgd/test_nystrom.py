@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nsgd import sample_losses, top_eigenpairs
 from nsgd.low_rank import low_rank
-from nsgd.tracking import gradient_moment
+from nsgd.samples import gradient_moment
 
 SIZE = 30
 
@@ -109,3 +109,58 @@ def test_a_loss_counts_its_gradient_and_the_products():
     pairs = top_eigenpairs(weight.pow(4).sum(), [weight], k=2, solver="nystrom", start=torch.eye(5)[:3])
     assert pairs.hvps == 3
     assert pairs.cost_gradients == 7.0
+
+
+# -- spectra of either sign -----------------------------------------------------------------------------------
+
+
+def turned(angle, first, second):
+    """A row between two basis vectors."""
+    row = torch.zeros(SIZE, dtype=torch.float64)
+    row[first], row[second] = math.cos(angle), math.sin(angle)
+    return row
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("off", [0.0, 1e-12, 0.002, 0.01, 0.05, 0.2])
+def test_directions_that_mix_either_sign_make_no_curvature_of_their_own(which, off):
+    """Between curvatures of 1 and -1 there is none: dividing by what is left would make any value."""
+    matrix = torch.diag(torch.tensor([1.0, -1.0, 1.0] + [0.0] * (SIZE - 3), dtype=torch.float64))
+    block = torch.stack([turned(math.pi / 4 - off, 0, 1), turned(0.0, 2, 3), turned(0.0, 4, 5)])
+    pairs = top_eigenpairs(lambda v: matrix @ v, params(), k=2, which=which, solver="nystrom", start=block)
+    assert float(pairs.eigenvalues.abs().max()) <= 4 + 1e-9  # of a norm of 1
+    torch.testing.assert_close(pairs.eigenvectors @ pairs.eigenvectors.T, torch.eye(2).double(), rtol=0, atol=1e-10)
+    if off <= 0.05:  # a curvature of sin(2 off), whose product has a length of 1: the block's own have to do
+        expected = {"LA": [1.0, math.sin(2 * off)], "SA": [math.sin(2 * off), 0.0], "LM": [1.0, math.sin(2 * off)]}
+        torch.testing.assert_close(pairs.eigenvalues, torch.tensor(expected[which]).double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_no_block_makes_more_than_four_times_the_norm(which, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(SIZE, generator=generator, dtype=torch.float64).tolist()
+    matrix, _ = operator(values)
+    block = torch.randn(8, SIZE, generator=generator, dtype=torch.float64)
+    pairs = top_eigenpairs(lambda v: matrix @ v, params(), k=3, which=which, solver="nystrom", start=block)
+    assert float(pairs.eigenvalues.abs().max()) <= 4 * max(map(abs, values))
+    identity = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(pairs.eigenvectors @ pairs.eigenvectors.T, identity, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("decades", [1, 2, 2.9])
+def test_of_one_sign_a_block_keeps_the_whole_approximation(sign, decades):
+    """A B^T (B A B^T)^+ B A, dense: nothing of it is dropped down to a thousandth of the largest."""
+    values = [10.0 ** (-decades * i / 5) for i in range(6)]
+    matrix, vectors = operator([sign * value for value in values])
+    generator = torch.Generator().manual_seed(4)
+    rest = 0.1 * torch.randn(6, SIZE, generator=generator, dtype=torch.float64)
+    block = torch.linalg.qr((vectors[:6] + rest).T).Q.T
+    image = block @ matrix
+    expected = torch.linalg.eigvalsh(image.T @ torch.linalg.solve(image @ block.T, image)) * sign
+    expected = expected.sort(descending=True).values[:5] * sign
+    which = "LA" if sign > 0 else "SA"
+    pairs = top_eigenpairs(lambda v: matrix @ v, params(), k=5, which=which, solver="nystrom", start=block)
+    found = pairs.eigenvalues if sign > 0 else pairs.eigenvalues.flip(0)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from nsgd import sample_losses
 from nsgd.low_rank import low_rank
-from nsgd.tracking import average, gradient_moment
+from nsgd.samples import gradient_moment
+from nsgd.tracking import average
 
 # Eigenvalues and residuals against the largest eigenvalue. Their squares are what is computed: in float32 the Gram
 # matrix of some tens of vectors is good to about 1e-6, and residuals to the root of what was rounded away.
@@ -205,7 +206,8 @@ def test_half_precision_gives_float32_gradients():
 @pytest.mark.parametrize(
     ("losses", "error", "message"),
     [
-        (lambda w: [(lambda: w.sum(), 3)], ValueError, "two or more groups of samples, got one.*solver='lanczos'"),
+        (lambda w: [(lambda: w.sum(), 3)], ValueError, "two or more groups of samples, got 1: .*solver='lanczos'"),
+        (lambda w: [], ValueError, "pairs of a closure .* sample count, got an empty list"),
         (lambda w: [(lambda: w, 1), (lambda: w, 1)], ValueError, "expected a scalar loss"),
         (lambda w: [(lambda: w.sum(), 1), (lambda: w.detach().sum(), 1)], ValueError, "no graph"),
         (lambda w: [(lambda: w.sum(), 1), (lambda: w.sum(), 0)], ValueError, "sample count"),
