@@ -1,0 +1,214 @@
+"""Escape times against the exact chain of SGD on a grid, against quadrature, and against each other."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nsgd.trajectory.escape import (
+    DoubleWell,
+    Escapes,
+    escape_time,
+    excess_loss,
+    gibbs_mass,
+    laplace_mass,
+    passage_time,
+    simulate,
+    temperature,
+)
+
+WELL = DoubleWell(barrier=1.0, skew=0.3)
+SHARP, FLAT = WELL.minima
+FAR, BEYOND = -4.0, 8.0
+
+
+def chain_steps(lr, heat, points=1501):
+    """Exact mean steps of SGD from the sharp minimum to the flat one: (I - K) tau = 1 on a grid to its left."""
+    grid = np.linspace(-2.5, FLAT, points, endpoint=False)
+    spacing, spread = grid[1] - grid[0], math.sqrt(2 * lr * heat)
+    means = grid - lr * WELL.gradient(torch.from_numpy(grid)).numpy()
+    kernel = np.exp(-0.5 * ((grid[None] - means[:, None]) / spread) ** 2) * spacing / (spread * math.sqrt(2 * math.pi))
+    times = np.linalg.solve(np.eye(points) - kernel, np.ones(points))
+    return float(np.interp(SHARP, grid, times))
+
+
+def passage(heat):
+    return passage_time(WELL, start=SHARP, end=FLAT, far=FAR, temperature=heat)
+
+
+def kramers(heat):
+    return escape_time(
+        barrier=WELL.barrier,
+        temperature=heat,
+        minimum=torch.tensor([WELL.curvature(SHARP)]),
+        saddle=torch.tensor([WELL.curvature(0.0)]),
+    )
+
+
+# -- the potential -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.3, 0.9])
+def test_the_double_well_has_the_minima_and_curvatures_that_it_says(skew):
+    well = DoubleWell(barrier=2.0, skew=skew)
+    left, right = well.minima
+    assert left < 0 < right
+    for x, value in ((left, 0.0), (0.0, 2.0), (right, 0.0)):
+        assert float(well(np.asarray(x))) == pytest.approx(value, abs=1e-12)
+        t = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+        slope = well.gradient(t)
+        assert slope.item() == pytest.approx(0, abs=1e-10)
+        assert float(torch.autograd.grad(slope, t)[0]) == pytest.approx(well.curvature(x), rel=1e-9)
+    assert well.curvature(left) >= well.curvature(right) > 0
+    grid = np.linspace(-2, 3, 2001)
+    np.testing.assert_allclose(
+        np.gradient(well(grid), grid)[1:-1], well.gradient(torch.from_numpy(grid)).numpy()[1:-1], atol=2e-3
+    )
+
+
+# -- times ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [10.0, 15.0, 25.0])
+def test_kramers_agrees_with_quadrature_from_ten_temperatures_on(ratio):
+    heat = WELL.barrier / ratio
+    assert kramers(heat) == pytest.approx(passage(heat), rel=0.05)
+
+
+def test_to_the_saddle_it_takes_half_as_long():
+    ratios = []
+    for heat in (1 / 20, 1 / 80, 1 / 320):
+        saddle = passage_time(WELL, start=SHARP, end=0.0, far=FAR, temperature=heat)
+        ratios.append(passage(heat) / saddle)
+    assert ratios == sorted(ratios, reverse=True)  # of the order of the root of the temperature
+    assert ratios[-1] == pytest.approx(2, rel=0.02)
+
+
+def test_the_chain_tends_to_the_diffusion_as_the_rate_falls():
+    heat = WELL.barrier / 4
+    paces = (0.2, 0.1, 0.05, 0.025)  # lr h at the sharp minimum
+    errors = []
+    for pace in paces:
+        lr = pace / WELL.curvature(SHARP)
+        errors.append(abs(lr * chain_steps(lr, heat) / passage(heat) - 1))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.02  # they differ there
+    assert errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_simulated_sgd_takes_as_many_steps_as_the_exact_chain(gamma):
+    lr, noise, batch_size = 0.2 / WELL.curvature(SHARP), 200.0, 4
+    found = simulate(
+        WELL.gradient,
+        torch.full((4000, 1), SHARP, dtype=torch.float64),
+        lambda x: x[:, 0] >= FLAT,
+        lr=lr,
+        noise=noise,
+        batch_size=batch_size,
+        steps=100_000,
+        seed=1,
+        scale=torch.tensor([gamma]),
+    )
+    assert found.reached == 1
+    heat = temperature(lr=gamma * lr, noise=noise, batch_size=batch_size)
+    spread = float(found.steps.double().std()) / math.sqrt(len(found.steps))
+    assert found.mean == pytest.approx(float(found.steps.double().mean()), rel=1e-12)
+    assert abs(found.mean - chain_steps(gamma * lr, heat)) < 3 * spread
+
+
+def test_kramers_in_two_dimensions_is_that_of_the_way_out_times_the_other():
+    out = {"barrier": 1.0, "temperature": 0.1}
+    one = escape_time(minimum=torch.tensor([3.0]), saddle=torch.tensor([-2.0]), **out)
+    two = escape_time(minimum=torch.diag(torch.tensor([3.0, 5.0])), saddle=torch.tensor([20.0, -2.0]), **out)
+    assert two == pytest.approx(one * math.sqrt(20 / 5), rel=1e-12)
+
+
+# -- where the time is spent ---------------------------------------------------------------------------------
+
+
+def test_mass_near_the_flat_minimum_tends_to_the_ratio_of_curvatures_at_every_batch_size():
+    curvatures = torch.tensor([[WELL.curvature(SHARP)], [WELL.curvature(FLAT)]])
+    errors = []
+    for heat in (0.1, 0.03, 0.01):
+        exact = gibbs_mass(WELL, edges=np.array([FAR, 0.0, BEYOND]), temperature=heat)
+        laplace = laplace_mass(depths=torch.zeros(2), curvatures=curvatures, temperature=heat)
+        assert float(exact.sum()) == pytest.approx(1)
+        assert float(laplace[1] / laplace[0]) == pytest.approx(math.sqrt(curvatures[0, 0] / curvatures[1, 0]))
+        errors.append(float((exact - laplace).abs().max()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01
+
+
+def test_a_deeper_sharp_minimum_wins_when_it_is_cold():
+    options = {"depths": torch.tensor([-0.1, 0.0]), "curvatures": torch.tensor([[100.0], [1.0]])}
+    assert float(laplace_mass(temperature=1.0, **options)[0]) < 0.2
+    assert float(laplace_mass(temperature=0.01, **options)[0]) > 0.99
+
+
+def test_the_price_is_the_stationary_loss_of_discrete_sgd():
+    curvatures, lr, noise, batch_size = torch.tensor([0.5, 3.0, 15.0]).double(), 0.1, 2.0, 8
+    variances = torch.zeros(3, dtype=torch.float64)
+    for _ in range(2000):
+        variances = (1 - lr * curvatures) ** 2 * variances + lr**2 * noise / batch_size
+    found = excess_loss(curvatures, lr=lr, noise=noise, batch_size=batch_size)
+    assert found == pytest.approx(float((curvatures * variances).sum() / 2), rel=1e-9)
+
+
+# -- walkers -------------------------------------------------------------------------------------------------
+
+
+def test_walkers_are_those_of_their_seed_and_global_random_state_is_left():
+    before = torch.get_rng_state()
+    start = torch.zeros(50, 2, dtype=torch.float64)
+    runs = [
+        simulate(torch.zeros_like, start, lambda x: x[:, 0] > 1, lr=0.1, noise=4.0, batch_size=1, steps=60, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(runs[0].steps, runs[1].steps)
+    assert not torch.equal(runs[0].steps, runs[2].steps)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not start.any()
+
+
+def test_the_mean_counts_those_that_have_not_arrived():
+    found = Escapes(torch.tensor([10, -1, 30, -1]), taken=100)
+    assert found.reached == 0.5
+    assert found.mean == 240 / 2
+    assert found.standard_error == pytest.approx(120 / math.sqrt(2))
+    assert Escapes(torch.tensor([-1, -1]), taken=100).mean == math.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DoubleWell(skew=1.0), r"a barrier above 0 and a skew in \[0, 1\), got 1 and 1"),
+        (lambda: passage_time(WELL, start=0.0, end=1.0, far=2.0, temperature=0.1), "start between far and end"),
+        (
+            lambda: passage_time(WELL, start=SHARP, end=0.0, far=-1.0, temperature=0.1),
+            "30 temperatures above its least",
+        ),
+        (
+            lambda: escape_time(
+                barrier=1.0, temperature=0.1, minimum=torch.tensor([-1.0]), saddle=torch.tensor([-1.0])
+            ),
+            "expected a minimum",
+        ),
+        (
+            lambda: escape_time(barrier=1.0, temperature=0.1, minimum=torch.ones(2), saddle=-torch.ones(2)),
+            "exactly one negative eigenvalue",
+        ),
+        (
+            lambda: simulate(
+                torch.zeros_like, torch.zeros(3), lambda x: x > 1, lr=0.1, noise=1.0, batch_size=1, steps=1
+            ),
+            r"shape \(walkers, dimensions\), got \(3,\)",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
