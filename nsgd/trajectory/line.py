@@ -1,0 +1,82 @@
+"""The loss along a straight line through the parameters, and the parabola through its lowest points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from nsgd.guard import RandomState, untouched
+from nsgd.hessian import Closure, check_params, split
+
+
+@torch.no_grad()
+def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, steps: Sequence[float]) -> Tensor:
+    """Losses at ``params + step * direction`` for each step, (n,) float64 on the CPU.
+
+    Every point sees the same random state, so that dropout masks and augmentation repeat. Parameters come back to the
+    bit, buffers, modes and random state as found, also after an exception. Costs n forward passes, a third of a
+    gradient each, and a copy of the parameters.
+
+    Args:
+        loss: Computes the loss; called once for each step.
+        params: The parameters, P entries together.
+        direction: (P,).
+        steps: How far to go along it, n of them; 0 is where the parameters are.
+
+    Raises:
+        ValueError: If the direction does not fit the parameters.
+    """
+    params = list(params)
+    check_params(params)
+    size = sum(p.numel() for p in params)
+    if direction.shape != (size,):
+        raise ValueError(
+            f"expected a direction of shape ({size},), one entry a parameter, got {tuple(direction.shape)}"
+        )
+    origin = [p.detach().clone() for p in params]
+    blocks = split(direction, params)
+    device = params[0].device
+    random_state = RandomState(device)
+    found = []
+    try:
+        with untouched(device=device):
+            for step in steps:
+                random_state.restore()
+                for p, start, block in zip(params, origin, blocks, strict=True):
+                    # In the precision of the direction, and rounded once.
+                    p.copy_(start if step == 0 else start.to(block) + step * block)
+                found.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
+    finally:
+        for p, start in zip(params, origin, strict=True):
+            p.copy_(start)
+    return torch.stack(found)
+
+
+def vertex(positions: Tensor, losses: Tensor) -> tuple[float, float]:
+    """Position and value of the vertex of the parabola through the three lowest points.
+
+    The lowest point itself where these three are not convex.
+
+    Args:
+        positions: (n,), three different ones or more.
+        losses: (n,).
+
+    Raises:
+        ValueError: If there are fewer than three points.
+    """
+    if len(positions) < 3 or positions.shape != losses.shape:
+        raise ValueError(
+            f"expected three points or more, a loss for each position, got shapes {tuple(positions.shape)} and "
+            f"{tuple(losses.shape)}"
+        )
+    chosen = losses.double().argsort(stable=True)[:3].sort().values
+    x, y = positions.double()[chosen], losses.double()[chosen]
+    first, second = (y[1:] - y[:-1]) / (x[1:] - x[:-1])  # divided differences
+    bend = (second - first) / (x[2] - x[0])  # half the curvature
+    if not bend > 0:
+        lowest = int(losses.argmin())
+        return float(positions[lowest]), float(losses[lowest])
+    best = (x[0] + x[1] - first / bend) / 2
+    return float(best), float(y[0] + (best - x[0]) * (first + bend * (best - x[1])))
