@@ -6,7 +6,7 @@ relative error of an eigenvalue. Work is counted in gradients of that batch: a g
 on a rebuilt graph 3. Peers run at their documented defaults and at the best setting that we found; those that are not
 installed are left out: pip install --no-deps curvlinops-for-pytorch hessian-eigenthings pyhessian.
 
-    python benchmarks/eigen.py --data PATH_OR_HUB_NAME    # half an hour; writes benchmarks/results/eigen.csv
+    python benchmarks/eigen.py --data PATH_OR_HUB_NAME    # an hour; writes benchmarks/results/eigen.csv
     python benchmarks/eigen.py --smoke                    # seconds, on digits, writes nothing
 
 Interrupted, or with another way to measure, the same command goes on with what is missing in the file.
@@ -170,6 +170,7 @@ class Batch:
             f"ours: sweep over it, {2 * k} products": lambda: self.sweep(k, 2 * k),
             f"ours: Lanczos, {2 * k} products": lambda: self.ours(k, max_hvps=2 * k, repeated=False),
             f"ours: Lanczos, {2 * k + 2} products": lambda: self.ours(k, max_hvps=2 * k + 2, repeated=False),
+            "ours: Lanczos, no search for repeated": lambda: self.ours(k, repeated=False),
             "ours: Lanczos, defaults": lambda: self.ours(k),
             "ours: ARPACK, tol 0.1": lambda: self.ours(k, solver="arpack", tol=0.1),
         }
@@ -234,6 +235,7 @@ def measure(problem: Problem, data: Data, seed: int, known: set[Key]) -> Iterato
                     raise
                 print(f"{network}, {name}: {str(error).splitlines()[0]}", flush=True)
                 found, rows_found, gradients = torch.empty(0), torch.full_like(vectors, math.nan), math.nan
+                started = math.nan
             spent = time.perf_counter() - started
             order = found.double().sort(descending=True)
             cosines = rows_found.double() @ vectors.T
@@ -270,7 +272,10 @@ def main() -> None:
 def table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Medians over checkpoints and seeds."""
     body = []
-    for key in dict.fromkeys((row["network"], row["k"], row["solver"]) for row in rows):
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    libraries = list(dict.fromkeys(row["solver"].split(":")[0] for row in rows))
+    keys = dict.fromkeys((row["network"], row["k"], row["solver"]) for row in rows)
+    for key in sorted(keys, key=lambda key: (networks.index(key[0]), key[1], libraries.index(key[2].split(":")[0]))):
         own = [row for row in rows if (row["network"], row["k"], row["solver"]) == key]
         overlaps = [row["overlap"] for row in own]
         if any(math.isnan(overlap) for overlap in overlaps):

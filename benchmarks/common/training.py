@@ -1,4 +1,4 @@
-"""Training runs of a small CNN that benchmarks compare: in turns, and kept in a file from which they resume."""
+"""Training runs that benchmarks compare: in turns, and kept in a file from which they resume."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from common import Data, small_cnn
 from lightning_modules.compare import read_csv, write_csv
+from lightning_modules.nets import resnet
 from nsgd import NSGD, sample_losses
 
 SAMPLES = 32  # of the running batch, one by one, give the directions
@@ -25,25 +26,67 @@ Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]  # parameters,
 Row = dict[str, Any]
 
 
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {  # of channels and side
+    "CNN": small_cnn,
+    "ResNet-32 without BatchNorm": lambda channels, side: resnet(
+        (channels, side, side), 10, depth=32, batch_norm=False
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One batch size, its length, and how often it is looked at."""
+    """One network and batch size, how long it is trained, and how often it is looked at."""
 
+    network: str
     batch: int
     epochs: int
     evaluations: int  # in an epoch
+    grid: tuple[float, ...]  # of learning rates
+    images: int = 12_000  # at most
+    side: int = 32  # pixels, at most
+
+    @property
+    def name(self) -> str:
+        """What it is called in files and tables."""
+        return f"{self.network}, batch {self.batch:,}"
+
+    def cut(self, data: Data) -> Data:
+        """The images of this case, in its size."""
+        side = min(self.side, data.images.shape[2])
+        small, val = (adaptive_avg_pool2d(x, side) for x in (data.images[: self.images], data.val_images))
+        return Data(small, data.labels[: self.images], val, data.val_labels)
+
+
+class Jumps:
+    """Counts jumps of the loss: its mean over the last 3 or so batches above 1.3 times that over the last 20 or so."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._fast = self._slow = math.nan
+        self._is_up = False
+
+    def note(self, loss: float) -> None:
+        """Take in the loss of a step; a NaN is a jump as well."""
+        if math.isnan(self._slow):
+            self._fast = self._slow = loss
+        self._fast += 0.3 * (loss - self._fast)
+        up = not self._fast <= 1.3 * self._slow
+        self.count += up and not self._is_up
+        self._is_up = up
+        self._slow += 0.05 * (loss - self._slow)
 
 
 def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[Row]:
     """One run, a row for each evaluation; it waits until the next is asked for."""
+    data = case.cut(data)
     torch.manual_seed(seed)
-    model = small_cnn(data.images.shape[1], data.images.shape[2])
+    model = NETWORKS[case.network](data.images.shape[1], data.images.shape[2])
     optimizer = make(model.parameters(), lr)
     order = torch.Generator().manual_seed(seed)
     batches = len(data.labels) // case.batch
     every = max(1, batches // case.evaluations)
-    step, spent, jumps = 0, 0.0, 0
-    recent = math.inf  # the loss of the last batches, averaged
+    step, spent, jumps = 0, 0.0, Jumps()
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(model(x), y)
@@ -57,19 +100,17 @@ def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[
             optimizer.zero_grad()
             loss = loss_of(x, y)
             if isinstance(optimizer, NSGD):
-                groups = sample_losses(loss_of, x[:SAMPLES], y[:SAMPLES])
+                groups = sample_losses(loss_of, x[:SAMPLES], y[:SAMPLES], module=model)
                 optimizer.backward(loss, curvature=groups, batch_fraction=SAMPLES / case.batch)
             else:
                 loss.backward()
             optimizer.step()
             spent += time.perf_counter() - started
             step += 1
-            value = float(loss.detach())
-            jumps += not value < 1.3 * recent  # a NaN is a jump as well
-            recent = value if math.isinf(recent) else 0.8 * recent + 0.2 * value
+            jumps.note(float(loss.detach()))
             if (i + 1) % every == 0:
                 extra = optimizer.cost_gradients if isinstance(optimizer, NSGD) else 0.0
-                row = {"step": step, "gradients": step + extra, "seconds": spent, "jumps": jumps}
+                row = {"step": step, "gradients": step + extra, "seconds": spent, "jumps": jumps.count}
                 yield {**row, **evaluate(model, data)}
 
 
@@ -86,9 +127,9 @@ def final_loss(rows: list[Row]) -> float:
     return mean(float(row["train_loss"]) for row in rows[-3:])
 
 
-def by_seed(rows: list[Row], batch: int, method: str) -> dict[int, list[Row]]:
+def by_seed(rows: list[Row], case: str, method: str) -> dict[int, list[Row]]:
     """The runs of a method, without the one that its rate was tuned on."""
-    own = [row for row in rows if (row["batch"], row["method"]) == (batch, method) and row["seed"] != TUNING_SEED]
+    own = [row for row in rows if (row["case"], row["method"]) == (case, method) and row["seed"] != TUNING_SEED]
     return {seed: [row for row in own if row["seed"] == seed] for seed in sorted({row["seed"] for row in own})}
 
 
@@ -101,7 +142,7 @@ class Runs:
 
     def get(self, case: Case, rates: Mapping[str, float], seed: int) -> dict[str, list[Row]]:
         """The rows of a run of each method. Missing ones are trained now, in turns, so that their seconds compare."""
-        keys = {m: {"batch": case.batch, "method": m, "lr": lr, "seed": seed} for m, lr in rates.items()}
+        keys = {m: {"case": case.name, "method": m, "lr": lr, "seed": seed} for m, lr in rates.items()}
         found = {m: [r for r in self.rows if all(r[n] == v for n, v in key.items())] for m, key in keys.items()}
         missing = [m for m in rates if not found[m]]
         running = [train(self.data, case, self.methods[m], rates[m], seed) for m in missing]
@@ -120,11 +161,10 @@ class Runs:
             write_csv(self.path, self.rows)
         return found
 
-    def tuned(self, case: Case, grids: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
-        """For each method the rate of its grid with the least final training loss on a seed of its own."""
-        found: dict[str, dict[float, float]] = {m: {} for m in grids}
-        for i in range(max(len(grid) for grid in grids.values())):
-            rates = {m: grid[i] for m, grid in grids.items() if i < len(grid)}
-            for m, rows in self.get(case, rates, TUNING_SEED).items():
-                found[m][rates[m]] = final_loss(rows)
+    def tuned(self, case: Case) -> dict[str, float]:
+        """For each method the rate of the case's grid with the least final training loss on a seed of its own."""
+        found: dict[str, dict[float, float]] = {m: {} for m in self.methods}
+        for lr in case.grid:
+            for m, rows in self.get(case, dict.fromkeys(self.methods, lr), TUNING_SEED).items():
+                found[m][lr] = final_loss(rows)
         return {m: min(losses, key=lambda lr, losses=losses: losses[lr]) for m, losses in found.items()}
