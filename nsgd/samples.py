@@ -143,11 +143,8 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor]) 
         others = {name: p.detach() for p, name in names.items() if name not in wanted}
         # Each group has buffers of its own, such as the statistics that BatchNorm updates in place. One that is larger
         # than all parameters, a memory bank, may be read but not written to.
-        buffers = {
-            name: b.repeat(whole, *[1] * b.ndim)
-            for name, b in network.named_buffers()
-            if b.numel() <= sum(p.numel() for p in params)
-        }
+        most = sum(p.numel() for p in params)
+        buffers = {name: b.repeat(whole, *[1] * b.ndim) for name, b in network.named_buffers() if b.numel() <= most}
         dims = (None, *[0] * (1 + len(parts)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one

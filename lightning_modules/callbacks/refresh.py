@@ -189,13 +189,13 @@ class RefreshDirections(pl.Callback):
             # A product needs the same loss every time.
             pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]
             return optimizer.refresh(pairs, **options)
-        columns = _columns(parts)
-        if columns is None:
+        columns = _columns(parts) if self._at_once else None  # copies the samples
+        if self._at_once and columns is None:
             self._tell_once(
                 "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
                 "wants batches of tensors alone, with one row a sample"
             )
-        elif self._at_once:
+        if columns is not None:
             tensors, batch_of = columns
             try:
                 with batch_losses(module) as loss_of:
