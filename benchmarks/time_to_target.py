@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 from common import add_data, arguments, load, print_table
-from common.training import Case, Make, Row, Runs, by_seed, final_loss
+from common.training import RESNET, Case, Make, Row, Runs, by_seed, final_loss
 
 from nsgd import NSGD
 
@@ -30,7 +30,6 @@ METHODS: dict[str, Make] = {
     "NSGD, momentum": lambda params, lr: NSGD(params, lr=lr, momentum=0.9),
 }
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
-RESNET = "ResNet-32 without BatchNorm"
 CASES = (
     Case("CNN", 128, 6, 4, GRID),
     Case("CNN", 1024, 16, 2, GRID),

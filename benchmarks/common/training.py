@@ -26,11 +26,10 @@ Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]  # parameters,
 Row = dict[str, Any]
 
 
+RESNET = "ResNet-32 without BatchNorm"
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {  # of channels and side
     "CNN": small_cnn,
-    "ResNet-32 without BatchNorm": lambda channels, side: resnet(
-        (channels, side, side), 10, depth=32, batch_norm=False
-    ),
+    RESNET: lambda channels, side: resnet((channels, side, side), 10, depth=32, batch_norm=False),
 }
 
 
