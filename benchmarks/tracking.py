@@ -27,12 +27,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lightning_modules.compare import write_csv
 from nsgd import NSGD, Eigenpairs, sample_losses, top_eigenpairs
 from nsgd.hessian import Losses, loss_hessian
-from nsgd.low_rank import low_rank
 from nsgd.samples import gradient_moment
-from nsgd.tracking import average, clipped
+from nsgd.tracking import Average, Estimate, follow
 
 K, KEPT, EXACT, GAMMA = 10, 20, 20, 0.1  # directions that are judged, that averages keep, that are known exactly
-Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P)
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,8 @@ class Tracker:
         estimate: Callable[[Problem, Tensor, Tracker], tuple[Estimate, float]],
     ) -> None:
         self.name, self.every, self.decay, self.estimate = name, every, decay, estimate
-        self.now: Estimate | None = None
+        self.now: Average | None = None
         self.samples = 0.0  # gradients of one sample, in all
-        self.count, self.usual = 0, 0.0  # estimates so far, and their trace of late
         self.generator = torch.Generator().manual_seed(2)
 
     def follow(self, problem: Problem, batch: Tensor, step: int) -> None:
@@ -137,12 +134,7 @@ class Tracker:
             return
         new, samples = self.estimate(problem, batch, self)
         self.samples += samples
-        self.count += 1
-        new, self.usual = clipped(new, self.usual)
-        if self.now is None or self.decay == 0:
-            self.now = low_rank(*new, k=K if self.decay == 0 else KEPT)
-        else:
-            self.now = average(self.now, new, decay=min(self.decay, 1 - 1 / self.count), k=KEPT)
+        self.now = follow(self.now, new, decay=self.decay, k=KEPT if self.decay else K)
 
 
 def lanczos(products: int, samples: int) -> Callable[..., tuple[Estimate, float]]:
@@ -164,7 +156,7 @@ def block_sweep(samples: int) -> Callable[..., tuple[Estimate, float]]:
             rows = (
                 torch.randn(K, len(hessian.gradient), generator=tracker.generator)
                 if tracker.now is None
-                else tracker.now[1][:K]
+                else tracker.now.vectors[:K]
             )
             block = torch.linalg.qr(torch.cat([rows, hessian.gradient[None]]).T).Q.T
             images = torch.stack([hessian.hvp(row) for row in block])
@@ -183,8 +175,9 @@ def one_product(samples: int) -> Callable[..., tuple[Estimate, float]]:
         with loss_hessian(problem.loss(batch[:samples]), problem.params) as hessian:
             if tracker.now is None:
                 rows = torch.randn(K, len(hessian.gradient), generator=tracker.generator)
-                tracker.now = (torch.ones(K, dtype=torch.float64), torch.linalg.qr(rows.T).Q.T)
-            weights, vectors = (t.clone() for t in tracker.now)
+                weights, vectors = torch.ones(K, dtype=torch.float64), torch.linalg.qr(rows.T).Q.T
+            else:
+                weights, vectors = tracker.now.weights.clone(), tracker.now.vectors.clone()
             turn = int(torch.randint(len(weights), (1,), generator=tracker.generator))
             image = hessian.hvp(vectors[turn])
         length = torch.linalg.vector_norm(image)
@@ -256,7 +249,7 @@ def quality(vectors: Tensor, exact: Eigenpairs) -> dict[str, float]:
     }
 
 
-def follow(problem: Problem, path: Path, recorded: Recorded) -> list[dict[str, Any]]:
+def measure(problem: Problem, path: Path, recorded: Recorded) -> list[dict[str, Any]]:
     """Let every tracker follow a recorded path, and measure it where the exact eigenpairs are known."""
     rows = []
     running = trackers(path.batch)
@@ -267,7 +260,7 @@ def follow(problem: Problem, path: Path, recorded: Recorded) -> list[dict[str, A
             if step in recorded.exact and tracker.now is not None:
                 row = {"path": path.name, "step": step, "tracker": tracker.name}
                 price = tracker.samples / path.batch / (step + 1)
-                rows.append({**row, "gradients_per_step": price, **quality(tracker.now[1], recorded.exact[step])})
+                rows.append({**row, "gradients_per_step": price, **quality(tracker.now.vectors, recorded.exact[step])})
     return rows
 
 
@@ -281,7 +274,7 @@ def main() -> None:
     rows = []
     for path in paths:
         problem = Problem(data)
-        rows += follow(problem, path, record(problem, path, 100 if args.smoke else 800))
+        rows += measure(problem, path, record(problem, path, 100 if args.smoke else 800))
         if not args.smoke:
             write_csv(args.out, rows)
     print_table(*table(rows))

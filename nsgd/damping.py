@@ -24,11 +24,11 @@ from torch.optim import LBFGS, SGD, Optimizer
 from nsgd.alarm import Alarm, jump
 from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
-from nsgd.low_rank import Which, low_rank
+from nsgd.low_rank import Which
 from nsgd.options import COUNTERS, SHARED, Estimator, check_options, damping_options
 from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
 from nsgd.samples import gradient_moment
-from nsgd.tracking import average, clipped, trace
+from nsgd.tracking import Average, follow
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.77 to
 # 0.94 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
@@ -202,17 +202,17 @@ class Damped(Optimizer):
         decay = (0.0 if products else _DECAY) if first["decay"] is None else first["decay"]
         which: Which = first["which"] if products else "LA"
         alike = bool(first["eigenvalues"]) == products  # moments of gradients and eigenvalues do not add up
-        if decay > 0 and first["weights"] and alike and all(p in self._directions for p in params):
-            last = torch.cat([rows(self._directions[p]).to(estimate[1]) for p in params], dim=1)  # (r, P)
-            if bool(last.isfinite().all()):
-                old = torch.tensor(first["weights"], dtype=torch.float64), last
-                first["averaged"] += 1
-                # A plain mean until there are so many that the last 1 / (1 - decay) count.
-                decay = min(decay, 1 - 1 / first["averaged"])
-                estimate, first["trace"] = clipped(estimate, first["trace"])
-                return average(old, estimate, decay=decay, k=first["k"], which=which)
-        first["averaged"], first["trace"] = 1, trace(estimate)
-        return estimate if products else low_rank(*estimate, k=first["k"], which=which)
+        if products and decay == 0:  # eigenpairs stand for themselves, also the zeros among them
+            return estimate
+        last = None
+        if first["weights"] and alike and all(p in self._directions for p in params):
+            vectors = torch.cat([rows(self._directions[p]).to(estimate[1]) for p in params], dim=1)  # (r, P)
+            if bool(vectors.isfinite().all()):
+                weights = torch.tensor(first["weights"], dtype=torch.float64)
+                last = Average(weights, vectors, first["averaged"], first["trace"])
+        now = follow(last, estimate, decay=decay, k=first["k"], which=which)
+        first["averaged"], first["trace"] = now.count, now.usual
+        return now.weights, now.vectors
 
     def _count_refresh(self, spent: _Spent, batch_fraction: float) -> None:
         first = self.param_groups[0]

@@ -8,6 +8,8 @@ small groups of samples.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,34 @@ from nsgd.low_rank import Which, low_rank
 Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P): a sum of weighted outer products
 
 _MOST = 2.0  # times the usual trace that one estimate may have
+
+
+@dataclass(frozen=True)
+class Average:
+    """A running average of estimates, at rank k."""
+
+    weights: Tensor  # (r,), descending
+    vectors: Tensor  # (r, P), orthonormal rows
+    count: int  # estimates in it
+    usual: float  # their trace of late
+
+
+def follow(last: Average | None, new: Estimate, *, decay: float, k: int, which: Which = "LA") -> Average:
+    """The running average with one estimate more: a plain mean until so many are in that the decay sets in.
+
+    Args:
+        last: The average so far, its vectors as ``new``'s in dtype and device; None to begin.
+        new: Weights (m,) and vectors (m, P); counts for at most twice the usual trace.
+        decay: Share of the last average, in [0, 1); 0 begins anew.
+        k: Rank to keep.
+        which: The largest, or the largest in size.
+    """
+    if last is None or decay == 0:
+        return Average(*low_rank(*new, k=k, which=which), 1, trace(new))
+    new, usual = clipped(new, last.usual)
+    count = last.count + 1
+    old = last.weights, last.vectors
+    return Average(*average(old, new, decay=min(decay, 1 - 1 / count), k=k, which=which), count, usual)
 
 
 def average(old: Estimate, new: Estimate, *, decay: float, k: int, which: Which = "LA") -> Estimate:

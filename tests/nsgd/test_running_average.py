@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nsgd import NSGD, damping
+from nsgd import NSGD, tracking
 
 SIZE = 30
 EYE = torch.eye(SIZE, dtype=torch.float64)
@@ -98,7 +98,7 @@ def after_a_spike(at, refreshes=30):
 @pytest.mark.parametrize("at", [10, 20, 25])
 def test_a_spike_moves_the_directions_only_a_little(at, monkeypatch):
     assert min(after_a_spike(at)) > 0.9
-    monkeypatch.setattr(damping, "clipped", lambda new, usual: (new, usual))
+    monkeypatch.setattr(tracking, "clipped", lambda new, usual: (new, usual))
     assert max(after_a_spike(at)) < 0.1  # without the clip they are the spike's own to the end
 
 
