@@ -6,7 +6,6 @@ Work is counted in gradients (forward and backward passes on a training batch), 
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import platform
@@ -32,12 +31,12 @@ from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.classifier import Classifier
 from lightning_modules.data import Digits, ImageData, Images
 from lightning_modules.nets import NetName, make_net
+from lightning_modules.rows import Rows, read_csv, write_csv
 from nsgd import NSGD
 from nsgd.low_rank import Which
 from nsgd.options import Estimator
 
 Method = Literal["sgd", "nsgd", "bulk-sgd", "dom-sgd"]
-Rows = list[dict[str, Any]]
 
 GRID = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # every method's learning rate comes from here
 TUNING_SEEDS = (1000, 1001, 1002)  # never used by a study
@@ -417,30 +416,3 @@ def _p_value(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     if np.ptp(differences) <= 1e-9 * np.abs(differences).max():  # no spread: the t-statistic is not defined
         return 1.0 if differences[0] == 0 else math.nan
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
-def write_csv(path: Path, rows: Rows) -> None:
-    """Write rows with all their columns; a file is there whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def read_csv(path: Path) -> Rows:
-    """Rows of a file, numbers as numbers, empty cells left out."""
-
-    def parsed(text: str) -> Any:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-        return text
-
-    with path.open(newline="") as file:
-        return [{name: parsed(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]

@@ -19,7 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.compare import EVALUATED, GRID, TUNED, TUNING_SEEDS, Rows, factors, read_csv
+from lightning_modules.compare import EVALUATED, GRID, TUNED, TUNING_SEEDS, factors
+from lightning_modules.rows import Rows, read_csv
 
 matplotlib.use("Agg")
 

@@ -13,11 +13,10 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
+from lightning_modules.training_samples import in_batches, training_samples
 from nsgd.damping import Damped
-from nsgd.guard import untouched
 from nsgd.options import Estimator
 from nsgd.samples import SampleLosses
 
@@ -256,26 +255,15 @@ class RefreshDirections(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, size: int | None
     ) -> list[tuple[Any, int]]:
         """Fresh samples of the training set in batches of a size, or in groups, with their sample counts."""
-        loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            raise ValueError(
-                f"source='train' draws from a DataLoader over a data set with a length, got {type(loader).__name__}; "
-                "use source='batch'"
-            )
-        dataset: Any = loader.dataset
-        # A function of the step, so that a resumed run draws the samples that an uninterrupted one does.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + trainer.global_step) % 2**63)
-        chosen = torch.randperm(len(dataset), generator=generator)[: self.samples or 2560].tolist()
-
-        def batch_of(indices: list[int]) -> tuple[Any, int]:
-            whole = loader.batch_sampler is None  # the data set makes whole batches itself
-            batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
-            return trainer.strategy.batch_to_device(batch), len(indices)
-
-        with untouched(device=module.device):  # transforms and augmentation draw random numbers
-            if size is None:
-                return [batch_of(chosen[part]) for part in self._groups(module, len(chosen))]
-            return [batch_of(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return training_samples(
+            trainer,
+            module,
+            self.samples or 2560,
+            # A function of the step, so that a resumed run draws the samples that an uninterrupted one does.
+            seed=self.seed * 1_000_003 + trainer.global_step,
+            parts=partial(self._groups, module) if size is None else in_batches(size),
+            otherwise="use source='batch'",
+        )
 
 
 def _columns(parts: list[tuple[Any, int]]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]] | None:

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from nsgd.guard import RandomState, untouched
 from nsgd.hessian import Closure, check_params, split
+
+
+@contextmanager
+def moved(params: Iterable[Tensor], direction: Tensor, step: float) -> Iterator[None]:
+    """Hold parameters at ``params + step * direction``; on leaving they are what they were, to the bit.
+
+    Costs a copy of the parameters.
+
+    Args:
+        params: The parameters, P entries together.
+        direction: (P,).
+        step: How far to go along it; at 0 nothing moves.
+
+    Raises:
+        ValueError: If the direction does not fit the parameters.
+    """
+    params = list(params)
+    check_params(params)
+    size = sum(p.numel() for p in params)
+    if direction.shape != (size,):
+        raise ValueError(
+            f"expected a direction of shape ({size},), one entry a parameter, got {tuple(direction.shape)}"
+        )
+    if step == 0:
+        yield
+        return
+    origin = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            for p, start, block in zip(params, origin, split(direction, params), strict=True):
+                p.copy_(start.to(block) + step * block)  # in the precision of the direction, and rounded once
+        yield
+    finally:
+        with torch.no_grad():
+            for p, start in zip(params, origin, strict=True):
+                p.copy_(start)
 
 
 @torch.no_grad()
@@ -30,27 +67,14 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     """
     params = list(params)
     check_params(params)
-    size = sum(p.numel() for p in params)
-    if direction.shape != (size,):
-        raise ValueError(
-            f"expected a direction of shape ({size},), one entry a parameter, got {tuple(direction.shape)}"
-        )
-    origin = [p.detach().clone() for p in params]
-    blocks = split(direction, params)
     device = params[0].device
     random_state = RandomState(device)
     found = []
-    try:
-        with untouched(device=device):
-            for step in steps:
-                random_state.restore()
-                for p, start, block in zip(params, origin, blocks, strict=True):
-                    # In the precision of the direction, and rounded once.
-                    p.copy_(start if step == 0 else start.to(block) + step * block)
+    with untouched(device=device):
+        for step in steps:
+            random_state.restore()
+            with moved(params, direction, step):
                 found.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
-    finally:
-        for p, start in zip(params, origin, strict=True):
-            p.copy_(start)
     return torch.stack(found)
 
 

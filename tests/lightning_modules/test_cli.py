@@ -15,7 +15,7 @@ import yaml
 
 from lightning_modules import Digits
 from lightning_modules.cli import main
-from lightning_modules.compare import read_csv
+from lightning_modules.rows import read_csv
 
 TINY = [
     *("--data.batch_size", "50", "--data.limit", "300", "--epochs", "1", "--seeds", "2", "--lr", "0.2"),

@@ -24,12 +24,11 @@ from lightning_modules.compare import (
     TUNED,
     NSGDOptions,
     Study,
-    read_csv,
     run_study,
     summarise,
     total_runs,
-    write_csv,
 )
+from lightning_modules.rows import read_csv, write_csv
 from nsgd import NSGD, damp
 from nsgd.options import damping_options
 

@@ -1,0 +1,69 @@
+"""Samples of the training set of a running trainer, drawn by seed and apart from the training itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from nsgd.guard import untouched
+
+
+def training_samples(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    count: int,
+    *,
+    seed: int,
+    parts: Callable[[int], list[slice]],
+    otherwise: str,
+) -> list[tuple[Any, int]]:
+    """Batches of different samples of the training set on the module's device, with their sample counts.
+
+    Augmentation is drawn by the same seed. The loader's own order and the random state stay as found.
+
+    Args:
+        trainer: In ``fit``.
+        module: What it trains.
+        count: Samples in all; or as many as there are.
+        seed: Draws the samples and their augmentation.
+        parts: Ranges that so many samples are cut into, one for each batch.
+        otherwise: What to do where there is no data set with a length, for the message.
+
+    Raises:
+        ValueError: If the trainer's loader is no DataLoader over a data set with a length.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "expected a DataLoader over a data set with a length, to draw training samples from, got "
+            f"{type(loader).__name__}{_of_a_stream(loader)}; {otherwise}"
+        )
+    dataset: Any = loader.dataset
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
+
+    def batch_of(indices: list[int]) -> tuple[Any, int]:
+        whole = loader.batch_sampler is None  # the data set makes whole batches itself
+        batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
+        return trainer.strategy.batch_to_device(batch), len(indices)
+
+    with untouched(device=module.device):  # transforms and augmentation draw random numbers
+        torch.manual_seed(seed % 2**63)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        return [batch_of(chosen[part]) for part in parts(len(chosen))]
+
+
+def in_batches(size: int) -> Callable[[int], list[slice]]:
+    """Ranges of so many samples each; the last may be short."""
+    return lambda count: [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _of_a_stream(loader: Any) -> str:
+    return " over an IterableDataset" if isinstance(loader, DataLoader) else ""
