@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
-from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
@@ -20,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.compare import EVALUATED, GRID, TUNED, TUNING_SEEDS, factors
+from lightning_modules.page import new_figure, write_page
 from lightning_modules.rows import Rows, read_csv
-
-matplotlib.use("Agg")
 
 COLORS = {"sgd": "#444444", "nsgd": "#0072b2", "bulk-sgd": "#d55e00", "dom-sgd": "#009e73"}  # Okabe and Ito
 STYLES = {"sgd": "-", "nsgd": "-", "bulk-sgd": "--", "dom-sgd": "-."}  # curves that coincide stay visible
@@ -68,24 +64,18 @@ def write_report(folder: Path) -> Path:
     }
     if any("weight_1" in row for runs in files.metrics.values() for row in runs[0]):
         figures["eigenvalues"] = (_eigenvalues(files), _eigenvalues_caption(files))
-    pictures = []
-    for name, (figure, caption) in figures.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=120)
-        pictures.append({"data": base64.b64encode(path.read_bytes()).decode(), "caption": caption, "name": name})
-    template = Environment(autoescape=True).from_string(_TEMPLATE)
-    page = template.render(
+    return write_page(
+        folder / "report.html",
         title=_title(files),
         tables=_tables(files),
         text_columns=_TEXT_COLUMNS,
         caption=_caption(files),
-        pictures=pictures,
-        config=yaml.safe_dump(files.config, sort_keys=False),
-        environment=yaml.safe_dump(files.environment, sort_keys=False),
+        figures=figures,
+        appendix={
+            "Configuration": yaml.safe_dump(files.config, sort_keys=False),
+            "Environment": yaml.safe_dump(files.environment, sort_keys=False),
+        },
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def print_table(folder: Path, console: Console) -> None:
@@ -211,15 +201,6 @@ def _curve(axes: Axes, method: str, x: Any, y: Any) -> None:
     axes.fill_between(x, y.min(0), y.max(0), color=COLORS[method], alpha=0.15, linewidth=0)
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.4 * columns, 3.6), layout="constrained")
-    panels = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    return figure, panels
-
-
 def _epoch_ends(run: Rows) -> list[int]:
     return [i for i, row in enumerate(run) if i + 1 == len(run) or run[i + 1]["epoch"] != row["epoch"]]
 
@@ -230,7 +211,7 @@ def _has_finite(axes: Axes) -> bool:
 
 
 def _training_loss(files: Files) -> Figure:
-    figure, panels = _figure(3)
+    figure, panels = new_figure(3)
     for method, runs in files.metrics.items():
         ends = _epoch_ends(runs[0])
         starts = [0, *(e + 1 for e in ends[:-1])]
@@ -246,7 +227,7 @@ def _training_loss(files: Files) -> Figure:
 
 
 def _validation(files: Files) -> Figure:
-    figure, panels = _figure(3)
+    figure, panels = new_figure(3)
     for method, runs in files.metrics.items():
         ends = _epoch_ends(runs[0])
         accuracy = 100 * _column(runs, "val_accuracy")[:, ends]
@@ -278,7 +259,7 @@ def _limits(files: Files, method: str) -> list[tuple[str, float, str]]:
 
 def _eigenvalues(files: Files) -> Figure:
     refreshed = _refreshed(files)
-    figure, panels = _figure(len(refreshed))
+    figure, panels = new_figure(len(refreshed))
     figure.set_size_inches(5.2 * len(refreshed), 3.8)
     for axes, (method, rows) in zip(panels, refreshed.items(), strict=True):
         steps = [row["step"] for row in rows]
@@ -314,59 +295,3 @@ def _eigenvalues_caption(files: Files) -> str:
         "of stable steps in undamped directions; dotted: (2 + 2β)/(γ lr), the limit in damped ones (none where γ = 0); "
         "β is the momentum. Small samples overestimate the curvature of the whole training loss."
     )
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-bottom: 0.3rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #1a1a1a; } tr.first td { border-top: 1px solid #bbb; }
-.text { text-align: left; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-figcaption, .caption { color: #444; font-size: 0.88rem; }
-pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; font-size: 0.82rem; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<h2>Results</h2>
-{%- for table in tables %}
-<h3>{{ table.title }}</h3>
-<div class="scroll"><table>
-<thead><tr>
-{%- for name in table.header %}
-<th scope="col"{% if name in text_columns %} class="text"{% endif %}>{{ name }}</th>
-{%- endfor %}
-</tr></thead>
-<tbody>
-{%- for row in table.rows %}
-<tr{% if row[0] %} class="first"{% endif %}>
-{%- for cell in row %}
-<td{% if table.header[loop.index0] in text_columns %} class="text"{% endif %}>{{ cell }}</td>
-{%- endfor %}
-</tr>
-{%- endfor %}
-</tbody>
-</table></div>
-{%- endfor %}
-<p class="caption">{{ caption }}</p>
-{%- for picture in pictures %}
-<h2>{{ picture.name.replace("-", " ").capitalize() }}</h2>
-<figure><img src="data:image/png;base64,{{ picture.data }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
-{%- endfor %}
-<h2>Configuration</h2>
-<pre>{{ config }}</pre>
-<h2>Environment</h2>
-<pre>{{ environment }}</pre>
-</body>
-</html>
-"""

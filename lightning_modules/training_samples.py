@@ -54,10 +54,15 @@ def training_samples(
         return trainer.strategy.batch_to_device(batch), len(indices)
 
     with untouched(device=module.device):  # transforms and augmentation draw random numbers
-        torch.manual_seed(seed % 2**63)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_generators(seed)
         return [batch_of(chosen[part]) for part in parts(len(chosen))]
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch, on every device, of Python and of NumPy."""
+    torch.manual_seed(seed % 2**63)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def in_batches(size: int) -> Callable[[int], list[slice]]:
