@@ -23,7 +23,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 from nsgd.alarm import Alarm, jump
 from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
-from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split
+from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split, vector_dtype
 from nsgd.low_rank import Which
 from nsgd.options import COUNTERS, SHARED, Estimator, check_options, damping_options
 from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
@@ -206,7 +206,7 @@ class Damped(Optimizer):
             return estimate
         last = None
         if first["weights"] and alike and all(p in self._directions for p in params):
-            vectors = torch.cat([rows(self._directions[p]).to(estimate[1]) for p in params], dim=1)  # (r, P)
+            vectors = self.directions(params).to(estimate[1])
             if bool(vectors.isfinite().all()):
                 weights = torch.tensor(first["weights"], dtype=torch.float64)
                 last = Average(weights, vectors, first["averaged"], first["trace"])
@@ -358,6 +358,18 @@ class Damped(Optimizer):
     def weights(self) -> tuple[float, ...]:
         """Weights of the directions in the running average, descending: estimates of curvature, not eigenvalues."""
         return tuple(self.param_groups[0]["weights"])
+
+    def directions(self, params: Iterable[Tensor]) -> Tensor:
+        """The directions along these parameters, (r, P), in the order of the weights; zero along parameters without.
+
+        Orthonormal where the parameters are all those that have directions; r is 0 before the first refresh. Costs a
+        copy of the basis.
+        """
+        params = list(params)
+        count = len(next(iter(self._directions.values()), ()))
+        blocks = [self._directions[p] if p in self._directions else p.new_zeros(count, p.numel()) for p in params]
+        dtype, device = vector_dtype(params), params[0].device
+        return torch.cat([rows(block).to(device=device, dtype=dtype) for block in blocks], dim=1)
 
     @property
     def overlap(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,14 @@ def stability_limit(*, lr: float, momentum: float = 0.0, gamma: float = 1.0, sin
 
 
 def damped_sharpness(
-    hvp: HVP, params: Iterable[Tensor], directions: Tensor, *, gamma: float, tol: float = 1e-3, seed: int = 0
+    hvp: HVP,
+    params: Iterable[Tensor],
+    directions: Tensor,
+    *,
+    gamma: float,
+    max_hvps: int | None = None,
+    tol: float = 1e-3,
+    seed: int = 0,
 ) -> Eigenpairs:
     """The sharpness that a damped step feels: the top eigenpair of M^(1/2) H M^(1/2), M = I - (1 - gamma) V^T V.
 
@@ -161,6 +169,7 @@ def damped_sharpness(
         params: The parameters.
         directions: V, orthonormal, (k, P).
         gamma: Factor on the step along them, 0 or more.
+        max_hvps: As in :func:`nsgd.top_eigenpairs`.
         tol: As in :func:`nsgd.top_eigenpairs`.
         seed: Of the starting vector.
     """
@@ -170,7 +179,8 @@ def damped_sharpness(
     def root(vector: Tensor) -> Tensor:
         return vector - factor * ((directions @ vector) @ directions)
 
-    return top_eigenpairs(lambda v: root(hvp(root(v))), params, k=1, tol=tol, seed=seed, repeated=False)
+    options: dict[str, Any] = {"max_hvps": max_hvps, "tol": tol, "seed": seed, "repeated": False}
+    return top_eigenpairs(lambda v: root(hvp(root(v))), params, k=1, **options)
 
 
 def random_direction(params: Iterable[Tensor], *, seed: int) -> Tensor:
