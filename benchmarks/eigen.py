@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from lightning_modules.compare import read_csv, write_csv
 from lightning_modules.nets import resnet, vision_transformer
+from lightning_modules.rows import read_csv, write_csv
 from nsgd import Eigenpairs, sample_losses, top_eigenpairs
 from nsgd.low_rank import low_rank
 from nsgd.samples import gradient_moment

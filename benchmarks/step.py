@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import profile
 
-from lightning_modules.compare import write_csv
 from lightning_modules.nets import make_net
+from lightning_modules.rows import write_csv
 from nsgd import NSGD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

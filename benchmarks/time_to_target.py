@@ -4,7 +4,8 @@ Trains a CNN of 25,578 parameters on 12,000 CIFAR-10 images, and a ResNet-32 wit
 16 x 16 pixels, at batch 128 and at 1,024. The learning rate of every method is tuned on one grid by the final training
 loss of a seed of its own; then every method runs on five paired seeds. The targets are, seed by seed, the final
 training loss and the best validation accuracy of tuned SGD with momentum. A gradient is one forward and backward pass
-on a training batch; refreshes are counted in, evaluation is not.
+on a training batch; refreshes are counted in, evaluation is not. Seconds are the processor's, so that what else runs
+on the machine does not count as waiting.
 
     python benchmarks/time_to_target.py --data PATH_OR_HUB_NAME    # hours; writes benchmarks/results/time_to_target.csv
     python benchmarks/time_to_target.py --smoke                    # seconds, on digits, writes nothing

@@ -23,7 +23,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 
 from nsgd.alarm import Alarm, jump
 from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
-from nsgd.hessian import Closure, Losses, check_params, loss_hessian, split, vector_dtype
+from nsgd.hessian import Closure, Losses, check_params, is_finite, loss_hessian, split, vector_dtype
 from nsgd.low_rank import Which
 from nsgd.options import COUNTERS, SHARED, Estimator, check_options, damping_options
 from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
@@ -207,7 +207,7 @@ class Damped(Optimizer):
         last = None
         if first["weights"] and alike and all(p in self._directions for p in params):
             vectors = self.directions(params).to(estimate[1])
-            if bool(vectors.isfinite().all()):
+            if is_finite(vectors):
                 weights = torch.tensor(first["weights"], dtype=torch.float64)
                 last = Average(weights, vectors, first["averaged"], first["trace"])
         now = follow(last, estimate, decay=decay, k=first["k"], which=which)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,15 +16,21 @@ Which = Literal["LA", "LM", "SA"]
 _NEGLIGIBLE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
+# Between these, float32 holds the squares of the largest entries and sums of a billion of them.
+_SAFE = (1e-12, 1e12)
+
+
 @full_precision
-def low_rank(weights: Tensor, vectors: Tensor, *, k: int, which: Which = "LA") -> tuple[Tensor, Tensor]:
+def low_rank(
+    weights: Tensor, vectors: Tensor | Sequence[Tensor], *, k: int, which: Which = "LA"
+) -> tuple[Tensor, Tensor]:
     """Top k eigenpairs of the sum of ``weights[i] * outer(vectors[i], vectors[i])``, without forming it.
 
-    An eigenproblem of size m and two passes over the vectors: no Hessian-vector product.
+    An eigenproblem of size m and two passes over the vectors: no Hessian-vector product, and no copy of them.
 
     Args:
         weights: (m,), of either sign.
-        vectors: (m, P), neither normalised nor orthogonal.
+        vectors: (m, P), neither normalised nor orthogonal; or several of these, m rows in all.
         k: Number of pairs wanted.
         which: The end of the spectrum, as in :func:`nsgd.top_eigenpairs`.
 
@@ -31,29 +38,60 @@ def low_rank(weights: Tensor, vectors: Tensor, *, k: int, which: Which = "LA") -
         Eigenvalues (r,), float64 on the CPU and descending, and orthonormal eigenvectors (r, P), with r the smaller
         of k and the rank of the sum.
     """
-    roots = weights.abs().sqrt()
-    lengths = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).cpu() * roots.cpu().double()  # (m,)
-    longest = float(lengths.max())
+    parts = [vectors] if isinstance(vectors, Tensor) else list(vectors)
+    parts, scale = _in_range(parts)
+    weights = weights.cpu().double() * scale**2
+    roots = weights.abs().sqrt()  # (m,)
+    gram = _gram(parts) * roots[:, None] * roots
+    longest = float(gram.diagonal().max())
     if longest == 0:
-        return torch.empty(0, dtype=torch.float64), vectors[:0]
-    # (m, P): the sum is scaled^T signs scaled, times longest^2. Squares of very large or small ones leave float32.
-    scaled = vectors * (roots.double() / longest).to(vectors)[:, None]
-    negligible = _NEGLIGIBLE[vectors.dtype]
-    squares, mixing = torch.linalg.eigh((scaled @ scaled.T).cpu().double())
+        return torch.empty(0, dtype=torch.float64), parts[0][:0]
+    negligible = _NEGLIGIBLE[parts[0].dtype]
+    squares, mixing = torch.linalg.eigh(gram / longest)
     kept = squares > negligible * squares.max()
     lengths, mixing = squares[kept].sqrt(), mixing[:, kept]  # (r,), (m, r)
-    signs = weights.sign().to(mixing)
-    inner = lengths[:, None] * (mixing.T @ (signs[:, None] * mixing)) * lengths  # (r, r), in orthonormal coordinates
+    inner = lengths[:, None] * (mixing.T @ (weights.sign()[:, None] * mixing)) * lengths  # orthonormal coordinates
     values, coordinates = torch.linalg.eigh(inner)
     chosen = wanted(values, min(k, len(values)), which)
     chosen = chosen[values[chosen].abs() > negligible]  # of 1, about: terms of either sign may cancel
-    rows = ((mixing / lengths) @ coordinates[:, chosen]).T.to(vectors) @ scaled  # (r, P)
-    return values[chosen] * longest**2, _orthonormal(rows)
+    mixture = ((mixing / lengths) @ coordinates[:, chosen]).T * (roots / longest**0.5)  # (r, m)
+    cuts = mixture.to(parts[0]).split([len(part) for part in parts], dim=1)
+    rows = cuts[0] @ parts[0]
+    for cut, part in zip(cuts[1:], parts[1:], strict=True):
+        rows.addmm_(cut, part)
+    return values[chosen] * longest, _orthonormal(rows)
+
+
+@full_precision
+def squared_lengths(vectors: Tensor) -> Tensor:
+    """Squared lengths of rows (m, P): (m,), float64 on the CPU."""
+    (safe,), scale = _in_range([vectors])
+    # Not in float64, for which torch's norm takes twenty times as long.
+    lengths: Tensor = torch.linalg.vector_norm(safe, dim=1)
+    return lengths.cpu().double().square() * scale**2
+
+
+def _in_range(parts: list[Tensor]) -> tuple[list[Tensor], float]:
+    """Vectors whose squares float32 holds, and what they have to be multiplied by: themselves and 1, but for few."""
+    largest = max((float(bound.abs()) for part in parts if part.numel() for bound in torch.aminmax(part)), default=0.0)
+    if largest == 0 or _SAFE[0] < largest < _SAFE[1]:
+        return parts, 1.0
+    return [part / largest for part in parts], largest
+
+
+def _gram(parts: list[Tensor]) -> Tensor:
+    """Inner products of all rows, (m, m), float64 on the CPU."""
+    blocks = [[(one @ other.T).cpu().double() for other in parts[: i + 1]] for i, one in enumerate(parts)]
+    upper = [[blocks[j][i].T if j > i else blocks[i][j] for j in range(len(parts))] for i in range(len(parts))]
+    return torch.cat([torch.cat(row, dim=1) for row in upper])
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """The orthonormal rows closest to rows that are so but for rounding."""
-    squares, mixing = torch.linalg.eigh((rows @ rows.T).cpu().double())
+    """The orthonormal rows closest to rows that are so but for rounding; themselves where that is close enough."""
+    gram = (rows @ rows.T).cpu().double()
+    if float((gram - torch.eye(len(rows))).abs().max()) < _NEGLIGIBLE[rows.dtype]:
+        return rows
+    squares, mixing = torch.linalg.eigh(gram)
     whitening: Tensor = ((mixing / squares.sqrt()) @ mixing.T).to(rows)
     return whitening @ rows
 

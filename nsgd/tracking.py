@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsgd.low_rank import Which, low_rank
+from nsgd.low_rank import Which, low_rank, squared_lengths
 
 Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P): a sum of weighted outer products
 
@@ -52,7 +52,7 @@ def average(old: Estimate, new: Estimate, *, decay: float, k: int, which: Which 
     """Rank-k part of ``decay * old + (1 - decay) * new``, each given as weights (m,) and vectors (m, P)."""
     (old_weights, old_vectors), (new_weights, new_vectors) = old, new
     weights = torch.cat([decay * old_weights.cpu().double(), (1 - decay) * new_weights.cpu().double()])
-    return low_rank(weights, torch.cat([old_vectors, new_vectors]), k=k, which=which)
+    return low_rank(weights, [old_vectors, new_vectors], k=k, which=which)
 
 
 def clipped(new: Estimate, usual: float) -> tuple[Estimate, float]:
@@ -76,5 +76,4 @@ def clipped(new: Estimate, usual: float) -> tuple[Estimate, float]:
 def trace(estimate: Estimate) -> float:
     """Sum of the sizes of its outer products, weight times squared length."""
     weights, vectors = estimate
-    squares = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).square()
-    return float((weights.abs().to(squares) * squares).sum())
+    return float((weights.cpu().double().abs() * squared_lengths(vectors)).sum())

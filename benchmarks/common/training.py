@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from common import Data, small_cnn
-from lightning_modules.compare import read_csv, write_csv
 from lightning_modules.nets import resnet
+from lightning_modules.rows import read_csv, write_csv
 from nsgd import NSGD, sample_losses
 
 SAMPLES = 32  # of the running batch, one by one, give the directions
@@ -95,7 +95,7 @@ def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[
         for i in range(batches):
             chosen = shuffled[i * case.batch : (i + 1) * case.batch]
             x, y = data.images[chosen], data.labels[chosen]
-            started = time.perf_counter()
+            started = time.process_time()
             optimizer.zero_grad()
             loss = loss_of(x, y)
             if isinstance(optimizer, NSGD):
@@ -104,7 +104,7 @@ def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[
             else:
                 loss.backward()
             optimizer.step()
-            spent += time.perf_counter() - started
+            spent += time.process_time() - started
             step += 1
             jumps.note(float(loss.detach()))
             if (i + 1) % every == 0:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsgd import sample_losses
-from nsgd.hessian import check_params, loss_hessian
+from nsgd.hessian import check_params, is_finite, loss_hessian
 
 
 def one(value=1.0):
@@ -154,3 +154,18 @@ def test_another_error_of_torch_passes_unchanged():
 
     with pytest.raises(RuntimeError, match=r"^something else$"), loss_hessian(closure, [weight]):
         pass
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([1.0, 2.0], True),
+        ([3e38, 3e38], True),  # the sum overflows
+        ([1.0, float("nan")], False),
+        ([float("inf"), 1.0], False),
+        ([float("inf"), float("-inf")], False),
+        ([], True),
+    ],
+)
+def test_finite_is_what_every_entry_is(entries, expected):
+    assert is_finite(torch.tensor(entries)) is expected

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from nsgd import sample_losses
-from nsgd.low_rank import low_rank
+from nsgd.low_rank import low_rank, squared_lengths
 from nsgd.samples import gradient_moment
 from nsgd.tracking import average
 
@@ -95,6 +95,25 @@ def test_rounding_adds_no_directions_where_there_are_many_entries(rank):
     values, rows = low_rank(torch.full((16,), 1 / 16), vectors, k=10)
     torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-4)
     assert len(values) == rank
+
+
+@pytest.mark.parametrize("case", SUMS)
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_vectors_may_come_in_several_parts(case, cut):
+    weights, vectors = of(case)
+    cut = min(cut, len(vectors))
+    whole = low_rank(weights, vectors, k=4)
+    parts = low_rank(weights, [vectors[:cut], vectors[cut:]], k=4)
+    assert torch.allclose(parts[0], whole[0], rtol=0, atol=1e-12 * float(whole[0].abs().max()))
+    agrees(parts, dense(*SUMS[case]), 4, "LA")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-9, 1.0, 1e9, 1e30])
+def test_squared_lengths_of_float32_rows_are_those_in_float64(scale):
+    vectors = torch.from_numpy(draw(5, 1000)) * scale
+    found, exact = squared_lengths(vectors.float()), vectors.float().double().square().sum(1)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, exact, rtol=1e-5)  # a sum of 1000 squares in float32
 
 
 def test_a_sum_of_nothing_has_no_directions():

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from nsgd.trajectory.escape import (
+    Channel,
     DoubleWell,
     Escapes,
     escape_time,
     excess_loss,
     gibbs_mass,
+    gibbs_mean,
     laplace_mass,
     passage_time,
     simulate,
@@ -67,6 +69,53 @@ def test_the_double_well_has_the_minima_and_curvatures_that_it_says(skew):
     np.testing.assert_allclose(
         np.gradient(well(grid), grid)[1:-1], well.gradient(torch.from_numpy(grid)).numpy()[1:-1], atol=2e-3
     )
+
+
+def test_the_double_well_is_the_same_of_arrays_and_of_tensors():
+    grid = np.linspace(-2, 3, 101)
+    np.testing.assert_allclose(WELL(torch.from_numpy(grid)).numpy(), WELL(grid), rtol=1e-13, atol=1e-13)
+
+
+def test_the_channel_has_the_gradient_and_the_hessians_that_it_says():
+    channel = Channel(WELL, walls=40.0)
+    points = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (slope,) = torch.autograd.grad(channel(points).sum(), points)
+    torch.testing.assert_close(channel.gradient(points), slope, rtol=1e-10, atol=1e-10)
+    for x in (SHARP, 0.0, FLAT):
+        point = torch.tensor([x, 0.0], dtype=torch.float64)
+        hessian = torch.autograd.functional.hessian(lambda p: channel(p[None])[0], point)
+        wanted = torch.tensor([WELL.curvature(x), float(channel.across(np.asarray(x)))], dtype=torch.float64)
+        torch.testing.assert_close(hessian, torch.diag(wanted), rtol=1e-9, atol=1e-9)
+    assert float(channel.across(np.asarray(0.0))) == 40
+    assert channel.across(np.asarray(SHARP)) > 40 > channel.across(np.asarray(FLAT))
+
+
+def test_the_marginal_of_the_channel_is_what_integrating_over_y_leaves():
+    channel, heat = Channel(WELL, walls=40.0), 0.2
+    xs, ys = np.linspace(-1.5, 2.0, 7), np.linspace(-2, 2, 4001)
+    places = torch.from_numpy(np.stack(np.meshgrid(xs, ys, indexing="ij"), axis=-1).reshape(-1, 2))
+    values = channel(places).numpy().reshape(len(xs), len(ys))
+    weights = np.exp(-values / heat)
+    wanted = -heat * np.log(weights.sum(1))
+    found = channel.marginal(temperature=heat)(xs)
+    np.testing.assert_allclose(found - found[0], wanted - wanted[0], atol=1e-9)
+    means = (weights * values).sum(1) / weights.sum(1)
+    np.testing.assert_allclose(channel.mean_loss(temperature=heat)(xs), means, rtol=1e-9)
+
+
+def test_at_a_finite_rate_the_marginal_pushes_as_the_variance_of_discrete_sgd_does():
+    """-d/dx of it is the mean over y of the force along x, with mean y^2 = T / (h (1 - rate h / 2)) of the iteration."""
+    channel, heat, rate = Channel(WELL, walls=40.0), 0.2, 0.02
+    for x in (SHARP, -0.3, 0.8):
+        h, variance = float(channel.across(np.asarray(x))), 0.0
+        for _ in range(2000):
+            variance = (1 - rate * h) ** 2 * variance + 2 * rate * heat
+        place = torch.tensor([[x, math.sqrt(variance)]], dtype=torch.float64)
+        step = 1e-5
+        ends = channel.marginal(temperature=heat, rate=rate)(np.array([x - step, x + step]))
+        assert float(channel.gradient(place)[0, 0]) == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-6)
+        mean = float(channel.mean_loss(temperature=heat, rate=rate)(np.array([x]))[0])
+        assert float(channel(place)[0]) == pytest.approx(mean, rel=1e-9)
 
 
 # -- times ---------------------------------------------------------------------------------------------------
@@ -158,6 +207,12 @@ def test_the_price_is_the_stationary_loss_of_discrete_sgd():
     assert found == pytest.approx(float((curvatures * variances).sum() / 2), rel=1e-9)
 
 
+def test_the_mean_of_a_quantity_is_that_of_the_gaussian():
+    options = {"edges": np.array([-9.0, 0.0, 9.0]), "temperature": 0.5}
+    assert gibbs_mean(lambda x: 2 * x**2, lambda x: 2 * x**2, **options) == pytest.approx(0.25, rel=1e-9)  # T / 2
+    assert gibbs_mean(lambda x: 2 * x**2, lambda x: (x - 1) ** 2, **options) == pytest.approx(1.125, rel=1e-9)
+
+
 # -- walkers -------------------------------------------------------------------------------------------------
 
 
@@ -175,16 +230,77 @@ def test_walkers_are_those_of_their_seed_and_global_random_state_is_left():
 
 
 def test_the_mean_counts_those_that_have_not_arrived():
-    found = Escapes(torch.tensor([10, -1, 30, -1]), taken=100)
+    found = Escapes(torch.tensor([10, -1, 30, -1]), taken=100, ends=torch.zeros(4, 1))
     assert found.reached == 0.5
     assert found.mean == 240 / 2
     assert found.standard_error == pytest.approx(120 / math.sqrt(2))
-    assert Escapes(torch.tensor([-1, -1]), taken=100).mean == math.inf
+    assert Escapes(torch.tensor([-1, -1]), taken=100, ends=torch.zeros(2, 1)).mean == math.inf
+
+
+def test_walkers_end_where_they_arrived_or_after_the_last_step():
+    start = torch.tensor([[1.0, 2.0], [8.0, -4.0]], dtype=torch.float64)
+    options = {"lr": 0.5, "noise": 0.0, "batch_size": 1, "steps": 3}
+    found = simulate(lambda x: x, start, lambda x: x[:, 0] <= 0.5, **options)  # halved in each step
+    assert found.steps.tolist() == [1, -1]
+    torch.testing.assert_close(found.ends, torch.tensor([[0.5, 1.0], [1.0, -0.5]], dtype=torch.float64))
+
+
+def test_a_matrix_scales_the_step_and_its_noise_along_a_direction():
+    """Along v the walker moves gamma times as fast and is shaken gamma times as much; across v as ever."""
+    v, gamma = torch.tensor([0.6, 0.8], dtype=torch.float64), 0.25
+    matrix = torch.eye(2, dtype=torch.float64) - (1 - gamma) * torch.outer(v, v)
+    start = torch.tensor([[1.0, 2.0]], dtype=torch.float64).expand(3, -1)
+    curvature = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    options = {"lr": 0.1, "noise": 2.0, "batch_size": 3, "steps": 1, "seed": 4}
+    never = {"goal": lambda x: torch.zeros(len(x), dtype=torch.bool), **options}
+    plain = simulate(lambda x: x @ curvature, start, **never).ends - start
+    scaled = simulate(lambda x: x @ curvature, start, scale=matrix, **never).ends - start
+    torch.testing.assert_close(scaled @ v, gamma * (plain @ v))
+    across = torch.tensor([-0.8, 0.6], dtype=torch.float64)
+    torch.testing.assert_close(scaled @ across, plain @ across)
+    factors = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    one, two = (simulate(lambda x: x, start, scale=s, **never).ends for s in (factors, torch.diag(factors)))
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_simulated_sgd_leaves_the_channel_as_its_marginal_says(gamma):
+    """Scaling the step across it leaves the way out as it is, but for what y does to x: 12 % here."""
+    channel, lr, noise, batch_size = Channel(WELL, walls=40.0), 0.01, 1000.0, 10
+    heat = temperature(lr=lr, noise=noise, batch_size=batch_size)
+    found = simulate(
+        channel.gradient,
+        torch.tensor([[SHARP, 0.0]]).expand(4000, -1),
+        lambda x: x[:, 0] >= FLAT,
+        lr=lr,
+        noise=noise,
+        batch_size=batch_size,
+        steps=20_000,
+        scale=torch.tensor([1.0, gamma]),
+    )
+    potential = channel.marginal(temperature=gamma * heat, rate=gamma * lr)
+    wanted = passage_time(potential, start=SHARP, end=FLAT, far=-3.0, temperature=heat) / lr
+    assert found.reached == 1
+    assert abs(found.mean - wanted) < 3 * found.standard_error + 0.02 * wanted  # y is not infinitely fast, nor lr 0
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: Channel(walls=0.0), "expected walls above 0, got 0"),
+        (
+            lambda: simulate(
+                torch.zeros_like,
+                torch.zeros(3, 2),
+                lambda x: x[:, 0] > 1,
+                lr=0.1,
+                noise=1.0,
+                batch_size=1,
+                steps=1,
+                scale=torch.ones(3),
+            ),
+            r"scale of shape \(2,\) or \(2, 2\), got \(3,\)",
+        ),
         (lambda: DoubleWell(skew=1.0), r"a barrier above 0 and a skew in \[0, 1\), got 1 and 1"),
         (lambda: passage_time(WELL, start=0.0, end=1.0, far=2.0, temperature=0.1), "start between far and end"),
         (
