@@ -22,7 +22,7 @@ class Classifier(pl.LightningModule):
     Without an optimizer from the command line it trains with NSGD at its defaults.
 
     Args:
-        net: Name of the network: mlp, simple-cnn (the paper's) or simple-cnn-root (smaller).
+        net: Name of the network: mlp, simple-cnn (the paper's), simple-cnn-root (smaller) or resnet-20.
         input_shape: Channels, height and width of an image; on the command line taken from the data.
         num_classes: Number of classes; on the command line taken from the data.
         lr: Learning rate of the default optimizer.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NetName = Literal["mlp", "simple-cnn", "simple-cnn-root"]
+NetName = Literal["mlp", "simple-cnn", "simple-cnn-root", "resnet-20"]
 
 
 def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
@@ -155,11 +155,14 @@ def make_net(name: NetName, input_shape: Sequence[int], num_classes: int) -> nn.
     Raises:
         ValueError: If the name is unknown, or the images are too small for the network.
     """
-    sizes: dict[str, dict[str, Any]] = {"simple-cnn-root": {"widths": (32, 64), "kernel_size": 3}}
     if name not in get_args(NetName):
         raise ValueError(f"expected net to be one of {', '.join(get_args(NetName))}, got {name!r}")
-    factory = mlp if name == "mlp" else simple_cnn
-    return factory(input_shape, num_classes, **sizes.get(name, {}))
+    if name == "mlp":
+        return mlp(input_shape, num_classes)
+    if name == "resnet-20":
+        return resnet(input_shape, num_classes)
+    sizes: dict[str, Any] = {"widths": (32, 64), "kernel_size": 3} if name == "simple-cnn-root" else {}
+    return simple_cnn(input_shape, num_classes, **sizes)
 
 
 def _glorot(net: nn.Sequential) -> nn.Sequential:

@@ -38,6 +38,13 @@ def dense(inputs: int, outputs: int) -> int:
             conv(3, 32, 3) + conv(32, 32, 3) + conv(32, 64, 3) + conv(64, 64, 3)
             + dense(64 * 8 * 8, 128) + dense(128, 10),
         ),
+        (  # 269,722: 19 convolutions without bias, as many BatchNorm layers, one dense layer
+            "resnet-20",
+            (3, 32, 32),
+            10,
+            9 * (3 * 16 + 6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64)
+            + 2 * (7 * 16 + 6 * 32 + 6 * 64) + dense(64, 10),
+        ),
         (  # odd sides are rounded down
             "simple-cnn-root",
             (1, 9, 7),
@@ -85,7 +92,7 @@ def test_images_too_small_for_the_poolings_are_refused(shape):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="expected net to be one of mlp, simple-cnn, simple-cnn-root, got 'resnet'"):
+    with pytest.raises(ValueError, match="expected net to be one of mlp, simple-cnn, simple-cnn-root, resnet-20, got 'resnet'"):
         make_net("resnet", (3, 32, 32), 10)
 
 
