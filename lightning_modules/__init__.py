@@ -1,9 +1,23 @@
-"""Lightning modules around NSGD: a callback for any LightningModule, data, networks, and the `nsgd` command."""
+"""Lightning modules around NSGD: callbacks for any LightningModule, data, networks, and the `nsgd` command."""
 
 from lightning_modules.averages import ReadOuts as ReadOuts
+from lightning_modules.callbacks import AveragingExperiment as AveragingExperiment
+from lightning_modules.callbacks import BatchQuadratic as BatchQuadratic
+from lightning_modules.callbacks import SharpnessMonitor as SharpnessMonitor
+from lightning_modules.callbacks import ValleyWalk as ValleyWalk
 from lightning_modules.callbacks.refresh import RefreshDirections as RefreshDirections
 from lightning_modules.classifier import Classifier as Classifier
 from lightning_modules.data import Digits as Digits
 from lightning_modules.data import HuggingFace as HuggingFace
 
-__all__ = ["Classifier", "Digits", "HuggingFace", "ReadOuts", "RefreshDirections"]
+__all__ = [
+    "AveragingExperiment",
+    "BatchQuadratic",
+    "Classifier",
+    "Digits",
+    "HuggingFace",
+    "ReadOuts",
+    "RefreshDirections",
+    "SharpnessMonitor",
+    "ValleyWalk",
+]

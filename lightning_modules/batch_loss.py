@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
@@ -129,13 +131,17 @@ def _is_own(value: Any) -> bool:
 
 
 def _container(value: Any) -> Any:
-    """A copy of a Python container and of those inside; everything else is itself."""
+    """A copy of a Python container and of those inside, and of a generator; everything else is itself."""
     if type(value) is list:
         return [_container(item) for item in value]
     if type(value) in (dict, defaultdict, OrderedDict):
         copied = copy.copy(value)
         copied.update((key, _container(item)) for key, item in value.items())
         return copied
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
+        return copy.deepcopy(value)
     return copy.copy(value) if type(value) in (set, deque) else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,14 @@ def seed_generators(seed: int) -> None:
 
 
 def in_batches(size: int) -> Callable[[int], list[slice]]:
-    """Ranges of so many samples each; the last may be short."""
-    return lambda count: [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    """Ranges of at most so many samples each, as equal as they can be: BatchNorm cannot do with one that is left."""
+
+    def parts(count: int) -> list[slice]:
+        number = -(-count // size)
+        bounds = [round(i * count / number) for i in range(number + 1)]
+        return [slice(start, end) for start, end in pairwise(bounds)]
+
+    return parts
 
 
 def _of_a_stream(loader: Any) -> str:

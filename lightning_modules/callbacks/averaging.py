@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -28,11 +29,12 @@ class AveragingExperiment(Measurement):
     gain of two points against their spacing, measured and predicted. The weights are put back, and so is all else.
 
     Args:
-        samples: Evaluation samples, and samples of a batch; None for as many as the overhead pays, 16 to 512.
+        samples: Evaluation samples, and samples of a batch; None for as many as the overhead pays, from 16 up to the
+            running batch or 512.
         overhead: Gradients that measuring may cost for each gradient of training, refreshes not counted.
         steps: Steps of SGD at the constant rate, 8 or more; each schedule takes as many.
-        lr: Its learning rate; None for that of the optimizer, or less where the curvature along the first gradient
-            would make it diverge.
+        lr: Its learning rate; None for the largest that the optimizer had, or less where the curvature along the first
+            gradient would make it diverge.
         path: The CSV file; None for averaging.csv in the folder of the logger, or in ``default_root_dir``.
         seed: Draws the samples.
     """
@@ -55,6 +57,7 @@ class AveragingExperiment(Measurement):
         if lr is not None and not 0 < lr < math.inf:
             raise ValueError(f"expected lr to be a finite number above 0, or None, got {lr}")
         self.steps, self.lr = steps, lr
+        self._largest = 0.0  # learning rate so far
 
     def weights(self) -> dict[str, Tensor]:
         """Weights of the iterates in each average, (steps + 1,)."""
@@ -68,14 +71,21 @@ class AveragingExperiment(Measurement):
         """Spacings of the two points whose gain is measured: powers of two up to the steps."""
         return [2**i for i in range(self.steps.bit_length()) if 2**i <= self.steps]
 
-    def price(self) -> float:
+    def price(self, product: int) -> float:
         """Gradients of the experiment on as many samples as a training batch has."""
         runs = 1 + len(self.weights())
-        return 3 + runs * self.steps + (2 * runs - 1) / 3 + 4 * len(self.spacings())
+        return 1 + product + runs * self.steps + (2 * runs - 1) / 3 + (2 + product) * len(self.spacings())
 
     def is_due(self, step: int) -> bool:
         """Not while training goes on."""
         return False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the learning rate: schedules may end at 0."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._largest = max(self._largest, float(trainer.optimizers[0].param_groups[0]["lr"]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the experiment."""
@@ -90,14 +100,14 @@ class AveragingExperiment(Measurement):
         count = sum(n for _, n in self.evaluation)
         # In the order of the steps, the same for every schedule; samples may come back in later batches.
         batches = [self.draw(trainer, module, count, seed=self.seed + 1 + i)[:1] for i in range(self.steps)]
-        step, lr = trainer.global_step, self._rate(trainer, loss_of, batches[0], params)
+        step, lr = trainer.global_step, self._rate(loss_of, batches[0], params)
         self.note(step, "lr", lr)
         try:
             self._experiment(step, loss_of, params, start, batches, lr)
         finally:
             _assign(params, start)
 
-    def _rate(self, trainer: pl.Trainer, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> float:
+    def _rate(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> float:
         if self.lr is not None:
             return self.lr
         with loss_hessian(self.curvature_loss(loss_of, batch), params) as hessian:
@@ -105,7 +115,7 @@ class AveragingExperiment(Measurement):
             curvature = float(torch.dot(gradient, hessian.hvp(gradient)))
             self.spend(hessian.cost(1), batch)
         own = OwnBatch(0.0, float(torch.dot(gradient, gradient)), curvature)
-        return min(float(trainer.optimizers[0].param_groups[0]["lr"]), own.best_rate)
+        return min(self._largest, own.best_rate)
 
     def _branch(
         self, loss_of: LossOf, batches: list[Parts], params: list[nn.Parameter], rates: Tensor
@@ -134,7 +144,9 @@ class AveragingExperiment(Measurement):
         averages = {name: torch.zeros_like(start) for name in weights}
         before: dict[int, Tensor] = {}  # spacing to the iterate so many steps before the last
         last = start
-        for t, last in enumerate(self._branch(loss_of, batches, params, torch.full((self.steps,), lr))):
+        for t, last in enumerate(
+            self._branch(loss_of, batches, params, torch.full((self.steps,), lr, dtype=torch.float64))
+        ):
             for name, average in averages.items():
                 average.add_(last, alpha=float(weights[name][t]))
             if self.steps - t in self.spacings():
@@ -148,7 +160,6 @@ class AveragingExperiment(Measurement):
 
         note("last", last)
         for name, average in averages.items():
-            _assign(params, start)
             *_, scheduled = self._branch(loss_of, batches, params, lr * tail_sums(weights[name]))
             note(name, average)
             note(f"{name}, schedule", scheduled)
@@ -169,6 +180,15 @@ class AveragingExperiment(Measurement):
         predicted = mean - two_point_loss([late, early], curvature=curvature)
         self.note(step, "predicted two-point gain", predicted, at=spacing)
         self.note(step, "squared distance", torch.dot(difference, difference), at=spacing)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, and the largest learning rate."""
+        return {**super().state_dict(), "largest": self._largest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with saved rows."""
+        super().load_state_dict(state_dict)
+        self._largest = state_dict["largest"]
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ def plan(
     length: int,
     overhead: float,
     batch: int,
+    most: int,
 ) -> Plan:
     """Spread measurements over a run so that they cost no more than an overhead, on as many samples as that pays.
 
@@ -54,16 +55,18 @@ def plan(
         steps: Optimizer steps of the run.
         price: Gradients of a measurement on as many evaluation samples as a training batch has.
         fixed: Gradients of a measurement that no number of samples changes.
-        samples: Evaluation samples, or None for 16 to 512.
+        samples: Evaluation samples, or None for 16 or more.
         times: Measurements that are wanted.
         length: Steps that one extends over.
         overhead: Gradients a step that they may cost.
         batch: Samples of a training batch.
+        most: Evaluation samples where the overhead would pay more.
     """
-    least = fixed + price * (samples or _LEAST) / batch
-    times = max(1, min(times, int(overhead * steps / least)))
+    fewest = min(_LEAST, most) if samples is None else samples
+    times = min(times, int(overhead * steps / (fixed + price * fewest / batch)), int(steps) // length)
+    times = max(1, times)
     if samples is None:
-        samples = min(max(_LEAST, int((overhead * steps / times - fixed) / price * batch)), _MOST)
+        samples = min(max(fewest, int((overhead * steps / times - fixed) / price * batch)), most)
     last = max(0, int(steps) - length)
     starts = {round(last * i / (times - 1)) for i in range(times)} if times > 1 else {last // 2}
     return Plan(sorted(starts), samples)
@@ -78,7 +81,7 @@ class Measurement(pl.Callback):
     is, and its value.
 
     Args:
-        samples: Evaluation samples; None for as many as the overhead pays, 16 to 512.
+        samples: Evaluation samples; None for as many as the overhead pays, from 16 up to the running batch or 512.
         every: Optimizer steps from the beginning of one measurement to that of the next, also where they cost more
             than the overhead; None to spread them over the run.
         overhead: Gradients that measuring may cost for each gradient of training, refreshes not counted.
@@ -94,6 +97,7 @@ class Measurement(pl.Callback):
     name: ClassVar[str]
     times: ClassVar[int]  # measurements in a run, if the overhead pays them
     length = 1  # optimizer steps that one extends over
+    fresh = 0  # training batches that one draws
 
     def __init__(
         self,
@@ -115,17 +119,21 @@ class Measurement(pl.Callback):
         self.planned: Plan | None = None
         self._batch_size = 1  # samples of a gradient, accumulation included
         self.evaluation: Parts = []
-        self._begun, self._begun_at = 0, -1  # measurements so far, and the steps before the last
+        self._begun, self._seen = 0, -1  # measurements so far, and optimizer steps when a batch last came
         self._file: Path | None = None
 
     # -- what a measurement says of itself ---------------------------------------------------------------------
 
-    def price(self) -> float:
-        """Gradients of one measurement on as many evaluation samples as a training batch has."""
+    def price(self, product: int) -> float:
+        """Gradients of one measurement on as many evaluation samples as a training batch has.
+
+        Args:
+            product: Gradients of a Hessian-vector product, 2 on one graph, 3 where there is one a batch.
+        """
         raise NotImplementedError
 
     def fixed_price(self) -> float:
-        """Gradients of one measurement on training batches of its own."""
+        """Gradients, of one running batch each, that a measurement takes on batches of its own."""
         return 0.0
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
@@ -137,7 +145,8 @@ class Measurement(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget an earlier run."""
         if trainer.global_step == 0:
-            self.rows, self._begun, self._begun_at, self.gradients, self.seconds = [], 0, -1, 0.0, 0.0
+            self.rows, self._begun, self.gradients, self.seconds = [], 0, 0.0, 0.0
+        self._seen = trainer.global_step - 1
         self.planned, self.evaluation, self._file = None, [], None
 
     def on_train_batch_start(
@@ -146,14 +155,15 @@ class Measurement(pl.Callback):
         """Measure where it is due."""
         if self.planned is None:
             self.planned = self._planned(trainer, batch)
+            self._prepare(trainer, pl_module)
         step = trainer.global_step
-        if step != self._begun_at and self.is_due(step):  # with accumulation, the step may yet have to be taken
-            self._begun_at = step
+        due, self._seen = self.is_due(step), step
+        if due:
             self.measure(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what it cost."""
-        if self._begun and trainer.global_step:
+        if self._file is not None and trainer.global_step:
             rank_zero_info(
                 f"{type(self).__name__} measured {self._begun} times at {self.gradients:.0f} gradients, "
                 f"{100 * self.gradients / trainer.global_step:.0f} % of training's {trainer.global_step}, in "
@@ -171,40 +181,51 @@ class Measurement(pl.Callback):
         self.write(trainer)
 
     def _planned(self, trainer: pl.Trainer, batch: Any) -> Plan:
-        self._batch_size = (batch_size_of(batch) or 1) * trainer.accumulate_grad_batches
+        size = batch_size_of(batch) or 1
+        self._batch_size = size * trainer.accumulate_grad_batches
         steps = float(trainer.estimated_stepping_batches)
+        most = min(_MOST, size)  # so that one graph holds them all
         if self.every is not None:
-            samples = min(_MOST, self._batch_size) if self.samples is None else self.samples
-            return Plan([], samples)
+            return Plan([], most if self.samples is None else self.samples)
         if not 0 < steps < math.inf:
             raise ValueError(
                 f"{type(self).__name__} spreads its measurements over the run, whose number of steps is not known; "
                 "give every=, or the trainer max_steps="
             )
+        product = 2 if (self.samples or 0) <= size else 3
         return plan(
             steps=steps,
-            price=self.price(),
-            fixed=self.fixed_price(),
+            price=self.price(product),
+            fixed=self.fixed_price() / trainer.accumulate_grad_batches,
             samples=self.samples,
             times=self.times,
             length=self.length,
             overhead=self.overhead,
             batch=self._batch_size,
+            most=most,
         )
 
-    def is_due(self, step: int) -> bool:
-        """Whether a measurement begins after so many optimizer steps."""
+    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw the evaluation samples, and find out before the first step what would end the run at a later one."""
         assert self.planned is not None
-        return step % self.every == 0 if self.every else step in self.planned.starts
+        with batch_losses(module):
+            if self.planned.samples:
+                self.evaluation = self.draw(trainer, module, self.planned.samples, seed=self.seed)
+            if self.fresh:
+                self.draw_batches(trainer, module, self.fresh)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a measurement begins after so many optimizer steps; several may have been taken on one batch."""
+        if self.every:
+            return step // self.every > self._seen // self.every
+        assert self.planned is not None
+        return any(self._seen < start <= step for start in self.planned.starts)
 
     @contextmanager
     def measuring(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[LossOf]:
         """A function from a batch to its loss, by the clock of the measurement."""
         began = time.perf_counter()
         try:
-            assert self.planned is not None
-            if self.planned.samples and not self.evaluation:
-                self.evaluation = self.draw(trainer, module, self.planned.samples, seed=self.seed)
             with batch_losses(module) as loss_of:
                 yield loss_of
         finally:
@@ -275,6 +296,12 @@ class Measurement(pl.Callback):
             self._file = _free(self.path or Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}.csv")
         if trainer.is_global_zero:
             write_csv(self._file, self.rows)
+
+    @property
+    def state_key(self) -> str:
+        """Several measurements of a kind may stand beside each other, if an option differs."""
+        options = {"samples": self.samples, "every": self.every, "overhead": self.overhead, "seed": self.seed}
+        return self._generate_state_key(**options, path=None if self.path is None else str(self.path))
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, and what they cost."""

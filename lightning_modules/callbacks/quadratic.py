@@ -35,6 +35,7 @@ class BatchQuadratic(Measurement):
 
     name = "quadratic"
     times = 20
+    fresh = 2
 
     def __init__(
         self, every: int | None = None, overhead: float = 0.15, path: str | Path | None = None, seed: int = 0
@@ -42,7 +43,7 @@ class BatchQuadratic(Measurement):
         super().__init__(None, every, overhead, path, seed)
         self.samples = 0  # of an evaluation set: there is none
 
-    def price(self) -> float:
+    def price(self, product: int) -> float:
         """No evaluation samples are needed."""
         return 0.0
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_modules.callbacks.measurement import Measurement
 from nsgd.damping import Damped
 
 
@@ -15,13 +16,15 @@ class RecordSteps(pl.Callback):
     """Keep one row for each optimizer step: loss, cumulative gradients and seconds; validation and refreshes beside.
 
     Gradients are forward and backward passes on a training batch: one a step, and what refreshes cost. Seconds are
-    those of training with its refreshes, without validation.
+    those of training with its refreshes, without validation and measurements.
 
     Args:
         on_step: Called with the step and its loss after each.
+        measurements: Callbacks whose seconds are left out; they come before this one in the trainer's list.
     """
 
-    def __init__(self, on_step: Callable[[int, float], None]) -> None:
+    def __init__(self, on_step: Callable[[int, float], None], measurements: Sequence[Measurement] = ()) -> None:
+        self._measurements = measurements
         self.rows: list[dict[str, Any]] = []
         self._on_step = on_step
         self._began = 0.0
@@ -40,7 +43,7 @@ class RecordSteps(pl.Callback):
         row: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "loss": loss}
         refreshes = optimizer.refreshes if isinstance(optimizer, Damped) else 0
         row["gradients"] = step + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
-        row["seconds"] = time.perf_counter() - self._began
+        row["seconds"] = time.perf_counter() - self._began - sum(m.seconds for m in self._measurements)
         row |= {"refreshes": refreshes, "hvps": optimizer.hvps if isinstance(optimizer, Damped) else 0}
         if isinstance(optimizer, Damped):
             row["alignment"] = optimizer.alignment

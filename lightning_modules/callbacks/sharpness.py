@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_modules.callbacks.measurement import LossOf, Measurement, Parts
 from nsgd.damping import Damped
 from nsgd.eigen import top_eigenpairs
-from nsgd.hessian import HVP, loss_hessian
+from nsgd.hessian import LossHessian, loss_hessian
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch
 from nsgd.trajectory.sharpness import (
@@ -41,11 +41,11 @@ class SharpnessMonitor(Measurement):
     training batches: the cosines of their gradients with each e_i, and with the gradient on the evaluation samples;
     batch sharpness; and the loss on the evaluation samples after a times their step along each e_i, along a random
     direction and as a whole, a from 1/4 to 4, beside the a that is predicted to be best. The limits of stable steps
-    from the optimizer's learning rate, momentum and, where it is damped, gamma; then also the sharpness that its steps
+    from the learning rate of SGD, its momentum and, where it is damped, gamma; then also the sharpness that its steps
     feel. Memory: ``products`` + 50 times the parameters while it runs.
 
     Args:
-        samples: Evaluation samples; None for as many as the overhead pays, 16 to 512.
+        samples: Evaluation samples; None for as many as the overhead pays, from 16 up to the running batch or 512.
         every: Optimizer steps from one measurement to the next, also where they cost more than the overhead; None to
             spread them over the run.
         overhead: Gradients that measuring may cost for each gradient of training, refreshes not counted.
@@ -75,12 +75,13 @@ class SharpnessMonitor(Measurement):
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ValueError(f"expected {name} of at least {least}, got {count!r}")
         self.k, self.products, self.batches = k, products, batches
+        self.fresh = batches
 
-    def price(self) -> float:
+    def price(self, product: int) -> float:
         """Gradients of a measurement on as many evaluation samples as a training batch has."""
         sections = sum(i <= self.k for i in _SECTIONS) * len(OFFSETS)
         steps = self.batches * (self.k + 2) * len(MULTIPLES)
-        return 1 + 2 * (self.products + _DAMPED_PRODUCTS) + (1 + sections + steps) / 3
+        return 1 + product * (self.products + _DAMPED_PRODUCTS) + (1 + sections + steps) / 3
 
     def fixed_price(self) -> float:
         """A gradient and a product of each batch."""
@@ -100,10 +101,11 @@ class SharpnessMonitor(Measurement):
             pairs = top_eigenpairs(hessian.hvp, params, k=count, start=full, **options)
             self.spend(hessian.cost(pairs.hvps))
             if isinstance(optimizer, Damped) and optimizer.weights:
-                self._felt(step, optimizer, hessian.hvp, params)
+                self._felt(step, optimizer, hessian, params)
         values, vectors = pairs.eigenvalues[: self.k], pairs.eigenvectors[: self.k]
         self.note(step, "lr", lr)
-        self.note(step, "stability limit", stability_limit(lr=lr, momentum=momentum))
+        if isinstance(optimizer, torch.optim.SGD) and not group["nesterov"]:  # others have limits of their own
+            self.note(step, "stability limit", stability_limit(lr=lr, momentum=momentum))
         self.note(step, "root-sum-square", root_sum_square(pairs.eigenvalues))
         for i, (value, residual) in enumerate(zip(values.tolist(), pairs.residuals.tolist(), strict=False), start=1):
             self.note(step, "eigenvalue", value, of=f"e{i}")
@@ -129,7 +131,7 @@ class SharpnessMonitor(Measurement):
                 for offset, value_there in zip(OFFSETS, found.tolist(), strict=True):
                     self.note(step, "cross-section", value_there, of=f"e{i + 1}", at=offset)
 
-    def _felt(self, step: int, optimizer: Damped, hvp: HVP, params: list[torch.nn.Parameter]) -> None:
+    def _felt(self, step: int, optimizer: Damped, hessian: LossHessian, params: list[torch.nn.Parameter]) -> None:
         """The sharpness that a damped step feels, and the limits that damping moves."""
         group = optimizer.param_groups[0]
         lr, momentum, gamma = float(group["lr"]), float(group.get("momentum", 0.0)), float(group["gamma"])
@@ -137,10 +139,13 @@ class SharpnessMonitor(Measurement):
             return  # M^(1/2) is that of damping alone
         damped = torch.tensor(optimizer.weights) > 0
         directions = optimizer.directions(params)[damped.to(params[0].device)]
-        found = damped_sharpness(hvp, params, directions, gamma=gamma, max_hvps=_DAMPED_PRODUCTS, seed=self.seed)
-        self.spend(2.0 * found.hvps)
+        found = damped_sharpness(
+            hessian.hvp, params, directions, gamma=gamma, max_hvps=_DAMPED_PRODUCTS, seed=self.seed
+        )
+        self.spend(hessian.product_cost * found.hvps)
         self.note(step, "felt sharpness", found.eigenvalues[0])
-        self.note(step, "damped stability limit", stability_limit(lr=lr, momentum=momentum, gamma=gamma))
+        if isinstance(optimizer, torch.optim.SGD) and not group["nesterov"]:
+            self.note(step, "damped stability limit", stability_limit(lr=lr, momentum=momentum, gamma=gamma))
 
     def _own(self, step: int, loss_of: LossOf, batch: Parts, params: list[torch.nn.Parameter]) -> Tensor:
         with loss_hessian(self.curvature_loss(loss_of, batch), params) as hessian:

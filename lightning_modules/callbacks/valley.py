@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_modules.callbacks.measurement import LossOf, Measurement
@@ -30,7 +30,7 @@ class ValleyWalk(Measurement):
     between. A step costs ``points`` / 3 + 3 gradients on the evaluation samples.
 
     Args:
-        samples: Evaluation samples; None for as many as the overhead pays, 16 to 512.
+        samples: Evaluation samples; None for as many as the overhead pays, from 16 up to the running batch or 512.
         every: Optimizer steps from the beginning of one burst to that of the next, also where they cost more than the
             overhead; None to spread them over the run.
         overhead: Gradients that measuring may cost for each gradient of training, refreshes not counted.
@@ -61,30 +61,32 @@ class ValleyWalk(Measurement):
             raise ValueError(f"expected every of at least {length}, the steps of a burst, got {every}")
         self.length, self.points = length, points
         self._start: Tensor | None = None  # where training began, (P,)
-        self._left = 0  # steps of the burst that are to come
+        self._left, self._walked = (
+            0,
+            0,
+        )  # steps of the burst that are to come, and optimizer steps when it was last here
         self._last: Tensor | None = None  # iterate before the step, (P,)
         self._last_loss = 0.0
         self._gradient: Tensor | None = None  # of the last step, (P,)
         self._cosine = math.nan
         self._floors: list[float] = []
 
-    def price(self) -> float:
+    def price(self, product: int) -> float:
         """Gradients of a burst."""
-        return self.length * (self.points / 3 + 3)
+        return self.length * (self.points / 3 + 1 + product)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where training begins."""
         super().on_train_start(trainer, pl_module)
-        self._left = 0
+        self._left, self._last, self._gradient = 0, None, None
         if self._start is None or trainer.global_step == 0:
             self._start = self._iterate(pl_module)
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
         """Note the first iterate."""
         self._left, self._floors, self._gradient, self._cosine = self.length, [], None, math.nan
-        self._last = self._iterate(module)
-        with torch.no_grad():
-            self._last_loss = float(self.loss(loss_of)())
+        self._last, self._walked = self._iterate(module), trainer.global_step
+        self._last_loss = float(self.loss(loss_of)().detach())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -92,7 +94,7 @@ class ValleyWalk(Measurement):
         """Compare the gradient of the step with the last one's."""
         if self._left == 0:
             return
-        params = self.params(pl_module)
+        params = self._params(pl_module)
         gradient = flatten([p.grad for p in params], params)
         self._cosine = math.nan if self._gradient is None else cosine(self._gradient, gradient)
         self._gradient = gradient
@@ -101,27 +103,44 @@ class ValleyWalk(Measurement):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Measure the step that was taken."""
-        if self._left == 0 or trainer.global_step - self._begun_at <= self.length - self._left:
+        if self._left == 0 or trainer.global_step == self._walked:
             return
         with self.measuring(trainer, pl_module) as loss_of:
-            self._segment(trainer.global_step - 1, pl_module, loss_of)
-        self._left -= 1
+            self._segment(self._walked, pl_module, loss_of)
+        self._left, self._walked = self._left - 1, trainer.global_step
         if self._left == 0:
-            for i, barrier in enumerate(floor_barriers(torch.tensor(self._floors))):
-                self.note(trainer.global_step - 1, "floor barrier", barrier, at=i)
-            self._last = self._gradient = None
-            self.write(trainer)
+            self._finish(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish a burst that the end of training cuts off."""
+        self._finish(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Finish a burst that something else cuts off."""
+        self._finish(trainer)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        if self._last is None:
+            return
+        for i, barrier in enumerate(floor_barriers(torch.tensor(self._floors, dtype=torch.float64))):
+            self.note(self.rows[-1]["step"], "floor barrier", barrier, at=i)
+        self._left, self._last, self._gradient = 0, None, None
+        self.write(trainer)
 
     def _segment(self, step: int, module: pl.LightningModule, loss_of: LossOf) -> None:
         assert self._last is not None
         assert self._start is not None
-        params = self.params(module)
+        params = self._params(module)
         iterate = self._iterate(module)
         direction = iterate - self._last
         alphas = torch.linspace(0, 1, self.points + 1, dtype=torch.float64)
         back = [float(alpha) - 1 for alpha in alphas[1:]]
         losses = torch.cat(
-            [torch.tensor([self._last_loss]).double(), losses_along(self.loss(loss_of), params, direction, back)]
+            [
+                torch.tensor([self._last_loss], dtype=torch.float64),
+                losses_along(self.loss(loss_of), params, direction, back),
+            ]
         )
         slope = curvature = math.nan
         with (
@@ -152,8 +171,13 @@ class ValleyWalk(Measurement):
         self._floors.append(found.floor)
         self._last, self._last_loss = iterate, float(losses[-1])
 
+    @staticmethod
+    def _params(module: pl.LightningModule) -> list[nn.Parameter]:
+        """All parameters: some may be frozen for a while."""
+        return list(module.parameters())
+
     def _iterate(self, module: pl.LightningModule) -> Tensor:
-        params = self.params(module)
+        params = self._params(module)
         return flatten(params, params)
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,13 +48,12 @@ def moved(params: Iterable[Tensor], direction: Tensor, step: float) -> Iterator[
                 p.copy_(start)
 
 
-@torch.no_grad()
 def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, steps: Sequence[float]) -> Tensor:
     """Losses at ``params + step * direction`` for each step, (n,) float64 on the CPU.
 
     Every point sees the same random state, so that dropout masks and augmentation repeat. Parameters come back to the
     bit, buffers, modes and random state as found, also after an exception. Costs n forward passes, a third of a
-    gradient each, and a copy of the parameters.
+    gradient each, and a copy of the parameters. Under ``torch.no_grad()`` no graph is made, where the loss needs none.
 
     Args:
         loss: Computes the loss; called once for each step.
@@ -70,11 +69,10 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     device = params[0].device
     random_state = RandomState(device)
     found = []
-    with untouched(device=device):
-        for step in steps:
-            random_state.restore()
-            with moved(params, direction, step):
-                found.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
+    for step in steps:
+        random_state.restore()
+        with untouched(device=device), moved(params, direction, step):  # spectral norm changes with every pass
+            found.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
     return torch.stack(found)
 
 

@@ -54,7 +54,7 @@ def segment(alphas: Tensor, losses: Tensor) -> Segment:
         grid_position=float(alphas[lowest]),
         grid_floor=float(losses[lowest]),
         height=float((losses[0] + losses[-1]) / 2) - floor,
-        barrier=max(0.0, float(losses[1:-1].max() - torch.maximum(losses[0], losses[-1]))),
+        barrier=float((losses[1:-1].max() - torch.maximum(losses[0], losses[-1])).clamp(min=0)),
     )
 
 

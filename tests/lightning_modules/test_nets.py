@@ -92,7 +92,9 @@ def test_images_too_small_for_the_poolings_are_refused(shape):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="expected net to be one of mlp, simple-cnn, simple-cnn-root, resnet-20, got 'resnet'"):
+    with pytest.raises(
+        ValueError, match="expected net to be one of mlp, simple-cnn, simple-cnn-root, resnet-20, got 'resnet'"
+    ):
         make_net("resnet", (3, 32, 32), 10)
 
 
