@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.integrate import cumulative_simpson, simpson
 from torch import Tensor
 
-Potential = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # (n,) -> (n,)
+from nsgd.trajectory.potentials import Potential
 
 
 def temperature(*, lr: float, noise: float, batch_size: float) -> float:
@@ -90,7 +90,7 @@ def passage_time(
             f"expected far where f is 30 temperatures above its least, {lowest + 30 * temperature:g}, got f = "
             f"{values[0]:g} at {far:g}; move it away"
         )
-    highest = values[_between(grid, start, end)].max()
+    highest = values[(grid >= min(start, end)) & (grid <= max(start, end))].max()
     position = abs(grid - far)
     inner = cumulative_simpson(np.exp((lowest - values) / temperature), x=position, initial=0)
     outer = cumulative_simpson(np.exp(np.minimum(values - highest, 0) / temperature) * inner, x=position, initial=0)
@@ -110,13 +110,33 @@ def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature:
     Returns:
         Shares (n,) with sum 1.
     """
-    grids = [np.linspace(a, b, points) for a, b in pairwise(edges)]
-    values = [np.asarray(potential(grid), dtype=np.float64) for grid in grids]
-    lowest = min(v.min() for v in values)
-    densities = [np.exp((lowest - v) / temperature) for v in values]
+    grids, densities = _gibbs(potential, edges, temperature, points)
     masses = [simpson(density, x=grid) for grid, density in zip(grids, densities, strict=True)]
     total = torch.tensor(masses, dtype=torch.float64)
     return total / total.sum()
+
+
+def gibbs_mean(
+    potential: Potential,
+    quantity: Potential,
+    *,
+    edges: NDArray[np.float64],
+    temperature: float,
+    points: int = 20_001,
+) -> float:
+    """Mean over time of a quantity along the one-dimensional diffusion, weighted with exp(-f / T).
+
+    Args:
+        potential: f, vectorised.
+        quantity: Of the position, vectorised; f itself gives the mean loss.
+        edges: (n + 1,), ascending, as for ``gibbs_mass``.
+        temperature: T.
+        points: Of the grid in each part.
+    """
+    grids, densities = _gibbs(potential, edges, temperature, points)
+    both = list(zip(grids, densities, strict=True))
+    weighted = sum(simpson(quantity(grid) * density, x=grid) for grid, density in both)
+    return float(weighted / sum(simpson(density, x=grid) for grid, density in both))
 
 
 def laplace_mass(*, depths: Tensor, curvatures: Tensor, temperature: float) -> Tensor:
@@ -152,62 +172,12 @@ def excess_loss(curvatures: Tensor, *, lr: float, noise: float, batch_size: floa
 
 
 @dataclass(frozen=True)
-class DoubleWell:
-    """Two minima of depth 0 with one barrier between them, the left one sharp and the right one flat.
-
-        f(x) = barrier (u^2 - 1)^2,    u(x) = x - skew (sqrt(1 + x^2) - 1)
-
-    Curvatures at the minima are 8 barrier u'(x)^2, at the saddle, x = 0, it is -4 barrier.
-
-    Args:
-        barrier: Height of the saddle above the minima, above 0.
-        skew: From 0, minima alike, to below 1, the left one ever sharper.
-    """
-
-    barrier: float = 1.0
-    skew: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not (self.barrier > 0 and 0 <= self.skew < 1):
-            raise ValueError(f"expected a barrier above 0 and a skew in [0, 1), got {self.barrier:g} and {self.skew:g}")
-
-    def __call__(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The potential, shaped like x."""
-        return self.barrier * (self._u(x) ** 2 - 1) ** 2
-
-    def gradient(self, x: Tensor) -> Tensor:
-        """Its derivative, shaped like x."""
-        root = (1 + x * x).sqrt()
-        u = x - self.skew * (root - 1)
-        return 4 * self.barrier * (u * u - 1) * u * (1 - self.skew * x / root)
-
-    def _u(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return x - self.skew * (np.sqrt(1 + x * x) - 1)
-
-    @property
-    def minima(self) -> tuple[float, float]:
-        """The sharp and the flat minimum, left and right of the saddle at 0: where u is -1 and 1."""
-        return self._where(-1.0), self._where(1.0)
-
-    def _where(self, u: float) -> float:
-        # x - c = skew sqrt(1 + x^2) with c = u - skew, squared: of the two roots the one above c.
-        c, s = u - self.skew, self.skew
-        return (c + math.sqrt(c * c - (1 - s * s) * (c * c - s * s))) / (1 - s * s)
-
-    def curvature(self, x: float) -> float:
-        """Its second derivative."""
-        slope = 1 - self.skew * x / math.sqrt(1 + x * x)
-        u = float(self._u(np.asarray(x)))
-        bend = -self.skew / math.pow(1 + x * x, 1.5)
-        return 4 * self.barrier * ((3 * u * u - 1) * slope**2 + (u * u - 1) * u * bend)
-
-
-@dataclass(frozen=True)
 class Escapes:
     """Steps until each of many walkers reached its goal."""
 
     steps: Tensor  # (walkers,) int64; -1 where it was not reached
     taken: int  # steps that were simulated
+    ends: Tensor  # (walkers, d): where each arrived, or was after the last step
 
     @property
     def reached(self) -> float:
@@ -216,19 +186,30 @@ class Escapes:
 
     @property
     def mean(self) -> float:
-        """Estimated mean number of steps: all steps of all walkers over the number of arrivals.
+        """Estimated mean number of steps; the plain mean where all walkers have arrived.
 
-        Exact in the mean where arrivals come at a constant rate, also where some walkers have not arrived.
+        Those that have not are counted as if arrivals came at a constant rate from a tenth of the steps on: that of the
+        arrivals since, over the steps of all walkers since. Before, they come late: the way itself takes its time.
         """
-        arrived = self.steps[self.steps >= 0]
-        spent = float(arrived.sum()) + self.taken * (len(self.steps) - len(arrived))
-        return spent / len(arrived) if len(arrived) else math.inf
+        return float(self._expected()[0].mean())
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, for times that are exponential."""
-        count = int((self.steps >= 0).sum())
-        return self.mean / math.sqrt(count) if count else math.inf
+        """Of the mean, for times that are exponential from then on."""
+        expected, rest, arrivals = self._expected()
+        if not arrivals:
+            return math.inf
+        share = float((expected > self.taken // 10).double().mean())
+        return math.sqrt(float(expected.var(correction=0)) / len(expected) + (share * rest) ** 2 / arrivals)
+
+    def _expected(self) -> tuple[Tensor, float, int]:
+        """Each walker's steps, those after the first tenth by their mean; that mean, and the arrivals it is of."""
+        early = self.taken // 10
+        times = torch.where(self.steps >= 0, self.steps, self.taken).double()
+        late = times > early
+        arrivals = int((late & (self.steps >= 0)).sum())
+        rest = float((times[late] - early).sum()) / arrivals if arrivals else math.inf
+        return torch.where(late, early + rest, times), rest, arrivals
 
 
 def simulate(
@@ -255,11 +236,12 @@ def simulate(
         batch_size: B; the noise of a gradient has variance sigma^2 / B.
         steps: Most steps.
         seed: Of the noise.
-        scale: Factors on the step along each coordinate, (d,): gamma where NSGD damps, else 1.
+        scale: Factors on the step along each coordinate, (d,): gamma where NSGD damps, else 1; or the matrix that
+            multiplies the step, (d, d): I - (1 - gamma) v v^T for a direction v.
         progress: Called every 1,000 steps with the steps taken and the walkers that have arrived.
 
     Raises:
-        ValueError: If start is not (n, d), or a number is out of range.
+        ValueError: If start is not (n, d), scale does not fit it, or a number is out of range.
     """
     if start.ndim != 2 or len(start) == 0:
         raise ValueError(f"expected starts of shape (walkers, dimensions), got {tuple(start.shape)}")
@@ -268,30 +250,42 @@ def simulate(
             f"expected lr, batch_size and steps above 0 and noise of at least 0, got lr {lr}, batch_size {batch_size}, "
             f"steps {steps}, noise {noise}"
         )
+    d = start.shape[1]
+    if scale is not None and tuple(scale.shape) not in ((d,), (d, d)):
+        raise ValueError(f"expected scale of shape ({d},) or ({d}, {d}), got {tuple(scale.shape)}")
     generator = torch.Generator(start.device).manual_seed(seed)
-    factor = lr * (torch.ones(start.shape[1], dtype=start.dtype) if scale is None else scale).to(start)
-    kick = factor * math.sqrt(noise / batch_size)
+    factor = lr * (torch.ones(d, dtype=start.dtype) if scale is None else scale).to(start)
+    spread = math.sqrt(noise / batch_size)
     found = torch.full((len(start),), -1, dtype=torch.int64)
     running = torch.arange(len(start))  # those still under way
-    position = start.clone()
+    position, ends = start.clone(), start.clone()
     taken = 0
     while len(running) and taken < steps:
         shake = torch.randn(position.shape, generator=generator, dtype=start.dtype, device=start.device)
-        position -= factor * gradient(position) + kick * shake
+        push = gradient(position) + shake.mul_(spread)
+        position -= push * factor if factor.ndim == 1 else push @ factor.T
         taken += 1
         arrived = goal(position).cpu()
         if bool(arrived.any()):
-            found[running[arrived]] = taken
-            running, position = running[~arrived], position[~arrived.to(position.device)]
+            there, rest = arrived.nonzero()[:, 0], (~arrived).nonzero()[:, 0]
+            found[running[there]] = taken
+            ends[running[there]] = position[there]
+            running, position = running[rest], position[rest]
         if taken % 1000 == 0:
             progress(taken, len(start) - len(running))
-    return Escapes(found, taken)
+    ends[running] = position
+    return Escapes(found, taken, ends)
 
 
 def _eigenvalues(hessian: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(hessian.double()) if hessian.ndim == 2 else hessian.double().sort().values
 
 
-def _between(grid: NDArray[np.float64], start: float, end: float) -> NDArray[np.bool_]:
-    low, high = sorted((start, end))
-    return (grid >= low) & (grid <= high)
+def _gibbs(
+    potential: Potential, edges: NDArray[np.float64], temperature: float, points: int
+) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
+    """A grid between each two edges, and exp(-f / T) on it, up to one factor."""
+    grids = [np.linspace(a, b, points) for a, b in pairwise(edges)]
+    values = [np.asarray(potential(grid), dtype=np.float64) for grid in grids]
+    lowest = min(v.min() for v in values)
+    return grids, [np.exp((lowest - v) / temperature) for v in values]

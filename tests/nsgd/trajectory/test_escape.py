@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from nsgd.trajectory.escape import (
-    Channel,
-    DoubleWell,
     Escapes,
     escape_time,
     excess_loss,
@@ -21,6 +19,7 @@ from nsgd.trajectory.escape import (
     simulate,
     temperature,
 )
+from nsgd.trajectory.potentials import Channel, DoubleWell
 
 WELL = DoubleWell(barrier=1.0, skew=0.3)
 SHARP, FLAT = WELL.minima
@@ -104,7 +103,7 @@ def test_the_marginal_of_the_channel_is_what_integrating_over_y_leaves():
 
 
 def test_at_a_finite_rate_the_marginal_pushes_as_the_variance_of_discrete_sgd_does():
-    """-d/dx of it is the mean over y of the force along x, with mean y^2 = T / (h (1 - rate h / 2)) of the iteration."""
+    """Its slope is the mean over y of that of f, with the mean y^2 of the iteration, T / (h (1 - rate h / 2))."""
     channel, heat, rate = Channel(WELL, walls=40.0), 0.2, 0.02
     for x in (SHARP, -0.3, 0.8):
         h, variance = float(channel.across(np.asarray(x))), 0.0
@@ -150,7 +149,7 @@ def test_the_chain_tends_to_the_diffusion_as_the_rate_falls():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 def test_simulated_sgd_takes_as_many_steps_as_the_exact_chain(gamma):
-    lr, noise, batch_size = 0.2 / WELL.curvature(SHARP), 200.0, 4
+    lr, noise, batch_size = 0.2 / WELL.curvature(SHARP), 200.0 / gamma, 4  # as hot with gamma as without
     found = simulate(
         WELL.gradient,
         torch.full((4000, 1), SHARP, dtype=torch.float64),
@@ -232,9 +231,25 @@ def test_walkers_are_those_of_their_seed_and_global_random_state_is_left():
 def test_the_mean_counts_those_that_have_not_arrived():
     found = Escapes(torch.tensor([10, -1, 30, -1]), taken=100, ends=torch.zeros(4, 1))
     assert found.reached == 0.5
-    assert found.mean == 240 / 2
-    assert found.standard_error == pytest.approx(120 / math.sqrt(2))
+    # One arrives at 10, a tenth of the steps; three go on for 20 + 90 + 90 more until one has arrived.
+    assert found.mean == pytest.approx((10 + 3 * (10 + 200)) / 4)
+    variance = np.var([10, 210, 210, 210]) / 4 + (3 / 4 * 200) ** 2 / 1
+    assert found.standard_error == pytest.approx(math.sqrt(variance))
     assert Escapes(torch.tensor([-1, -1]), taken=100, ends=torch.zeros(2, 1)).mean == math.inf
+
+
+def test_arrivals_that_begin_late_do_not_make_the_mean_of_censored_times_long():
+    """Nobody arrives in the first 100 steps; steps over arrivals would be 165 too many, nine standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    times = 100 + torch.empty(50_000).exponential_(1 / 2000, generator=generator).long() + 1
+    steps = torch.where(times <= 1000, times, -1)
+    found = Escapes(steps, taken=1000, ends=torch.zeros(len(steps), 1))
+    assert 0.3 < found.reached < 0.4
+    assert abs(found.mean - 2100) < 3 * found.standard_error
+    assert found.standard_error < 20
+    everyone = Escapes(times, taken=int(times.max()), ends=torch.zeros(len(steps), 1))
+    assert everyone.mean == pytest.approx(float(times.double().mean()), rel=1e-12)
+    assert everyone.standard_error == pytest.approx(2000 / math.sqrt(50_000), rel=0.06)
 
 
 def test_walkers_end_where_they_arrived_or_after_the_last_step():
