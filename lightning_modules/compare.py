@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,12 +23,14 @@ from scipy import stats
 from torch import Tensor
 
 from lightning_modules.averages import ReadOuts
+from lightning_modules.callbacks import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.classifier import Classifier
 from lightning_modules.data import Digits, ImageData, Images
 from lightning_modules.nets import NetName, make_net
 from lightning_modules.rows import Rows, read_csv, write_csv
+from lightning_modules.study_folder import claim_folder
 from nsgd import NSGD
 from nsgd.low_rank import Which
 from nsgd.options import Estimator
@@ -91,7 +90,7 @@ class Study:
 
     Args:
         data: Digits, or HuggingFace with ``--data.path``.
-        net: mlp, simple-cnn (the 2019 paper's) or simple-cnn-root (smaller).
+        net: mlp, simple-cnn (the 2019 paper's), simple-cnn-root (smaller) or resnet-20.
         methods: Any of sgd, nsgd, bulk-sgd (gamma = 0) and dom-sgd (gamma = 1, bulk_scale = 0).
         seeds: Number of paired seeds.
         epochs: Epochs of each run.
@@ -100,6 +99,8 @@ class Study:
             says untuned).
         momentum: Momentum of every method.
         threads: Threads of torch. They change the numbers, so they belong to the study.
+        measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
+            averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
         nsgd: Options of NSGD.
     """
 
@@ -111,6 +112,7 @@ class Study:
     lr: float | Literal["tuned", "grid"] = "tuned"
     momentum: float = 0.0
     threads: int = 1
+    measure: list[str] = field(default_factory=list)
     nsgd: NSGDOptions = field(default_factory=NSGDOptions)
 
     def resolved(self) -> dict[str, Any]:
@@ -118,7 +120,8 @@ class Study:
         kind = type(self.data)
         data = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(self.data.hparams)}
         rest = {
-            name: getattr(self, name) for name in ("net", "methods", "seeds", "epochs", "lr", "momentum", "threads")
+            name: getattr(self, name)
+            for name in ("net", "methods", "seeds", "epochs", "lr", "momentum", "threads", "measure")
         }
         return {"data": data, **rest, "nsgd": asdict(self.nsgd)}
 
@@ -138,6 +141,7 @@ class Study:
             raise ValueError(f"expected lr >= 0 and finite, got {self.lr}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum >= 0 and below 1, got {self.momentum}")
+        make_measurements(self.measure)
         callback = self.nsgd.callback()
         net = make_net(self.net, self.data.input_shape, self.data.num_classes)
         callback.check_samples([self.nsgd.solver], net)
@@ -189,7 +193,9 @@ def run_study(study: Study, out: Path, progress: Progress) -> None:
         ValueError: If the study cannot run, or the folder holds another study; nothing is written then.
     """
     study.check()
-    _claim(study, out)
+    config = yaml.safe_load(yaml.safe_dump(study.resolved()))
+    packages = ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
+    claim_folder(out, {"config.yaml": config}, packages=packages)
     torch.set_num_threads(study.threads)
     done = 0
 
@@ -220,62 +226,6 @@ def total_runs(study: Study) -> int:
     return len(study.methods) * (study.seeds + (len(GRID) * len(TUNING_SEEDS) if study.lr == "grid" else 0))
 
 
-def _claim(study: Study, out: Path) -> None:
-    """Make the folder this study's, or check that it is."""
-    config, environment = out / "config.yaml", out / "environment.yaml"
-    resolved = yaml.safe_load(yaml.safe_dump(study.resolved()))
-    packages = {
-        name: version(name) for name in ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
-    }
-    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
-        raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
-    if not config.exists() and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
-    if config.exists():
-        _same(out, _read_mapping(out, config), resolved)
-    if environment.exists():
-        _same(out, _read_mapping(out, environment).get("packages", {}), packages)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
-    config.write_text(yaml.safe_dump(resolved, sort_keys=False))
-    machine = {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "packages": packages,
-    }
-    environment.write_text(yaml.safe_dump(machine, sort_keys=False))
-
-
-def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
-    return found
-
-
-def _same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    was, now = _flat(found), _flat(wanted)
-    changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in {**now, **was} if was.get(n) != now.get(n)]
-    if changes:
-        raise ValueError(
-            f"{out} holds another study: {'; '.join(changes)}; choose another folder with --out, or remove it"
-        )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _learning_rates(study: Study, out: Path, run: Callable[[Path, Method, int, float], Rows]) -> dict[Method, float]:
     if isinstance(study.lr, float | int):
         return dict.fromkeys(study.methods, float(study.lr))
@@ -304,13 +254,16 @@ def _run(
     data = study.data
     module = Classifier(study.net, data.input_shape, data.num_classes)
     module.configure_optimizers = lambda: make_optimizer(study, method, lr, module.parameters())  # type: ignore[method-assign]
-    record, read_outs = RecordSteps(progress), ReadOuts()
+    for name in MEASUREMENTS:
+        (folder / f"{name}.csv").unlink(missing_ok=True)  # of a run that was interrupted
+    measurements = make_measurements(study.measure if seed == 0 else [], folder=folder)
+    record, read_outs = RecordSteps(progress, measurements), ReadOuts()
     refresh = [] if method == "sgd" else [study.nsgd.callback()]
     with _quiet():
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=study.epochs,
-            callbacks=[*refresh, read_outs, record],
+            callbacks=[*measurements, *refresh, read_outs, record],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

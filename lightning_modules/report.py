@@ -19,6 +19,7 @@ from rich.table import Table
 from lightning_modules.compare import EVALUATED, GRID, TUNED, TUNING_SEEDS, factors
 from lightning_modules.page import new_figure, write_page
 from lightning_modules.rows import Rows, read_csv
+from lightning_modules.trajectory_report import measurement_figures
 
 COLORS = {"sgd": "#444444", "nsgd": "#0072b2", "bulk-sgd": "#d55e00", "dom-sgd": "#009e73"}  # Okabe and Ito
 STYLES = {"sgd": "-", "nsgd": "-", "bulk-sgd": "--", "dom-sgd": "-."}  # curves that coincide stay visible
@@ -64,6 +65,12 @@ def write_report(folder: Path) -> Path:
     }
     if any("weight_1" in row for runs in files.metrics.values() for row in runs[0]):
         figures["eigenvalues"] = (_eigenvalues(files), _eigenvalues_caption(files))
+    for method in files.config["methods"]:
+        measured = measurement_figures(folder / "runs" / f"{method}-0")
+        figures |= {
+            f"{name}-{method}": (figure, f"{NAMES[method]}, first seed. {words}")
+            for name, (figure, words) in measured.items()
+        }
     return write_page(
         folder / "report.html",
         title=_title(files),

@@ -539,3 +539,19 @@ def test_options_have_one_default_wherever_they_are_spelled():
     study = {name: p.default for name, p in signature(NSGDOptions).parameters.items() if name in refresh}
     assert len(study) == 3
     assert study == {name: refresh[name] for name in study}
+
+
+def test_measuring_changes_no_number_of_a_study(tmp_path):
+    plain, measured = finished(tmp_path / "plain"), finished(tmp_path / "measured", measure=["all"])
+    assert {path.stem for path in (measured / "runs" / "nsgd-0").iterdir()} >= {"sharpness", "valley", "averaging"}
+    assert not (measured / "runs" / "nsgd-1" / "valley.csv").exists()  # the first seed alone
+    found = without_seconds(measured)
+    assert all(found[name] == value for name, value in without_seconds(plain).items() if name != "config")
+
+
+def test_an_interrupted_measurement_is_begun_anew(tmp_path):
+    folder = finished(tmp_path / "a", measure=["quadratic"])
+    whole = (folder / "runs" / "sgd-0" / "quadratic.csv").read_text()
+    (folder / "runs" / "sgd-0" / "results.csv").unlink()
+    assert (finished(folder, measure=["quadratic"]) / "runs" / "sgd-0" / "quadratic.csv").read_text() == whole
+    assert not (folder / "runs" / "sgd-0" / "quadratic-1.csv").exists()
