@@ -1,4 +1,4 @@
-"""The ``nsgd`` command: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, and ``compare``."""
+"""The ``nsgd`` command: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, ``compare``, ``escape``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,10 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import nsgd
 from lightning_modules import Classifier, Digits, HuggingFace, RefreshDirections  # noqa: F401 (names for --data)
+from lightning_modules.callbacks import make_measurements
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.compare import Study, ignore_lightning_noise, run_study, total_runs
 from lightning_modules.data import ImageData
+from lightning_modules.escape import EscapeStudy, run_escape
+from lightning_modules.escape_report import print_escape, write_escape
 from lightning_modules.report import print_table, write_report
+from lightning_modules.trajectory_report import write_measurements
 from nsgd.damping import Damped
 
 HELP = """usage: nsgd COMMAND [options]
@@ -31,6 +35,7 @@ HELP = """usage: nsgd COMMAND [options]
 NSGD, Nudged SGD: SGD that steps less along the sharpest directions of the loss.
 
   compare    compare NSGD with SGD, and with weight averages, on real data: a table and a report
+  escape     let SGD, and NSGD, escape from a minimum, and compare with theory: a table and a report
   fit        train a classifier with NSGD or any other optimizer
   validate   evaluate a checkpoint on the validation images
   test       evaluate a checkpoint on the test images
@@ -48,17 +53,19 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if argv[0] == "compare":
             _compare(argv[1:])
+        elif argv[0] == "escape":
+            _escape(argv[1:])
         elif argv[0] in LightningCLI.subcommands():
             _lightning(argv)
         else:
             raise ValueError(
-                f"expected a command among compare, {', '.join(LightningCLI.subcommands())}, got {argv[0]!r}"
+                f"expected a command among compare, {', '.join(LightningCLI.subcommands())}, escape, got {argv[0]!r}"
             )
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns an interrupt of its own loop into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        again = "; the same command keeps the finished runs and goes on" if argv[0] == "compare" else ""
+        again = "; the same command keeps the finished runs and goes on" if argv[0] in ("compare", "escape") else ""
         print(f"nsgd: interrupted{again}", file=sys.stderr)
         return 130
     except MisconfigurationException as error:
@@ -93,7 +100,7 @@ def _ours(error: BaseException | None) -> BaseException | None:
     return None
 
 
-# -- compare -----------------------------------------------------------------------------------------------------
+# -- compare and escape ------------------------------------------------------------------------------------------
 
 
 def _complain(message: str) -> NoReturn:
@@ -121,34 +128,55 @@ def _compare(argv: list[str]) -> None:
     values = parser.instantiate_classes(parsed)
     study = Study(**{field.name: values[field.name] for field in fields(Study)})
     console = Console()
-    with _progress_bar(console, study) as update:
-        run_study(study, parsed.out, update)
+    runs = total_runs(study)
+    with _progress_bar(console) as update:
+
+        def progress(name: str, done: int, loss: float | None) -> None:
+            run = min(runs, 1 + done // study.steps)
+            said = None if loss is None else f"loss {loss:.3f}"
+            update(f"run {run} of {runs}: {name}", done, runs * study.steps, said)
+
+        run_study(study, parsed.out, progress)
     report = write_report(parsed.out)
     print_table(parsed.out, console)
     console.print(f"Report: {report}", soft_wrap=True)
 
 
+def _escape(argv: list[str]) -> None:
+    parser = _Parser(prog="nsgd escape", description="Let SGD escape from a minimum, and compare with theory.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options")
+    parser.add_argument("--out", type=Path, default=Path("nsgd-escape"), help="folder for results and report")
+    parser.add_class_arguments(EscapeStudy)
+    parsed = parser.parse_args(argv)
+    study = EscapeStudy(**{field.name: parsed[field.name] for field in fields(EscapeStudy)})
+    console = Console()
+    with _progress_bar(console) as update:
+        run_escape(study, parsed.out, update)
+    report = write_escape(parsed.out)
+    print_escape(parsed.out, console)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
 @contextlib.contextmanager
-def _progress_bar(console: Console, study: Study) -> Iterator[Any]:
+def _progress_bar(console: Console) -> Iterator[Callable[[str, int, int, str | None], None]]:
+    """A bar of steps; it is updated with what is running, steps done, steps in all, and how that stands."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps, {task.fields[loss]}"),
+        TextColumn("steps, {task.fields[said]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    runs = total_runs(study)
     progress = Progress(*columns, console=console)
-    task = progress.add_task("", loss="")
+    task = progress.add_task("", said="")
 
-    def update(name: str, done: int, loss: float | None) -> None:
+    def update(name: str, done: int, total: int, said: str | None) -> None:
         progress.start()  # not before: bad input is said without a bar
-        run = min(runs, 1 + done // study.steps)
-        progress.update(task, completed=done, total=runs * study.steps, description=f"run {run} of {runs}: {name}")
-        if loss is not None:
-            progress.update(task, loss=f"loss {loss:.3f}")
+        progress.update(task, completed=done, total=total, description=name)
+        if said is not None:
+            progress.update(task, said=said)
 
     try:
         yield update
@@ -190,7 +218,24 @@ class _Commands(LightningCLI):
         if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
             raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
 
+    def before_fit(self) -> None:
+        names = [name.strip() for name in self._chosen("measure").split(",") if name.strip()]
+        self._measurements = make_measurements(names, overhead=self._chosen("measure_overhead"))
+        self.trainer.callbacks[:0] = self._measurements  # type: ignore[attr-defined]
+
+    def after_fit(self) -> None:
+        if any(measurement.rows for measurement in self._measurements) and self.trainer.is_global_zero:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            print(f"Measurements: {write_measurements(folder, title='Measured during training')}")
+
+    def _chosen(self, name: str) -> Any:
+        return self.config[self.subcommand][name]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        help_ = "with fit: what to measure on the way, any of sharpness,valley,quadratic,averaging, or all"
+        parser.add_argument("--measure", type=str, default="", help=help_)
+        help_ = "gradients that each measurement may cost for each gradient of training"
+        parser.add_argument("--measure_overhead", type=float, default=0.15, help=help_)
         parser.add_lightning_class_args(_RefreshIfDamped, "refresh")
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.link_arguments("data.input_shape", "model.input_shape", apply_on="instantiate")

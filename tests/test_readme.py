@@ -17,8 +17,16 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
 
 
 def test_the_readme_has_the_blocks_that_the_tests_below_run():
-    assert len(BLOCKS) == 8
-    for name in ("NSGD(", "damp(", "top_eigenpairs(", "GradScaler(", "Accelerator()", "RefreshDirections("):
+    assert len(BLOCKS) == 9
+    for name in (
+        "NSGD(",
+        "damp(",
+        "top_eigenpairs(",
+        "GradScaler(",
+        "Accelerator()",
+        "RefreshDirections(",
+        "ValleyWalk(",
+    ):
         assert any(name in block for block in BLOCKS), name
 
 
@@ -51,7 +59,7 @@ def test_the_tables_are_what_the_result_files_say():
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--smoke"], check=True)
 
 
-@pytest.mark.parametrize("command", ["compare", "fit", "test"])
+@pytest.mark.parametrize("command", ["compare", "escape", "fit", "test"])
 def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
     from lightning_modules.cli import main
 

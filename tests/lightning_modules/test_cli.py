@@ -360,6 +360,23 @@ def test_a_checkpoint_is_asked_for_and_has_to_fit(capsys, here, folders, command
     assert "the checkpoint is of another network or data set" in capsys.readouterr().err
 
 
+def test_fit_measures_on_the_way_and_draws_what_it_measured(capsys, here):
+    assert code_of("fit", *SHORT, "--measure", "valley, quadratic", "--trainer.max_epochs", "4") == 0
+    folder = here / "lightning_logs" / "version_0"
+    out = capsys.readouterr().out
+    assert "Measurements: " in out
+    assert (folder / "measurements.html").exists()
+    assert {path.stem for path in folder.glob("*.png")} == {"valley", "quadratic"}
+    assert {row["quantity"] for row in rows(folder / "valley.csv")} >= {"loss", "position", "predicted position"}
+
+
+def test_measuring_what_is_unknown_is_one_sentence(capsys, here):
+    said = complaint(capsys, here, "fit", *SHORT, "--measure", "slope")
+    assert "expected measurements to be different ones of sharpness, valley" in said
+    said = complaint(capsys, here, "compare", *TINY, "--measure", "[slope]")
+    assert "expected measurements to be different ones of sharpness, valley" in said
+
+
 @pytest.mark.parametrize("args", [["train"], ["--seeds", "3"], ["Compare"]])
 def test_an_unknown_command_is_one_sentence(capsys, here, args):
     assert "expected a command among compare, fit, validate, test, predict" in complaint(capsys, here, *args)
