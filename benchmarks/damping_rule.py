@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nsgd import NSGD
 
-GRIDS = {0.9: (0.1, 0.2, 0.4), 0.0: (0.4, 0.8, 1.6)}  # by momentum
+GRIDS = {0.9: (0.1, 0.2, 0.4), 0.0: (0.1, 0.2, 0.4, 0.8)}  # by momentum
 
 
 class Capped(NSGD):

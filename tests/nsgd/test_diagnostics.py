@@ -42,6 +42,19 @@ def test_alignment_and_overlap_are_those_of_a_dense_computation(training, flat, 
     assert optimizer.overlap == pytest.approx(1.0, rel=1e-9)
 
 
+def test_directions_are_the_basis_in_the_order_of_the_parameters_asked_for(training, basis_of):
+    run = training(torch.float64)
+    params = list(run.model.parameters())
+    rest, own = params[:2], params[2:]
+    optimizer = NSGD([{"params": own}, {"params": rest, "curvature": False}], lr=0.1, k=3)
+    assert optimizer.directions(params).shape == (0, sum(p.numel() for p in params))  # before the first refresh
+    optimizer.refresh(run.loss(0))
+    found, size = optimizer.directions(params), sum(p.numel() for p in rest)
+    assert torch.equal(found[:, size:], optimizer.directions(own))
+    assert not found[:, :size].any()  # zero along parameters without
+    assert torch.allclose(found @ found.T, torch.eye(3, dtype=torch.float64), atol=1e-12)
+
+
 @pytest.mark.parametrize(("several", "product_cost"), [(False, 2), (True, 3)])
 def test_cost_is_counted_in_gradients_of_a_training_batch(training, several, product_cost):
     run = training()
