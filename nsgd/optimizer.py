@@ -42,7 +42,8 @@ class NSGD(Damped, SGD):
         differentiable: Refused: a damped step is not differentiable.
         fused: As in ``torch.optim.SGD``.
         k: Number of directions. The default and that of ``gamma`` are from benchmarks/results/damping_rule.csv: 10 were
-            too few at twice the rate of SGD, 40 better still, and 0 no better than 0.1.
+            too few at twice the rate of SGD, 40 better still, and with momentum 0 no better than 0.1 (without it, 0
+            bore a rate at which one of two runs at 0.1 had a jump of the loss).
         gamma: Factor on the step along directions of positive curvature: 0 is Bulk-SGD, 1 is SGD, above 1 the
             paper's "overshoot".
         refresh_every: Steps between two refreshes, or "auto": as soon as ``overhead`` pays for one (for 45 gradients of
