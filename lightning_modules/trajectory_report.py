@@ -79,7 +79,7 @@ def _valley_caption(rows: Rows) -> str:
         "The loss along each step, and the valley's floor. That most steps cross the valley, with the floor between "
         f"their ends, is {verdict} by this run: it lies inside {inside} of {len(positions)} steps"
         f"{_interval_words(share)}. The median floor lies at {middle:.2g} of a step (one half is what any stationary "
-        f"run shows, with or without a valley); a quadratic predicts it with correlation {agreement:.2f}. "
+        f"run shows, with or without a valley); a quadratic predicts it with rank correlation {agreement:.2f}. "
         f"{int((barriers > 0).sum())} steps cross a barrier; along the floor there are {len(floor)}"
         f"{f', of mean height {np.mean(floor):.2g}' if floor else ''}. Mean height above the floor "
         f"{_spread(_finite(_of(rows, 'height')))}; cosine of consecutive gradients {_spread(cosines)}."
@@ -358,10 +358,10 @@ def _interval_words(share: object) -> str:
 
 
 def _correlation(x: Numbers, y: Numbers) -> float:
-    """Pearson's; NaN where one of them does not vary."""
+    """Spearman's: of ranks, since a floor far outside of its step may lie anywhere. NaN where one does not vary."""
     both = np.isfinite(x) & np.isfinite(y)
     varies = both.sum() > 2 and np.ptp(x[both]) > 0 and np.ptp(y[both]) > 0
-    return float(np.corrcoef(x[both], y[both])[0, 1]) if varies else math.nan
+    return float(stats.spearmanr(x[both], y[both]).statistic) if varies else math.nan
 
 
 _DRAWN: dict[str, Callable[[Rows], tuple[Figure, str]]] = {
