@@ -110,12 +110,8 @@ class AveragingExperiment(Measurement):
     def _rate(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> float:
         if self.lr is not None:
             return self.lr
-        with loss_hessian(self.curvature_loss(loss_of, batch), params) as hessian:
-            gradient = hessian.gradient
-            curvature = float(torch.dot(gradient, hessian.hvp(gradient)))
-            self.spend(hessian.cost(1), batch)
-        own = OwnBatch(0.0, float(torch.dot(gradient, gradient)), curvature)
-        return min(self._largest, own.best_rate)
+        _, squared, curvature = self.along_gradient(loss_of, batch, params)
+        return min(self._largest, OwnBatch(0.0, squared, curvature).best_rate)
 
     def _branch(
         self, loss_of: LossOf, batches: list[Parts], params: list[nn.Parameter], rates: Tensor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_modules.batch_loss import batch_losses, batch_size_of
 from lightning_modules.rows import Rows, write_csv
 from lightning_modules.training_samples import in_batches, seed_generators, training_samples
-from nsgd.hessian import Closure, Losses
+from nsgd.hessian import Closure, Losses, loss_hessian
 
 LossOf = Callable[[Any, int], Tensor]
 Parts = list[tuple[Any, int]]  # batches with their sample counts
@@ -270,6 +270,14 @@ class Measurement(pl.Callback):
         parts = self.evaluation if parts is None else parts
         pairs = [(self._seeded(loss_of, batch), n) for batch, n in parts]
         return pairs[0][0] if len(pairs) == 1 else pairs
+
+    def along_gradient(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> tuple[Tensor, float, float]:
+        """A batch's gradient g (P,), its square |g|^2 and the curvature along it g^T H g; counted."""
+        with loss_hessian(self.curvature_loss(loss_of, batch), params) as hessian:
+            gradient = hessian.gradient
+            curvature = float(torch.dot(gradient, hessian.hvp(gradient)))
+            self.spend(hessian.cost(1), batch)
+        return gradient, float(torch.dot(gradient, gradient)), curvature
 
     def _seeded(self, loss_of: LossOf, batch: Any) -> Closure:
         """The loss of a batch with the same dropout masks each time."""

@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_modules.callbacks.measurement import LossOf, Measurement
-from nsgd.hessian import loss_hessian
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch, r_squared
 
@@ -22,7 +21,7 @@ class BatchQuadratic(Measurement):
     Each measurement draws two batches of training samples, as large as the running batch. Of the first: the loss, the
     squared gradient |g|^2, the curvature g^T H g, the best rate |g|^2 / g^T H g, the losses after steps at multiples of
     it, and the R^2 of the predicted losses. Of the second, which the step has not seen: its losses after steps at
-    multiples of the learning rate, and after the first's best step. By default twenty times in a run, at eight
+    multiples of the learning rate, and after the first's best step. By default twenty times in a run, at 7 1/3
     gradients each.
 
     Args:
@@ -56,12 +55,9 @@ class BatchQuadratic(Measurement):
         step, lr = trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"])
         params = self.params(module)
         own, other = ([batch] for batch in self.draw_batches(trainer, module, 2))
-        with loss_hessian(self.curvature_loss(loss_of, own), params) as hessian:
-            gradient = hessian.gradient
-            curvature = float(torch.dot(gradient, hessian.hvp(gradient)))
-            self.spend(hessian.cost(1), own)
+        gradient, squared, curvature = self.along_gradient(loss_of, own, params)
         start = float(losses_along(self.loss(loss_of, own), params, gradient, [0.0]))
-        quadratic = OwnBatch(start, float(torch.dot(gradient, gradient)), curvature)
+        quadratic = OwnBatch(start, squared, curvature)
         best = quadratic.best_rate
         self.note(step, "lr", lr)
         self.note(step, "squared gradient", quadratic.squared_gradient)

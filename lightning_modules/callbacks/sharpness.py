@@ -148,12 +148,8 @@ class SharpnessMonitor(Measurement):
             self.note(step, "damped stability limit", stability_limit(lr=lr, momentum=momentum, gamma=gamma))
 
     def _own(self, step: int, loss_of: LossOf, batch: Parts, params: list[torch.nn.Parameter]) -> Tensor:
-        with loss_hessian(self.curvature_loss(loss_of, batch), params) as hessian:
-            gradient = hessian.gradient
-            curvature = float(torch.dot(gradient, hessian.hvp(gradient)))
-            self.spend(hessian.cost(1), batch)
-        own = OwnBatch(0.0, float(torch.dot(gradient, gradient)), curvature)
-        self.note(step, "batch sharpness", own.sharpness)
+        gradient, squared, curvature = self.along_gradient(loss_of, batch, params)
+        self.note(step, "batch sharpness", OwnBatch(0.0, squared, curvature).sharpness)
         return gradient
 
     def _alignments(self, step: int, gradients: list[Tensor], full: Tensor, vectors: Tensor) -> None:
@@ -162,8 +158,8 @@ class SharpnessMonitor(Measurement):
             for i, value in enumerate(cosines.tolist(), start=1):
                 self.note(step, quantity, value, of=f"e{i}")
             self.note(step, quantity, torch.linalg.vector_norm(cosines), of="basis")
+        unit = full / torch.linalg.vector_norm(full)
         for gradient in gradients:
-            unit = full / torch.linalg.vector_norm(full)
             self.note(step, "alignment", alignment(gradient, unit[None])[0], of="full gradient")
 
     def _steps(
