@@ -12,11 +12,9 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from lightning_modules.page import new_figure, write_page
+from lightning_modules.page import new_figure, print_tables, write_page
 from lightning_modules.rows import Rows, read_csv
 
 TOLERANCE = 0.1  # of a prediction
@@ -81,13 +79,7 @@ def print_escape(folder: Path, console: Console) -> None:
     """Print tables and findings to a terminal."""
     files = read_folder(folder)
     console.print(_title(files), style="bold", markup=False)
-    for table in _tables(files):
-        grid = Table(title=table["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in table["header"]:
-            grid.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=True)
-        for row in table["rows"]:
-            grid.add_row(*row)
-        console.print(grid)
+    print_tables(console, _tables(files), text_columns=_TEXT_COLUMNS)
     for said in (*findings(files), _RULE):
         console.print(said, markup=False, highlight=False)
 

@@ -11,6 +11,9 @@ import matplotlib
 from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 matplotlib.use("Agg")
 
@@ -62,6 +65,30 @@ def write_page(
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def print_tables(
+    console: Console,
+    tables: Sequence[Mapping[str, Any]],
+    *,
+    text_columns: Collection[str],
+    wrapped: Collection[str] = (),
+) -> None:
+    """Print the tables of a page to a terminal.
+
+    Args:
+        console: Where to.
+        tables: Each with a title, a header and rows of text.
+        text_columns: Columns that are not numbers.
+        wrapped: Columns that may take several lines.
+    """
+    for table in tables:
+        grid = Table(title=table["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in table["header"]:
+            grid.add_column(name, justify="left" if name in text_columns else "right", no_wrap=name not in wrapped)
+        for row in table["rows"]:
+            grid.add_row(*row)
+        console.print(grid)
 
 
 _TEMPLATE = """<!doctype html>
