@@ -82,8 +82,8 @@ def _in_range(parts: list[Tensor]) -> tuple[list[Tensor], float]:
 def _gram(parts: list[Tensor]) -> Tensor:
     """Inner products of all rows, (m, m), float64 on the CPU."""
     blocks = [[(one @ other.T).cpu().double() for other in parts[: i + 1]] for i, one in enumerate(parts)]
-    upper = [[blocks[j][i].T if j > i else blocks[i][j] for j in range(len(parts))] for i in range(len(parts))]
-    return torch.cat([torch.cat(row, dim=1) for row in upper])
+    whole = [[blocks[j][i].T if j > i else blocks[i][j] for j in range(len(parts))] for i in range(len(parts))]
+    return torch.cat([torch.cat(row, dim=1) for row in whole])
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
