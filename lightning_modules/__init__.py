@@ -9,13 +9,17 @@ from lightning_modules.callbacks.refresh import RefreshDirections as RefreshDire
 from lightning_modules.classifier import Classifier as Classifier
 from lightning_modules.data import Digits as Digits
 from lightning_modules.data import HuggingFace as HuggingFace
+from lightning_modules.language import Characters as Characters
+from lightning_modules.language import LanguageModel as LanguageModel
 
 __all__ = [
     "AveragingExperiment",
     "BatchQuadratic",
+    "Characters",
     "Classifier",
     "Digits",
     "HuggingFace",
+    "LanguageModel",
     "ReadOuts",
     "RefreshDirections",
     "SharpnessMonitor",

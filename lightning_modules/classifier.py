@@ -22,10 +22,14 @@ class Classifier(pl.LightningModule):
     Without an optimizer from the command line it trains with NSGD at its defaults.
 
     Args:
-        net: Name of the network: mlp, simple-cnn (the paper's), simple-cnn-root (smaller) or resnet-20.
+        net: Name of the network; simple-cnn is that of the NSGD paper, resnet-32-plain its ResNet without BatchNorm.
         input_shape: Channels, height and width of an image; on the command line taken from the data.
         num_classes: Number of classes; on the command line taken from the data.
         lr: Learning rate of the default optimizer.
+        sizes: Sizes in place of the network's own, by name, such as {"hidden": [32, 32]} of mlp.
+
+    Raises:
+        ValueError: If the network or a size is unknown, or the images do not fit the network.
     """
 
     def __init__(
@@ -34,12 +38,14 @@ class Classifier(pl.LightningModule):
         input_shape: Sequence[int] = (1, 8, 8),
         num_classes: int = 10,
         lr: float = 0.1,
+        *,
+        sizes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         input_shape = tuple(input_shape)
         self.save_hyperparameters()
         self.lr = lr
-        self.net = make_net(net, input_shape, num_classes)
+        self.net = make_net(net, input_shape, num_classes, sizes)
         self.loss = nn.CrossEntropyLoss()
         self.accuracy = nn.ModuleDict(
             {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("on_train", "on_val", "on_test")}

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NetName = Literal["mlp", "simple-cnn", "simple-cnn-root", "resnet-20"]
+NetName = Literal[
+    "mlp",
+    "simple-cnn",
+    "simple-cnn-root",
+    "resnet-20",
+    "resnet-32",
+    "resnet-56",
+    "resnet-32-plain",
+    "vgg-11",
+    "vit",
+]
 
 
 def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
@@ -37,11 +49,9 @@ def simple_cnn(
     dense layer is not stated and taken as the same 128. ReLU, Glorot initialisation, no BatchNorm.
     """
     channels, height, width = input_shape
-    if min(height, width) < 2 ** len(widths):
-        raise ValueError(
-            f"SimpleCNN halves the image {len(widths)} times; expected sides of at least {2 ** len(widths)} pixels, "
-            f"got {height} x {width}; use --net mlp"
-        )
+    _check_sides("SimpleCNN", input_shape, len(widths))
+    if kernel_size % 2 == 0:
+        raise ValueError(f"expected kernel_size to be odd, so that a convolution keeps the sides, got {kernel_size}")
     layers: list[nn.Module] = []
     for out in widths:
         for fan_in in (channels, out):
@@ -50,6 +60,29 @@ def simple_cnn(
         channels, height, width = out, height // 2, width // 2
     head = [nn.Flatten(), nn.Linear(channels * height * width, dense), nn.ReLU(), nn.Linear(dense, num_classes)]
     return _glorot(nn.Sequential(*layers, *head))
+
+
+def vgg(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    stages: Sequence[Sequence[int]] = ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+) -> nn.Sequential:
+    """VGG-11 (Simonyan & Zisserman 2015, configuration A) as adapted to CIFAR, with BatchNorm and one linear layer.
+
+    A stage is a list of 3 x 3 convolutions, by their filters, and a pooling. Glorot initialisation, with which the
+    paper needs no pre-training (section 3.1).
+    """
+    channels, height, width = input_shape
+    _check_sides("VGG", input_shape, len(stages))
+    layers: list[nn.Module] = []
+    for stage in stages:
+        for out in stage:
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        layers.append(nn.MaxPool2d(2))
+    sides = (height // 2 ** len(stages)) * (width // 2 ** len(stages))
+    return _glorot(nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * sides, num_classes)))
 
 
 class _Residual(nn.Module):
@@ -84,6 +117,8 @@ def resnet(
     Without BatchNorm it is the pre-activation ResNet-32 of Jastrzębski et al. (2019) at ``depth=32``: the variance of
     the initial convolutions is a fifteenth of He's, so that activations do not grow through the blocks.
     """
+    if not widths:
+        raise ValueError("expected widths of at least one stage, got none")
     blocks, rest = divmod(depth - 2, 2 * len(widths))
     if rest or blocks < 1:
         raise ValueError(
@@ -134,41 +169,180 @@ def vision_transformer(
 ) -> nn.Sequential:
     """A small vision transformer (Dosovitskiy et al. 2021): pre-norm encoder blocks, GELU, mean over patches.
 
+    Initialisation of the paper's code: Glorot for attention and feed-forward layers, LeCun for the patches, positions
+    of standard deviation 0.02, and a last layer of zeros, so that the first step moves the last layer alone.
+
     Curvature of it needs attention with a double backward: run it under
-    ``torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)``.
+    ``torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)``. Gradients of single samples need nothing.
     """
     _, height, width = input_shape
     if height % patch or width % patch:
         raise ValueError(f"expected images whose sides are multiples of patch = {patch}, got {height} x {width}")
+    patches, head = _Patches(input_shape, patch, dim), nn.Linear(dim, num_classes)
+    net = _glorot(nn.Sequential(patches, _encoder(dim, depth, heads), nn.LayerNorm(dim), _Mean(), head))
+    nn.init.kaiming_normal_(patches.embed.weight, nonlinearity="linear")  # LeCun: variance 1 / fan-in
+    nn.init.zeros_(head.weight)
+    return net
+
+
+class _Tokens(nn.Module):
+    """Tokens (B, T) as a sequence of embeddings (B, T, dim), with learned positions."""
+
+    def __init__(self, vocabulary: int, context: int, dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, dim)
+        self.positions = nn.Parameter(0.01 * torch.randn(context, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length, context = tokens.shape[1], len(self.positions)
+        if length > context:
+            raise ValueError(f"expected at most context = {context} tokens in a row, got {length}; raise context")
+        embedded: Tensor = self.embed(tokens)
+        return embedded + self.positions[:length]
+
+
+class _Causal(nn.Module):
+    """Encoder blocks in which a position sees itself and those before it."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        seen: Tensor = self.encoder(x, mask, is_causal=True)
+        return seen
+
+
+def causal_transformer(
+    vocabulary: int, *, context: int = 64, dim: int = 64, depth: int = 2, heads: int = 4
+) -> nn.Sequential:
+    """A small decoder-only transformer (Radford et al. 2019, GPT-2): tokens (B, T) int64 to logits (B, T, vocabulary).
+
+    Pre-norm blocks, GELU, learned positions, no dropout, and an output layer of its own, without bias. Initialisation
+    of GPT-2: weights of standard deviation 0.02, positions of 0.01, biases zero, and the layers that add to the
+    residual stream, 2 a block, divided by the root of their number.
+
+    For its curvature the same holds as for :func:`vision_transformer`.
+
+    Args:
+        vocabulary: Number of different tokens.
+        context: The most tokens in a row, T at most.
+        dim: Width of the residual stream.
+        depth: Number of blocks.
+        heads: Attention heads of a block; they divide ``dim``.
+
+    Raises:
+        ValueError: If a size is below 1, or ``dim`` no multiple of ``heads``; on a forward pass, if T exceeds
+            ``context``.
+    """
+    sizes = {"vocabulary": vocabulary, "context": context, "dim": dim, "depth": depth, "heads": heads}
+    for size, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"expected {size} of at least 1, got {value}")
+    encoder = _encoder(dim, depth, heads)
+    tokens, head = _Tokens(vocabulary, context, dim), nn.Linear(dim, vocabulary, bias=False)
+    net = nn.Sequential(tokens, _Causal(encoder), nn.LayerNorm(dim), head)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.ndim == 2 and not name.endswith("positions"):
+                parameter.normal_(std=0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("out_proj.weight", "linear2.weight")):
+                parameter.div_((2 * depth) ** 0.5)
+    return net
+
+
+_NETS: dict[NetName, tuple[Callable[..., nn.Sequential], dict[str, Any]]] = {  # factory, and the sizes that it gets
+    "mlp": (mlp, {}),
+    "simple-cnn": (simple_cnn, {}),
+    "simple-cnn-root": (simple_cnn, {"widths": (32, 64), "kernel_size": 3}),
+    "resnet-20": (resnet, {}),
+    "resnet-32": (resnet, {"depth": 32}),
+    "resnet-56": (resnet, {"depth": 56}),
+    "resnet-32-plain": (resnet, {"depth": 32, "batch_norm": False}),
+    "vgg-11": (vgg, {}),
+    "vit": (vision_transformer, {}),
+}
+
+
+def make_net(
+    name: NetName, input_shape: Sequence[int], num_classes: int, sizes: Mapping[str, Any] | None = None
+) -> nn.Sequential:
+    """Build a network by name.
+
+    Args:
+        name: Name of the network.
+        input_shape: Channels, height and width of an image.
+        num_classes: Number of classes.
+        sizes: Keyword arguments of the network's factory, in place of those that the name stands for.
+
+    Raises:
+        ValueError: If the name or a size is unknown, a size is of another kind than its default, or the images are too
+            small for the network.
+    """
+    if name not in _NETS:
+        raise ValueError(f"expected net to be one of {', '.join(_NETS)}, got {name!r}")
+    factory, named = _NETS[name]
+    known = {
+        size: parameter.default
+        for size, parameter in inspect.signature(factory).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for size, value in (sizes or {}).items():
+        if size not in known:
+            raise ValueError(f"expected sizes of {name} among {', '.join(known)}, got {size!r}")
+        if not _is_like(value, known[size]):
+            raise ValueError(f"expected {size} of {name} to be {_kind(known[size])}, got {value!r}")
+    return factory(input_shape, num_classes, **{**named, **(sizes or {})})
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a size is of the kind of its default: true or false, a positive count, or a list of such."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, list | tuple) and all(_is_like(entry, default[0]) for entry in value)
+
+
+def _kind(default: Any) -> str:
+    if isinstance(default, bool):
+        return "true or false"
+    if isinstance(default, int):
+        return "a whole number of at least 1"
+    return f"a list like {json.dumps(default)}"
+
+
+def _check_sides(net: str, input_shape: Sequence[int], halvings: int) -> None:
+    _, height, width = input_shape
+    if min(height, width) < 2**halvings:
+        raise ValueError(
+            f"{net} halves the image {halvings} times; expected sides of at least {2**halvings} pixels, "
+            f"got {height} x {width}; use --net mlp"
+        )
+
+
+def _encoder(dim: int, depth: int, heads: int) -> nn.TransformerEncoder:
+    """Pre-norm blocks whose weights are equal as yet: torch copies the first block, so each has to be initialised."""
+    if dim % heads:
+        raise ValueError(f"expected dim to be a multiple of heads, got dim = {dim} and heads = {heads}")
     block = nn.TransformerEncoderLayer(
         dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
-    encoder = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
-    return nn.Sequential(
-        _Patches(input_shape, patch, dim), encoder, nn.LayerNorm(dim), _Mean(), nn.Linear(dim, num_classes)
-    )
+    return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
 
 
-def make_net(name: NetName, input_shape: Sequence[int], num_classes: int) -> nn.Sequential:
-    """Build a network by name.
-
-    Raises:
-        ValueError: If the name is unknown, or the images are too small for the network.
-    """
-    if name not in get_args(NetName):
-        raise ValueError(f"expected net to be one of {', '.join(get_args(NetName))}, got {name!r}")
-    if name == "mlp":
-        return mlp(input_shape, num_classes)
-    if name == "resnet-20":
-        return resnet(input_shape, num_classes)
-    sizes: dict[str, Any] = {"widths": (32, 64), "kernel_size": 3} if name == "simple-cnn-root" else {}
-    return simple_cnn(input_shape, num_classes, **sizes)
-
-
+@torch.no_grad()
 def _glorot(net: nn.Sequential) -> nn.Sequential:
     for module in net.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.MultiheadAttention):  # its biases are zero already
+            for matrix in module.in_proj_weight.chunk(3):  # of queries, keys and values
+                nn.init.xavier_uniform_(matrix)
     return net

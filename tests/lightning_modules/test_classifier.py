@@ -55,9 +55,37 @@ def test_a_checkpoint_rebuilds_the_module(make_trainer, tmp_path):
     assert torch.equal(loaded.eval()(images), module.eval()(images))
 
 
+def test_sizes_reach_the_network_and_its_checkpoint(make_trainer, tmp_path):
+    module = Classifier("mlp", sizes={"hidden": [5, 7]})
+    assert [p.shape[0] for p in module.net.parameters()] == [5, 5, 7, 7, 10, 10]
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, datamodule=Digits(limit=200, batch_size=50))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Classifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.hparams["sizes"] == {"hidden": [5, 7]}
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded(images), module(images))
+
+
+def test_a_checkpoint_from_before_sizes_still_loads(make_trainer, tmp_path):
+    module = Classifier()
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, datamodule=Digits(limit=200, batch_size=50))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del checkpoint["hyper_parameters"]["sizes"]
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(Classifier.load_from_checkpoint(tmp_path / "b.ckpt")(images), module(images))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"net": "resnet"}, "one of mlp"), ({"net": "simple-cnn", "input_shape": (1, 2, 2)}, "2 x 2")],
+    [
+        ({"net": "resnet"}, "one of mlp"),
+        ({"net": "simple-cnn", "input_shape": (1, 2, 2)}, "2 x 2"),
+        ({"sizes": {"width": 3}}, "sizes of mlp among hidden, got 'width'"),
+    ],
 )
 def test_a_net_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
