@@ -11,6 +11,7 @@ from lightning_modules.data import Digits as Digits
 from lightning_modules.data import HuggingFace as HuggingFace
 from lightning_modules.language import Characters as Characters
 from lightning_modules.language import LanguageModel as LanguageModel
+from lightning_modules.sharpness_aware import SharpnessAware as SharpnessAware
 
 __all__ = [
     "AveragingExperiment",
@@ -22,6 +23,7 @@ __all__ = [
     "LanguageModel",
     "ReadOuts",
     "RefreshDirections",
+    "SharpnessAware",
     "SharpnessMonitor",
     "ValleyWalk",
 ]

@@ -26,6 +26,7 @@ from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
 from nsgd.hessian import Closure, Losses, check_params, is_finite, loss_hessian, split, vector_dtype
 from nsgd.low_rank import Which
 from nsgd.options import COUNTERS, SHARED, Estimator, check_options, damping_options
+from nsgd.random_basis import random_basis
 from nsgd.rule import Move, correct, cosines, in_float32, project, rows, sgd_moves
 from nsgd.samples import gradient_moment
 from nsgd.tracking import Average, follow
@@ -44,7 +45,7 @@ class Damped(Optimizer):
 
     Mixed in before the base optimizer's class, by :class:`nsgd.NSGD` and :func:`damp`. The basis costs k P floats
     between refreshes; a refresh of m products needs (m + 2k + 3) P and the graph it takes them from, one from m
-    gradients up to (3m + 5k) P.
+    gradients up to (3m + 5k) P, a random one 5k P.
     """
 
     # Parameter -> (k, *shape), float32 or float64, on the parameter's device; fewer than k rows where fewer are known.
@@ -93,7 +94,7 @@ class Damped(Optimizer):
         budget = counters["overhead"] * (steps - counters["warmup_steps"])
         if self._alarm.is_on():
             budget *= 2
-        return bool(counters["cost_gradients"] <= budget)
+        return bool(counters["cost_gradients"] + counters["spared_gradients"] <= budget)
 
     def refresh_if_due(
         self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0
@@ -113,7 +114,8 @@ class Damped(Optimizer):
 
         ``.grad``, buffers, modes and random state stay as found, and ``loss.backward()`` still works afterwards.
         Cost on the samples in the loss: one gradient from groups of them (solver "gradients"); with Lanczos
-        2k + 2 products or fewer beside it, at two gradients each (three over several batches).
+        2k + 2 products or fewer beside it, at two gradients each (three over several batches). With solver "random"
+        the directions are drawn, nothing is averaged, and the loss is not looked at.
 
         Args:
             loss: A loss with its graph, a closure that computes one, or pairs of closure and sample count
@@ -142,6 +144,9 @@ class Damped(Optimizer):
         if not params:
             raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
         _check_size(first["k"], params)
+        if first["solver"] == "random":
+            self._draw(params, batch_fraction)
+            return True
         spent = _Spent()
         if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
             loss = list(loss)
@@ -163,11 +168,17 @@ class Damped(Optimizer):
             )
             return False
         self._count_refresh(spent, batch_fraction)
-        self._take(*self._averaged(estimate, params, products=bool(eigenvalues)), params)
-        first["eigenvalues"] = eigenvalues
-        first["refreshed_at"] = first["steps"]
-        first["refreshes"] += 1
+        self._take(*self._averaged(estimate, params, products=bool(eigenvalues)), params, eigenvalues)
         return True
+
+    def _draw(self, params: list[Tensor], batch_fraction: float) -> None:
+        first = self.param_groups[0]
+        first["attempted_at"] = first["steps"]
+        first["spared_gradients"] += batch_fraction
+        # A function of the count, so that a resumed run draws what an uninterrupted one does.
+        seed = (first["seed"] * 1_000_003 + first["refreshes"]) % 2**63
+        basis = random_basis(params, k=first["k"], seed=seed)
+        self._take(torch.ones(len(basis)), basis, params, [])  # weights that have them damped, and say no more
 
     def _products(
         self, loss: Tensor | Closure | Losses, params: list[Tensor], scale: float, spent: _Spent
@@ -220,7 +231,7 @@ class Damped(Optimizer):
         first["hvps"] += spent.hvps
         first["cost_gradients"] += spent.gradients * batch_fraction
 
-    def _take(self, weights: Tensor, vectors: Tensor, params: list[Tensor]) -> None:
+    def _take(self, weights: Tensor, vectors: Tensor, params: list[Tensor], eigenvalues: list[float]) -> None:
         blocks = [
             block.to(device=p.device, dtype=_basis_dtype(p), copy=True)
             for block, p in zip(split(vectors, params), params, strict=True)
@@ -235,8 +246,10 @@ class Damped(Optimizer):
         self._alarm = Alarm()
         for name in ("coefficients", "squared_norm"):
             self._last_step.pop(name, None)
-        self.param_groups[0]["overlap"] = overlap
-        self.param_groups[0]["weights"] = weights.tolist()
+        first = self.param_groups[0]
+        first["overlap"], first["weights"], first["eigenvalues"] = overlap, weights.tolist(), eigenvalues
+        first["refreshed_at"] = first["steps"]
+        first["refreshes"] += 1
         self._note_positive()
 
     def _note_positive(self) -> None:
@@ -356,7 +369,10 @@ class Damped(Optimizer):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights of the directions in the running average, descending: estimates of curvature, not eigenvalues."""
+        """Weights of the directions in the running average, descending: estimates of curvature, not eigenvalues.
+
+        Of random directions 1 each, which says that they are damped and nothing of the loss.
+        """
         return tuple(self.param_groups[0]["weights"])
 
     def directions(self, params: Iterable[Tensor]) -> Tensor:

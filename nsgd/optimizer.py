@@ -57,10 +57,13 @@ class NSGD(Damped, SGD):
             choice), "SA" for the smallest. A direction whose weight is not positive is never damped.
         bulk_scale: Factor on the step outside the directions; 0 with ``gamma=1`` is Dom-SGD.
         solver: "gradients" of groups of samples; "lanczos", or "arpack", the paper's own, by products; "auto" is
-            "gradients" where two groups or more are given, else "lanczos".
+            "gradients" where two groups or more are given, else "lanczos". "random" is the paper's control: fresh
+            directions at each refresh, orthonormal, drawn without a look at the loss and at no gradient; "auto" draws
+            as often as "gradients" of what it is given would refresh.
         warmup_steps: Steps before the first refresh.
         save_basis: Whether ``state_dict`` holds the directions (k times the parameters). Without them a resumed
             run refreshes at its first step.
+        seed: Draws the directions of solver "random".
 
     Raises:
         ValueError: If an option is out of range, k exceeds the number of trainable parameters, or there are none.
@@ -89,6 +92,7 @@ class NSGD(Damped, SGD):
         solver: Estimator = "auto",
         warmup_steps: int = 0,
         save_basis: bool = True,
+        seed: int = 0,
     ) -> None:
         options: dict[str, Any] = damping_options(
             k=k,
@@ -101,6 +105,7 @@ class NSGD(Damped, SGD):
             solver=solver,
             warmup_steps=warmup_steps,
             save_basis=save_basis,
+            seed=seed,
         )
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not isinstance(value, Tensor) and not value >= 0:
@@ -133,6 +138,7 @@ def damp(
     solver: Estimator = "auto",
     warmup_steps: int = 0,
     save_basis: bool = True,
+    seed: int = 0,
 ) -> Damped:
     """Put the rule on any torch optimizer, in place: its step is scaled down along the sharpest directions.
 
@@ -146,9 +152,10 @@ def damp(
         decay: Share of the last directions in their running average with a new estimate.
         which: "LA", "LM" or "SA", for products.
         bulk_scale: Factor on the step outside the directions. A group may carry its own.
-        solver: "auto", "gradients", "lanczos" or "arpack", as in :class:`nsgd.NSGD`.
+        solver: "auto", "gradients", "lanczos", "arpack" or "random", as in :class:`nsgd.NSGD`.
         warmup_steps: Steps before the first refresh.
         save_basis: Whether ``state_dict`` holds the directions.
+        seed: Draws the directions of solver "random".
 
     Returns:
         The same object, with ``backward``, ``refresh`` and the diagnostics of :class:`nsgd.NSGD`.
@@ -172,6 +179,7 @@ def damp(
         solver=solver,
         warmup_steps=warmup_steps,
         save_basis=save_basis,
+        seed=seed,
     )
     plain, found = optimizer.__class__, dict(vars(optimizer))
     groups = [dict(group) for group in optimizer.param_groups]

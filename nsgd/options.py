@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 from nsgd.low_rank import Which
 
 # Options that one optimizer has once; gamma, bulk_scale and curvature may differ from group to group.
-SHARED = ("k", "refresh_every", "overhead", "decay", "which", "solver", "warmup_steps", "save_basis")
+SHARED = ("k", "refresh_every", "overhead", "decay", "which", "solver", "warmup_steps", "save_basis", "seed")
 
-# How directions are estimated; "auto" goes by what they come from.
-Estimator = Literal["auto", "gradients", "lanczos", "arpack"]
+# How directions are estimated, or drawn; "auto" goes by what they come from.
+Estimator = Literal["auto", "gradients", "lanczos", "arpack", "random"]
 
 # Plain numbers kept in the first parameter group, so that any checkpoint carries them.
 COUNTERS: dict[str, Any] = {
@@ -22,6 +22,7 @@ COUNTERS: dict[str, Any] = {
     "skipped_refreshes": 0,
     "hvps": 0,
     "cost_gradients": 0.0,
+    "spared_gradients": 0.0,  # by directions drawn in place of estimates
     "overlap": math.nan,
     "eigenvalues": [],
     "weights": [],
@@ -44,6 +45,7 @@ def damping_options(
     solver: Estimator = "auto",
     warmup_steps: int = 0,
     save_basis: bool = True,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Validate the options of the rule and return them by name; :class:`nsgd.NSGD` describes them."""
     options = {
@@ -57,6 +59,7 @@ def damping_options(
         "solver": solver,
         "warmup_steps": warmup_steps,
         "save_basis": save_basis,
+        "seed": seed,
         "curvature": True,
     }
     check_options(options)
@@ -65,7 +68,7 @@ def damping_options(
 
 def check_options(options: dict[str, Any]) -> None:
     """Raise a ValueError for the first option that is out of range."""
-    for name, least in (("k", 1), ("refresh_every", 1), ("warmup_steps", 0)):
+    for name, least in (("k", 1), ("refresh_every", 1), ("warmup_steps", 0), ("seed", 0)):
         value = options[name]
         if name == "refresh_every" and value == "auto":
             continue
@@ -87,3 +90,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name, choices in (("which", get_args(Which)), ("solver", get_args(Estimator))):
         if options[name] not in choices:
             raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {options[name]!r}")
+    if options["solver"] == "random" and decay is not None:
+        raise ValueError(
+            f"expected no decay with solver='random', whose directions are not averaged, got {decay!r}; leave it out"
+        )
