@@ -26,7 +26,9 @@ def training_samples(
 ) -> list[tuple[Any, int]]:
     """Batches of different samples of the training set on the module's device, with their sample counts.
 
-    Augmentation is drawn by the same seed. The loader's own order and the random state stay as found.
+    Drawn uniformly from the data set, each sample at most once, whatever the loader's sampler is: weights and subsets
+    of a sampler have no say. Augmentation is drawn by the same seed. The loader's own order and the random state stay
+    as found.
 
     Args:
         trainer: In ``fit``.

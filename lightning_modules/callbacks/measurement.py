@@ -16,9 +16,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_modules.batch_loss import batch_losses, batch_size_of
+from lightning_modules.paths import unused
 from lightning_modules.rows import Rows, write_csv
 from lightning_modules.training_samples import in_batches, seed_generators, training_samples
-from nsgd.hessian import Closure, Losses, loss_hessian
+from nsgd.hessian import Closure, Losses
+from nsgd.trajectory.sharpness import own_batch
 
 LossOf = Callable[[Any, int], Tensor]
 Parts = list[tuple[Any, int]]  # batches with their sample counts
@@ -183,27 +185,25 @@ class Measurement(pl.Callback):
     def _planned(self, trainer: pl.Trainer, batch: Any) -> Plan:
         size = batch_size_of(batch) or 1
         self._batch_size = size * trainer.accumulate_grad_batches
-        steps = float(trainer.estimated_stepping_batches)
-        most = min(_MOST, size)  # so that one graph holds them all
-        if self.every is not None:
-            return Plan([], most if self.samples is None else self.samples)
+        steps = float(self.every or trainer.estimated_stepping_batches)  # that the overhead is of
         if not 0 < steps < math.inf:
             raise ValueError(
                 f"{type(self).__name__} spreads its measurements over the run, whose number of steps is not known; "
                 "give every=, or the trainer max_steps="
             )
         product = 2 if (self.samples or 0) <= size else 3
-        return plan(
+        found = plan(
             steps=steps,
             price=self.price(product),
             fixed=self.fixed_price() / trainer.accumulate_grad_batches,
             samples=self.samples,
-            times=self.times,
+            times=1 if self.every else self.times,
             length=self.length,
             overhead=self.overhead,
             batch=self._batch_size,
-            most=most,
+            most=min(_MOST, size),  # so that one graph holds them all
         )
+        return Plan([], found.samples) if self.every else found
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the evaluation samples, and find out before the first step what would end the run at a later one."""
@@ -273,11 +273,9 @@ class Measurement(pl.Callback):
 
     def along_gradient(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> tuple[Tensor, float, float]:
         """A batch's gradient g (P,), its square |g|^2 and the curvature along it g^T H g; counted."""
-        with loss_hessian(self.curvature_loss(loss_of, batch), params) as hessian:
-            gradient = hessian.gradient
-            curvature = float(torch.dot(gradient, hessian.hvp(gradient)))
-            self.spend(hessian.cost(1), batch)
-        return gradient, float(torch.dot(gradient, gradient)), curvature
+        gradient, own = own_batch(self.loss(loss_of, batch), params)
+        self.spend(3 - FORWARD, batch)  # the forward pass is counted
+        return gradient, own.squared_gradient, own.curvature
 
     def _seeded(self, loss_of: LossOf, batch: Any) -> Closure:
         """The loss of a batch with the same dropout masks each time."""
@@ -301,15 +299,20 @@ class Measurement(pl.Callback):
     def write(self, trainer: pl.Trainer) -> None:
         """Write the rows so far."""
         if self._file is None:
-            self._file = _free(self.path or Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}.csv")
+            self._file = unused(self.path or Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}.csv")
         if trainer.is_global_zero:
             write_csv(self._file, self.rows)
 
     @property
-    def state_key(self) -> str:
-        """Several measurements of a kind may stand beside each other, if an option differs."""
+    def key_options(self) -> dict[str, Any]:
+        """Several measurements of a kind may stand beside each other, if one of these options differs."""
         options = {"samples": self.samples, "every": self.every, "overhead": self.overhead, "seed": self.seed}
-        return self._generate_state_key(**options, path=None if self.path is None else str(self.path))
+        return {**options, "path": None if self.path is None else str(self.path)}
+
+    @property
+    def state_key(self) -> str:
+        """What a checkpoint knows this measurement by."""
+        return self._generate_state_key(**self.key_options)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, and what they cost."""
@@ -319,12 +322,3 @@ class Measurement(pl.Callback):
         """Go on with saved rows."""
         self.rows, self._begun = state_dict["rows"], state_dict["begun"]
         self.gradients, self.seconds = state_dict["gradients"], state_dict["seconds"]
-
-
-def _free(path: Path) -> Path:
-    """The path itself, or with a number where there is a file of an earlier run."""
-    found, number = path, 0
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return found

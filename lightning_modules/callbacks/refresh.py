@@ -30,7 +30,8 @@ class RefreshDirections(pl.Callback):
     module's loggers, at most once in ``log_every_n_steps`` of the trainer, go the weights of the directions
     (``nsgd/weight_1`` ...), the eigenvalues where products found some (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with
     the last basis, ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far;
-    those of several damped optimizers go under ``nsgd-0/``, ``nsgd-1/`` ...
+    and, there and in the progress bar, ``nsgd/cost_per_step``, the gradients that refreshes have cost for each step.
+    Those of several damped optimizers go under ``nsgd-0/``, ``nsgd-1/`` ...
 
     With the solver "auto" or "gradients" the directions come from the gradients of small groups of samples, otherwise
     from Hessian-vector products. A running batch that cannot be cut, and the loss of a module that optimizes manually
@@ -220,13 +221,16 @@ class RefreshDirections(pl.Callback):
         self._logged[number] = step
         metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
         metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
-        metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients}
+        cost = optimizer.cost_gradients / (optimizer.param_groups[0]["steps"] + 1)  # with the step that comes
+        metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients, "cost_per_step": cost}
         metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
         several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
         prefix = f"nsgd-{number}" if several else "nsgd"
         known = {f"{prefix}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
         for logger in trainer.loggers:
             logger.log_metrics(known, step=step)
+        # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
+        trainer.progress_bar_metrics[f"{prefix}/cost_per_step"] = cost
 
     def _tell_once(self, message: str) -> None:
         if message not in self._told:

@@ -41,8 +41,8 @@ def alignment(gradient: Tensor, directions: Tensor) -> Tensor:
     return inside.double().cpu() / length.cpu()
 
 
-def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> OwnBatch:
-    """A batch's loss, squared gradient and curvature along its gradient: one gradient and one product, worth three.
+def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor, OwnBatch]:
+    """A batch's gradient (P,), and its loss along it: a gradient and a product, worth three gradients.
 
     Raises:
         ValueError: As :func:`nsgd.hessian.loss_hessian`.
@@ -58,7 +58,7 @@ def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> OwnBatch:
     with loss_hessian(noted, params) as hessian:
         gradient = hessian.gradient
         curvature = torch.dot(gradient, hessian.hvp(gradient))
-    return OwnBatch(float(values[0]), float(torch.dot(gradient, gradient)), float(curvature))
+    return gradient, OwnBatch(float(values[0]), float(torch.dot(gradient, gradient)), float(curvature))
 
 
 def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]) -> float:
@@ -67,7 +67,7 @@ def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]
     At the edge of stochastic stability it is 2 / lr. Costs three gradients a batch.
     """
     params = list(params)
-    found = [own_batch(loss, params).sharpness for loss in losses]
+    found = [own_batch(loss, params)[1].sharpness for loss in losses]
     if not found:
         raise ValueError("expected the loss of one batch or more, got none")
     return sum(found) / len(found)

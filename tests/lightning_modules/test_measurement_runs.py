@@ -92,6 +92,7 @@ def test_at_their_defaults_each_costs_about_the_overhead(make_trainer):
         middle = (steps - callback.length) // 2
         assert (first, last) == ((middle, middle + callback.length - 1) if once else (0, steps - 1))
     assert len({r["measurement"] for r in quadratic.rows}) >= 6
+    assert len({r["measurement"] for r in sharpness.rows}) >= 3
 
 
 @pytest.mark.parametrize("overhead", [0.05, 0.15, 1.0])
@@ -142,6 +143,15 @@ def test_every_says_when_and_samples_how_many(make_trainer):
     assert sorted({r["step"] for r in callbacks[1].rows}) == [0, 4, 8]
     assert [n for _, n in callbacks[1].evaluation] == [10, 10]  # no batch is short
     assert [max(r["measurement"] for r in c.rows) for c in callbacks] == [3, 3]  # not again at every micro-batch
+
+
+def test_every_takes_as_many_samples_as_the_overhead_pays(make_trainer):
+    """Of the steps between two measurements, and 16 at least, as where measurements are spread over the run."""
+    cheap = partial(SharpnessMonitor, k=1, brief=True, products=5)
+    callbacks = [cheap(every=4), cheap(every=40, seed=1), cheap(every=4, overhead=100.0)]
+    make_trainer(callbacks=callbacks, max_steps=41, max_epochs=-1).fit(Digitlike(), images())
+    counts = [sum(n for _, n in callback.evaluation) for callback in callbacks]
+    assert counts == [16, int(0.15 * 40 / (1 + 2 * 5) * 128), 128]
 
 
 def test_every_needs_no_number_of_steps(make_trainer):
@@ -294,10 +304,11 @@ def test_manual_optimization_without_a_curvature_loss_is_refused(make_trainer, n
 
 @pytest.mark.parametrize(("name", "batches"), [("quadratic", 2), ("sharpness", 2)])
 def test_a_training_set_of_fewer_batches_is_refused(make_trainer, name, batches):
+    callback = MAKERS[name](**({"batches": batches} if name == "sharpness" else {}))
     with pytest.raises(
         ValueError, match=rf"training set of {batches} batches or more, got 48 samples for batches of 4"
     ):
-        make_trainer(callbacks=[MAKERS[name]()]).fit(Smooth(SGD), loader(40, features=2, number=2))
+        make_trainer(callbacks=[callback]).fit(Smooth(SGD), loader(40, features=2, number=2))
 
 
 def test_an_evaluation_set_takes_what_there_is(make_trainer):
@@ -306,6 +317,7 @@ def test_an_evaluation_set_takes_what_there_is(make_trainer):
     assert [n for _, n in callback.evaluation] == [16, 16, 16]
 
 
+@pytest.mark.filterwarnings("ignore:SharpnessMonitor at step .* above the limit of stable steps:UserWarning")
 @pytest.mark.parametrize("lr", [30.0, 1e4])
 @EACH
 def test_a_diverging_run_is_not_ended(make_trainer, name, lr):

@@ -12,10 +12,11 @@ from measured import EACH, FREQUENT, MAKERS, SGD, all_four
 from strangers import Adversarial, Everything, Memory, Regression, Rows, Smooth, classes, loader, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 from lightning_modules import ReadOuts, RefreshDirections
 from lightning_modules.callbacks.quadratic import BatchQuadratic
+from lightning_modules.callbacks.sharpness import SharpnessMonitor
 from lightning_modules.callbacks.valley import ValleyWalk
 from lightning_modules.rows import read_csv
 from nsgd import NSGD
@@ -66,7 +67,11 @@ def train(make_trainer: Any, random_state: Any, optimizer: Any, callbacks: list[
     return {
         "module": module.plain_state(),
         "optimizer": _plain(trainer.optimizers[0].state_dict()),
-        "logged": [(step, {k: repr(v) for k, v in row.items()}) for step, row in logger.rows],
+        "logged": [
+            (step, {k: repr(v) for k, v in row.items()})
+            for step, row in logger.rows
+            if not any(name.startswith("sharpness/") for name in row)
+        ],
         "callback_metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "modes": [m.training for m in module.modules()],
         "random": random_state(),
@@ -112,7 +117,8 @@ PRECISIONS = {
 def test_measuring_leaves_training_bit_identical(make_trainer, random_state, optimizer, way):
     make, options = OPTIMIZERS[optimizer], PRECISIONS[way]
     without = train(make_trainer, random_state, make, [ReadOuts()], **options)
-    callbacks = all_four()
+    layers = [SharpnessMonitor(8, every=3, k=1, products=4, params=["net.0.*"], brief=brief) for brief in (False, True)]
+    callbacks = [*all_four(), *layers]
     measured = train(make_trainer, random_state, make, [ReadOuts(), *callbacks], **options)
     assert all(len(c.rows) > 20 for c in callbacks)
     for what in without:
@@ -217,6 +223,15 @@ def test_samples_are_drawn_as_the_trainer_moves_them(make_trainer):
     data = TensorDataset(torch.ones(48, 2), torch.randint(2, (48,), generator=seeded(0)))
     make_trainer(callbacks=[callback]).fit(Scaled(SGD), DataLoader(data, batch_size=16))
     assert callback.evaluation[0][0][0].tolist() == [[10.0, 10.0]] * 16
+
+
+def test_samples_are_drawn_from_the_whole_data_set_whatever_the_sampler(make_trainer):
+    callback = ValleyWalk(samples=48, length=2)
+    data = TensorDataset(torch.arange(96.0).reshape(48, 2), torch.arange(48) % 2)
+    sampler = SubsetRandomSampler(range(16), generator=seeded(0))
+    make_trainer(callbacks=[callback]).fit(Smooth(SGD), DataLoader(data, batch_size=8, sampler=sampler))
+    drawn = torch.cat([batch[0][:, 0] for batch, _ in callback.evaluation])
+    assert drawn.sort().values.tolist() == data.tensors[0][:, 0].tolist()
 
 
 @EACH

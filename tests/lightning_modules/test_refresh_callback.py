@@ -468,11 +468,32 @@ def test_weights_eigenvalues_alignment_overlap_and_cost_are_logged_at_each_refre
         assert [float(row[f"nsgd/weight_{j}"]) for j in (1, 2)] == pytest.approx(weights)
         assert [float(row[f"nsgd/lambda_{j}"]) for j in (1, 2) if values] == pytest.approx(values)
         assert (float(row["nsgd/hvps"]), float(row["nsgd/cost_gradients"])) == pytest.approx((hvps, cost))
+        assert float(row["nsgd/cost_per_step"]) == pytest.approx(cost / (i + 1))
         if i == 0:  # nothing to compare with yet
             assert (row["nsgd/overlap"], row["nsgd/alignment"]) == ("", "")
         else:
             assert float(row["nsgd/overlap"]) == pytest.approx(overlap)
             assert float(row["nsgd/alignment"]) == pytest.approx(seen[i - 1][3])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_cost_of_refreshes_is_in_the_progress_bar(make_trainer, several):
+    module = (TwoParts if several else Regression)(partial(NSGD, lr=0.05, k=2, refresh_every=2))
+    data = loader(samples=96, features=2, number=2) if several else DataLoader(Rows(), batch_size=16)
+    seen: list[dict[str, Any]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.append(dict(trainer.progress_bar_metrics))
+
+    trainer = make_trainer(callbacks=[RefreshDirections(None if several else 8), Look()], log_every_n_steps=3)
+    trainer.fit(module, data)  # 6 steps of each optimizer, refreshes at 0, 2, 4
+    each = trainer.optimizers[0].cost_gradients / 3
+    second = 2 * each / 3 if several else each  # two steps a batch; else the last log is not 3 steps old
+    name = "nsgd-0/cost_per_step" if several else "nsgd/cost_per_step"
+    assert [list(metrics) for metrics in seen] == [[name]] * 6
+    assert [metrics[name] for metrics in seen] == pytest.approx([each] * 2 + [second] * 2 + [3 * each / 5] * 2)
+    assert not trainer.callback_metrics.keys() & {name}
 
 
 @pytest.mark.parametrize(

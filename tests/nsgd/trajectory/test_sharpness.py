@@ -72,9 +72,12 @@ def test_batch_sharpness_is_the_mean_of_the_rayleigh_quotients(quadratic):
     losses = [lambda i=i: quadratic.loss(i) for i in range(6)]
     assert batch_sharpness(losses, [quadratic.weight]) == pytest.approx(sum(expected) / 6, rel=1e-10)
     assert quadratic.weight.grad is None
-    batch = own_batch(quadratic.loss(2), [quadratic.weight])
-    assert batch.loss == pytest.approx(quadratic.loss(2).item())
-    assert batch.sharpness == pytest.approx(expected[2], rel=1e-10)
+    for loss in (quadratic.loss(2), losses[2]):
+        gradient, batch = own_batch(loss, [quadratic.weight])
+        torch.testing.assert_close(gradient, quadratic.gradient(2))
+        assert batch.loss == pytest.approx(quadratic.loss(2).item())
+        assert batch.squared_gradient == pytest.approx(float(gradient @ gradient))
+        assert batch.sharpness == pytest.approx(expected[2], rel=1e-10)
     with pytest.raises(ValueError, match="loss of one batch or more"):
         batch_sharpness([], [quadratic.weight])
 
