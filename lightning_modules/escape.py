@@ -20,11 +20,10 @@ from torch import Tensor
 from lightning_modules import walkers
 from lightning_modules.escape_theory import predicted_stay, predicted_steps
 from lightning_modules.landscape import BUILT_IN, Landscape, built_in_landscape, own_landscape
+from lightning_modules.progress import Update
 from lightning_modules.rows import Rows, read_csv, write_csv
 from lightning_modules.study_folder import claim_folder
 from nsgd.trajectory.escape import temperature
-
-Progress = Callable[[str, int, int, str], None]  # what is running, steps done, steps in all, how the walkers stand
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class EscapeStudy:
         return {"lr": lr, "noise": self.noise, "batch_size": batch_size}
 
 
-def run_escape(study: EscapeStudy, out: Path, progress: Progress) -> None:
+def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
     """Run what is not finished yet, and write escape.csv, config.yaml and landscape.yaml into a folder.
 
     Raises:

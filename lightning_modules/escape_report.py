@@ -56,23 +56,29 @@ def read_folder(folder: Path) -> Files:
 def write_escape(folder: Path) -> Path:
     """Draw the figures as PNG and write escape.html, self-contained, beside them; returns its path."""
     files = read_folder(folder)
-    times, damped, share, loss = findings(files)
     return write_page(
         folder / "escape.html",
         title=_title(files),
         tables=_tables(files),
         text_columns=_TEXT_COLUMNS,
         caption=_RULE,
-        figures={
-            "escape-time": (_escape_figure(files), f"{times} {damped}"),
-            "flat-minimum": (_stay_figure(files), f"{share} {loss}"),
-        },
+        figures=escape_figures(folder),
         appendix={
             "Configuration": yaml.safe_dump(files.config, sort_keys=False),
             "Landscape": yaml.safe_dump(files.landscape, sort_keys=False),
             "Environment": yaml.safe_dump(files.environment, sort_keys=False),
         },
     )
+
+
+def escape_figures(folder: Path) -> dict[str, tuple[Figure, str]]:
+    """Name to figure and caption."""
+    files = read_folder(folder)
+    times, damped, share, loss = findings(files)
+    return {
+        "escape-time": (_escape_figure(files), f"{times} {damped}"),
+        "flat-minimum": (_stay_figure(files), f"{share} {loss}"),
+    }
 
 
 def print_escape(folder: Path, console: Console) -> None:

@@ -1,21 +1,44 @@
-"""A page of tables and figures: one self-contained HTML file, and each figure as PNG beside it."""
+"""A page of tables and figures: one self-contained HTML file, and each figure as PNG and PDF beside it."""
 
 from __future__ import annotations
 
-import base64
+import io
+import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox, BboxBase
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
+
+_PAD = 3  # points around a panel
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # nor a date, which would change the file
+_GREY = re.compile(r"(?<=: )#(([0-9a-f]{2})\2\2)(?=[;\"])")
+_USED = re.compile(r"var\(--grey-(\w+)\)")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page in words.
+
+    Attributes:
+        heading: Above it.
+        paragraphs: Of text.
+        table: Below them, with a title, a header and rows of text.
+    """
+
+    heading: str
+    paragraphs: Sequence[str]
+    table: Mapping[str, Any] | None = None
 
 
 def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
@@ -36,31 +59,51 @@ def write_page(
     tables: Sequence[Mapping[str, Any]] = (),
     text_columns: Collection[str] = (),
     caption: str = "",
+    summary: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+    links: Mapping[str, str] | None = None,
     appendix: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a page, and its figures beside it; returns its path.
 
+    The page asks for no other file: its figures are drawings (SVG) inside it, each panel on its own, side by side on a
+    screen and below each other on a phone. It follows the reader's choice of a light or a dark screen, and its tables
+    sort by the column whose header is pressed. The same arguments give the same bytes.
+
     Args:
         path: The HTML file.
         title: Of the page.
-        figures: Name to figure and caption.
-        tables: Each with a title, a header and rows of text.
+        figures: Name to figure and caption. Each of a figure's axes is a panel.
+        tables: Each with a title, a header and rows of text. In a text column, an empty first cell
+            repeats the one above.
         text_columns: Columns that are not numbers.
         caption: Under the tables.
+        summary: Sentences above the tables.
+        sections: Between tables and figures.
+        links: Label to the path of a file, relative to the page.
         appendix: Heading to preformatted text.
     """
-    pictures = []
-    for name, (figure, words) in figures.items():
-        picture = path.parent / f"{name}.png"
-        figure.savefig(picture, dpi=120)
-        pictures.append({"data": base64.b64encode(picture.read_bytes()).decode(), "caption": words, "name": name})
-    page = Environment(autoescape=True).from_string(_TEMPLATE)
-    text = page.render(
+    pictures, drawn = [], ""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "pdf.fonttype": 42}):  # text stays text
+        for number, (name, (figure, words)) in enumerate(figures.items()):
+            _lay_out(figure)
+            figure.savefig(path.parent / f"{name}.png", dpi=120)
+            figure.savefig(path.parent / f"{name}.pdf", metadata={"CreationDate": None})
+            heading = name.replace("-", " ").capitalize()
+            panels = _panels(figure, heading, f"figure-{number}")
+            drawn += "".join(panel["drawing"] for panel in panels)
+            pictures.append({"name": name, "heading": heading, "caption": words, "panels": panels})
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    text = environment.get_template("page.html").render(
         title=title,
         tables=tables,
         text_columns=text_columns,
         caption=caption,
+        summary=summary,
+        sections=sections,
         pictures=pictures,
+        greys={grey: f"{255 - int(grey[:2], 16):02x}" * 3 for grey in sorted(set(_USED.findall(drawn)))},
+        links=links or {},
         appendix=appendix or {},
     )
     path.write_text(text, encoding="utf-8")
@@ -91,61 +134,55 @@ def print_tables(
         console.print(grid)
 
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-bottom: 0.3rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #1a1a1a; } tr.first td { border-top: 1px solid #bbb; }
-.text { text-align: left; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-figcaption, .caption { color: #444; font-size: 0.88rem; }
-pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; font-size: 0.82rem; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{%- if tables %}
-<h2>Results</h2>
-{%- endif %}
-{%- for table in tables %}
-<h3>{{ table.title }}</h3>
-<div class="scroll"><table>
-<thead><tr>
-{%- for name in table.header %}
-<th scope="col"{% if name in text_columns %} class="text"{% endif %}>{{ name }}</th>
-{%- endfor %}
-</tr></thead>
-<tbody>
-{%- for row in table.rows %}
-<tr{% if row[0] %} class="first"{% endif %}>
-{%- for cell in row %}
-<td{% if table.header[loop.index0] in text_columns %} class="text"{% endif %}>{{ cell }}</td>
-{%- endfor %}
-</tr>
-{%- endfor %}
-</tbody>
-</table></div>
-{%- endfor %}
-{%- if caption %}
-<p class="caption">{{ caption }}</p>
-{%- endif %}
-{%- for picture in pictures %}
-<h2>{{ picture.name.replace("-", " ").capitalize() }}</h2>
-<figure><img src="data:image/png;base64,{{ picture.data }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
-{%- endfor %}
-{%- for name, text in appendix.items() %}
-<h2>{{ name }}</h2>
-<pre>{{ text }}</pre>
-{%- endfor %}
-</body>
-</html>
-"""
+def _lay_out(figure: Figure) -> None:
+    """Place everything, once for all files, and hide tick labels that overlap others of their axis."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        taken: list[BboxBase] = []
+        # Those of minor ticks come last, so that they give way.
+        for label in (*axis.get_majorticklabels(), *axis.get_minorticklabels()):
+            extent = label.get_window_extent()
+            label.set_visible(label.get_visible() and not any(extent.overlaps(other) for other in taken))
+            taken += [extent] if label.get_visible() and label.get_text() else []
+
+
+def _panels(figure: Figure, heading: str, prefix: str) -> list[dict[str, str]]:
+    """Each axes of a figure as a drawing of its own, with what it shows in words."""
+    shown = [(axes, axes.bbox.frozen(), tight) for axes in figure.axes if (tight := axes.get_tightbbox()) is not None]
+    # Equal room at the left and right, and above, so that equal frames line up, side by side or below each other.
+    left, right = (
+        max(frame.x0 - tight.x0 for _, frame, tight in shown),
+        max(tight.x1 - frame.x1 for _, frame, tight in shown),
+    )
+    above, pad = max(tight.y1 - frame.y1 for _, frame, tight in shown), _PAD * figure.dpi / 72
+    drawings = []
+    for i, (axes, frame, tight) in enumerate(shown):
+        for other, *_ in shown:
+            other.set_visible(other is axes)
+        crop = Bbox.from_extents(frame.x0 - left - pad, tight.y0 - pad, frame.x1 + right + pad, frame.y1 + above + pad)
+        file, inches = io.StringIO(), crop.transformed(figure.dpi_scale_trans.inverted())
+        figure.savefig(file, format="svg", transparent=True, bbox_inches=inches, metadata=_NO_METADATA)
+        place = f"{heading}, panel {i + 1} of {len(shown)}" if len(shown) > 1 else heading
+        drawings.append({"label": f"{place}: {_words(axes)}", **_drawing(file.getvalue(), f"{prefix}-{i}")})
+    for axes, *_ in shown:
+        axes.set_visible(True)
+    return drawings
+
+
+def _words(axes: Axes) -> str:
+    """What a panel shows, for those who do not see it."""
+    plane = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+    return "; ".join(filter(None, (axes.get_title(), plane, ", ".join(axes.get_legend_handles_labels()[1]))))
+
+
+def _drawing(svg: str, prefix: str) -> dict[str, str]:
+    """The inside of matplotlib's SVG, with ids of its own, and black and greys that follow the screen."""
+    head, _, inside = svg.partition("<svg ")[2].partition(">")
+    inside = re.sub(r">\s+<", "><", inside.rpartition("</svg>")[0])
+    inside = re.sub(r"<style.*?</style>", "", inside, flags=re.DOTALL)  # would hold for the whole page
+    inside = re.sub(r"font-family: [^;\"]*;? ?", "", inside)
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", inside)
+    inside = inside.replace(": #000000", ": currentColor").replace(": #ffffff", ": var(--paper)")
+    inside = _GREY.sub(r"var(--grey-\g<1>)", inside)
+    return {"view_box": re.findall('viewBox="(.*?)"', head)[0], "drawing": inside}

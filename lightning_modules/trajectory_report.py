@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from lightning_modules.escape_report import escape_figures
 from lightning_modules.page import new_figure, write_page
 from lightning_modules.rows import Rows, read_csv
 
@@ -20,12 +22,19 @@ _CONFIRMED, _NOT_CONFIRMED, _NOT_RESOLVED = "confirmed", "not confirmed", "not r
 
 
 def write_measurements(folder: Path, *, title: str) -> Path:
-    """Draw every measurement found in a folder as PNG, and write measurements.html beside them; returns its path.
+    """Draw every measurement found in a folder, and write measurements.html beside the figures; returns its path.
+
+    A folder ``escape`` in it, as ``nsgd escape`` writes it, has its figures on the same page.
 
     Raises:
         ValueError: If there is none.
     """
     figures = measurement_figures(folder)
+    if (folder / "escape" / "escape.csv").exists():
+        figures |= {
+            name: (figure, f"Simulated walkers on a double well, no network. {words}")
+            for name, (figure, words) in escape_figures(folder / "escape").items()
+        }
     if not figures:
         names = ", ".join(f"{name}.csv" for name in _DRAWN)
         raise ValueError(f"expected measurements in {folder}, one of {names}; got none")
@@ -161,7 +170,8 @@ def _mean_curve(rows: Rows) -> list[tuple[float, float]]:
 
 
 def _sharpness(rows: Rows) -> tuple[Figure, str]:
-    figure, (spectrum, cosines, steps, sections) = new_figure(4)
+    brief = not any(row["quantity"] == "change after a step" for row in rows)
+    figure, (spectrum, *others) = new_figure(1 if brief else 4)
     names = sorted({row["of"] for row in rows if row["quantity"] == "eigenvalue"})
     for i, name in enumerate(reversed(names)):
         first = i + 1 == len(names)
@@ -169,7 +179,7 @@ def _sharpness(rows: Rows) -> tuple[Figure, str]:
         points = _series(rows, "eigenvalue", name)
         spectrum.plot(*points, ".-", color=_COLORS[0], label=label, alpha=alpha, linewidth=width)
     lines = (
-        ("root-sum-square", "s-", _GREY, "root-sum-square of the top 50"),
+        ("root-sum-square", "s-", _GREY, "root-sum-square of the largest"),
         ("felt sharpness", "d-", _COLORS[2], "felt by damped steps"),
         ("stability limit", "--", "black", "(2 + 2β) / lr"),
         ("damped stability limit", ":", "black", "(2 + 2β) / (γ lr)"),
@@ -184,6 +194,13 @@ def _sharpness(rows: Rows) -> tuple[Figure, str]:
     positive = all(row["value"] > 0 for row in rows if row["quantity"] == "eigenvalue")
     spectrum.set(xlabel="optimizer steps", ylabel="curvature", yscale="log" if positive else "symlog")
     spectrum.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2)
+    if not brief:
+        _draw_steps(rows, names, *others)
+    return figure, _sharpness_caption(rows, names)
+
+
+def _draw_steps(rows: Rows, names: Sequence[str], cosines: Axes, steps: Axes, sections: Axes) -> None:
+    """Batches' gradients in the directions, steps along them, and cross-sections."""
     for i, name in enumerate(["basis", *names[:3]]):
         at, values = _series(rows, "alignment", name)
         cosines.plot(at, np.abs(values), "o", color=_COLORS[i], markersize=4, label=f"|cos(g, {name})|")
@@ -203,7 +220,6 @@ def _sharpness(rows: Rows) -> tuple[Figure, str]:
         sections.plot(*_columns([(row["at"], row["value"]) for row in own]), ".-", color=_COLORS[i], label=name)
     sections.set(xlabel="offset, in usual steps along the direction", ylabel=f"loss, at step {last}", xscale="symlog")
     sections.legend(frameon=False, fontsize=7)
-    return figure, _sharpness_caption(rows, names)
 
 
 def _decomposition(rows: Rows, of: str) -> list[tuple[float, float]]:
@@ -226,22 +242,24 @@ def _sharpness_caption(rows: Rows, names: Sequence[str]) -> str:
         for row in rows
         if row["quantity"] == "change after a step" and row["of"] == "e1" and row["at"] == 1
     ]
-    low, high = _t_interval(changes)
-    best = np.median(_series(rows, "predicted best multiple", "e1")[1])
     limits = _of(rows, "stability limit")
     values, felt = np.array(_series(rows, "eigenvalue", "e1")[1]), _of(rows, "felt sharpness")
     words = f"The top eigenvalue is {np.median(values):.3g}"
     if len(limits):
         words = f"The top eigenvalue is {np.median(values / limits):.2g} of the limit of stable steps"
         words += f", what damped steps feel {np.median(felt / limits[-len(felt) :]):.2g}" if len(felt) else ""
+    few = "Eigenvalues are those of the evaluation samples; few samples make them larger."
+    if not changes:
+        return f"The sharpest directions. {words}, in the median. {few}"
+    low, high = _t_interval(changes)
+    best = np.median(_series(rows, "predicted best multiple", "e1")[1])
     inside = np.median(_series(rows, "alignment", "basis")[1])
     return (
         "The sharpest directions, gradients in them, and steps along them. That SGD's step along the sharpest "
         f"direction fails to lower the loss is {_side(low, high)} by this run: it changes the loss by "
         f"{_spread(changes)} ({len(changes)} measurements). On a quadratic the best step would be {best:.2g} times as "
         f"long (median; below one half it is too long). {words}; the top {len(names)} directions hold {inside:.2g} of "
-        "a batch's gradient, in norm (medians). Eigenvalues are those of the evaluation samples; few samples make them "
-        "larger."
+        f"a batch's gradient, in norm (medians). {few}"
     )
 
 

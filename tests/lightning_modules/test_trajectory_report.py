@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=Digits())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="SharpnessMonitor at step")  # of so few samples
+        trainer.fit(module, datamodule=Digits())
     return folder
 
 
@@ -54,8 +57,7 @@ def altered(measured: Path, to: Path, name: str, change: Any) -> str:
 def test_one_page_holds_a_figure_of_each_and_asks_for_nothing_else(measured):
     page = write_measurements(measured, title="A run").read_text()
     assert page.count("<figure>") == len(MEASUREMENTS)
-    assert page.count('src="data:image/png;base64,') == len(MEASUREMENTS)
-    assert "http" not in page
+    assert page.count("<svg") >= len(MEASUREMENTS)
     for name in MEASUREMENTS:
         assert (measured / f"{name}.png").read_bytes()[1:4] == b"PNG"
     assert "nan" not in " ".join(caption for _, caption in measurement_figures(measured).values())
@@ -163,10 +165,24 @@ def test_measurements_of_a_damped_run_show_what_it_feels(tmp_path):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=Digits())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="SharpnessMonitor at step")
+        trainer.fit(module, datamodule=Digits())
     rows = read_csv(tmp_path / "sharpness.csv")
     felt = {row["step"]: row["value"] for row in rows if row["quantity"] == "felt sharpness"}
     sharpness = {row["step"]: row["value"] for row in rows if row["quantity"] == "eigenvalue" and row["of"] == "e1"}
     assert list(felt) == [6, 12]  # there are no directions before the first step
     assert all(felt[step] < sharpness[step] for step in felt)
     assert "what damped steps feel" in measurement_figures(tmp_path)["sharpness"][1]
+
+
+def test_a_brief_monitor_has_a_figure_of_its_spectrum(tmp_path):
+    rows = [
+        {"measurement": n, "step": 10 * n, "quantity": quantity, "of": of, "at": "", "value": value}
+        for n in (1, 2)
+        for quantity, of, value in (("eigenvalue", "e1", 8.0), ("lr", "", 0.1), ("stability limit", "", 20.0))
+    ]
+    write_csv(tmp_path / "sharpness.csv", rows)
+    figure, words = measurement_figures(tmp_path)["sharpness"]
+    assert len(figure.axes) == 1
+    assert "0.4 of the limit of stable steps, in the median" in words
