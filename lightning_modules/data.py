@@ -10,8 +10,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -101,6 +99,8 @@ class ImageData(pl.LightningDataModule, ABC):
     def splits(self) -> dict[str, Images]:
         """Images under "train", "val" and "test"; read on first use."""
         if self._splits is None:
+            from sklearn.model_selection import train_test_split  # here: it takes a second to import
+
             train, test = self.load()
             size = len(train.labels)
             indices = (
@@ -183,6 +183,9 @@ class Digits(ImageData):
 
     def load(self) -> tuple[Images, Images]:
         """Training and test images, the same split always."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         pixels = torch.from_numpy(digits.images * 15).to(torch.uint8)[:, None]  # grey levels 0 to 16 -> 0 to 240
         labels = torch.from_numpy(digits.target).long()

@@ -8,22 +8,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
 
 class WritePredictions(pl.Callback):
-    """Write one row for each predicted image: its index, the likeliest class and the probability of every class.
+    """Write one row for each predicted sample: its index, the likeliest class and the probability of every class.
 
     Args:
-        path: The CSV file; an existing one is not overwritten.
+        path: The CSV file; an existing one is not overwritten. A file that ends in ".pt" takes the list of what
+            ``predict_step`` returned for each batch, whatever it is, by ``torch.save``.
 
     Raises:
-        ValueError: When prediction starts, if the file exists.
+        ValueError: When prediction starts, if the file exists; or if a CSV file is wanted of what is no table.
     """
 
     def __init__(self, path: str = "predictions.csv") -> None:
         self.path = Path(path)
-        self._batches: list[Tensor] = []  # (B, classes) each
+        self._batches: list[Any] = []  # tensors (B, classes) for a CSV file
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that nothing would be overwritten."""
@@ -34,10 +36,20 @@ class WritePredictions(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep a batch."""
-        self._batches.append(outputs.cpu())
+        if self.path.suffix != ".pt" and not (isinstance(outputs, Tensor) and outputs.ndim == 2):
+            got = f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise ValueError(
+                f"expected predict_step to return a tensor (batch, classes) for {self.path}, got {got}; give "
+                "--predictions.path predictions.pt for the outputs as they are"
+            )
+        self._batches.append(move_data_to_device(outputs, torch.device("cpu")))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
+        if self.path.suffix == ".pt":
+            torch.save(self._batches, self.path)
+            self._batches.clear()
+            return
         probabilities = torch.cat(self._batches)  # (N, classes)
         self._batches.clear()
         with self.path.open("w", newline="") as file:

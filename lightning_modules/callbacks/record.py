@@ -15,8 +15,9 @@ from nsgd.damping import Damped
 class RecordSteps(pl.Callback):
     """Keep one row for each optimizer step: loss, cumulative gradients and seconds; validation and refreshes beside.
 
-    Gradients are forward and backward passes on a training batch: one a step, and what refreshes cost. Seconds are
-    those of training with its refreshes, without validation and measurements.
+    Gradients are forward and backward passes on a training batch: one a step, or as many as the module's
+    ``gradients_per_step``, and what refreshes cost. Seconds are those of training with its refreshes, without
+    validation and measurements.
 
     Args:
         on_step: Called with the step and its loss after each.
@@ -42,7 +43,9 @@ class RecordSteps(pl.Callback):
         optimizer = trainer.optimizers[0]
         row: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "loss": loss}
         refreshes = optimizer.refreshes if isinstance(optimizer, Damped) else 0
-        row["gradients"] = step + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
+        # SAM takes two a step, and says so.
+        taken = step * getattr(pl_module, "gradients_per_step", 1)
+        row["gradients"] = taken + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
         row["seconds"] = time.perf_counter() - self._began - sum(m.seconds for m in self._measurements)
         row |= {"refreshes": refreshes, "hvps": optimizer.hvps if isinstance(optimizer, Damped) else 0}
         if isinstance(optimizer, Damped):
