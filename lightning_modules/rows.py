@@ -1,16 +1,19 @@
-"""Tables as lists of rows, in CSV files."""
+"""Files that are there whole or not at all: tables, as lists of rows, in CSV; options in YAML."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 Rows = list[dict[str, Any]]
 
 
 def write_csv(path: Path, rows: Rows) -> None:
-    """Write rows with all their columns; a file is there whole or not at all."""
+    """Write rows with all their columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -18,6 +21,13 @@ def write_csv(path: Path, rows: Rows) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values in their order."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(dict(values), sort_keys=False))
     partial.replace(path)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.rows import write_yaml
+
 
 def claim_folder(out: Path, files: Mapping[str, Mapping[str, Any]], *, packages: Iterable[str]) -> None:
     """Make a folder a study's, or check that it is; environment.yaml tells the machine and the packages.
@@ -45,7 +47,7 @@ def claim_folder(out: Path, files: Mapping[str, Mapping[str, Any]], *, packages:
         "packages": versions,
     }
     for name, values in {**files, environment.name: machine}.items():
-        (out / name).write_text(yaml.safe_dump(values, sort_keys=False))
+        write_yaml(out / name, values)
 
 
 def _no_study(out: Path) -> ValueError:

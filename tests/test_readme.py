@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -66,8 +67,21 @@ def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
     lines = " ".join(re.findall(rf"^nsgd {command} .*$", README, flags=re.M))
     flags = set(re.findall(r"--[a-z_.]+", lines)) - {"--help"}
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([command, "--help", "all"])
     text = capsys.readouterr().out
     assert flags
-    for flag in flags - {"--data.path", "--data.augment", "--optimizer.lr"}:  # these belong to the class that is chosen
+    of_a_class = {"--data.path", "--data.augment", "--optimizer.lr", "--model.net", "--damp.gamma", "--damp.k"}
+    for flag in flags - of_a_class:  # these belong to the class that is chosen
         assert flag in text, flag
+
+
+def test_the_study_of_the_readme_is_one():
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, flags=re.M | re.S)
+    from lightning_modules import Digits
+    from lightning_modules.study import Study
+
+    options = yaml.safe_load(text)
+    assert options["data"]["class_path"] == "HuggingFace"
+    study = Study(**{**options, "data": Digits(limit=300), "net": "mlp"})  # their network wants larger images
+    study.check()
+    assert len(study.methods) == 7

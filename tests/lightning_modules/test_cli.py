@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 import runpy
+import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,6 +27,7 @@ SHORT = [
     *("--trainer.max_epochs", "2", "--data.batch_size", "100"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
 ]
+FIGURES = ("training-loss", "validation-accuracy", "eigenvalues")
 NSGD = ["--optimizer", "NSGD", "--optimizer.lr", "0.2", "--optimizer.k", "3", "--optimizer.refresh_every", "4"]
 
 
@@ -73,11 +76,11 @@ def test_help_names_every_command(capsys, args):
                 "--threads",
                 "--nsgd.k",
                 "--nsgd.samples",
-                "--nsgd.group_size",
-                "--nsgd.decay",
+                "--tune",
+                "--help all",
             ],
         ),
-        ("fit", ["--optimizer", "--model.net", "--data", "--refresh.samples", "--refresh.group_size", "--ckpt_path"]),
+        ("fit", ["--optimizer", "--model.net", "--data", "--damp", "--refresh.samples", "--ckpt_path", "--help all"]),
     ],
 )
 def test_help_of_a_command_shows_its_options(capsys, command, options):
@@ -99,12 +102,34 @@ def test_the_command_is_installed_and_the_package_runs_as_a_module(capsys, monke
 # -- compare ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["compare", "fit"])
+def test_short_help_names_options_that_there_are_and_imports_nothing_slow(capsys, command):
+    assert code_of(command, "--help", "all") == 0
+    everything = capsys.readouterr().out
+    assert code_of(command, "--help") == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 45
+    named = set(re.findall(r"--[a-z_]+(?:\.[a-z_]+)?", short))
+    of_classes = ("--data.", "--model.", "--optimizer.", "--lr_scheduler.", "--damp.")
+    assert all(name in everything for name in named if not name.startswith(of_classes))
+    code = (
+        "import sys; from lightning_modules.cli import main; "
+        f"main([{command!r}, '--help']); assert not {{'torch', 'pytorch_lightning', 'sklearn'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     assert code_of("compare", *TINY) == 0
     folder = here / "nsgd-compare"
     assert {p.name for p in folder.iterdir()} == {
-        *("results.csv", "summary.csv", "config.yaml", "environment.yaml", "report.html", "runs"),
-        *("training-loss.png", "validation-accuracy.png", "eigenvalues.png"),
+        *("results.csv", "times.csv", "summary.csv", "target.csv", "target-times.csv", "report.html", "runs"),
+        *("config.yaml", "environment.yaml", "settled.yaml"),
+        *(
+            f"{name}.{kind}"
+            for name in ("training-loss", "validation-accuracy", "eigenvalues")
+            for kind in ("png", "pdf")
+        ),
     }
     out = capsys.readouterr().out
     for said in (
@@ -113,7 +138,8 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
         "Cost of a run",
         "NSGD",
         "two-point",
-        "run 4 of 4",
+        "4 runs to make, 1 at a time: about",
+        "step 16 of 16",
         "report.html",
     ):
         assert said in out
@@ -135,7 +161,7 @@ def test_compare_takes_every_option_of_refreshes_and_repeats_its_config(capsys, 
         found = yaml.safe_load((here / folder / "config.yaml").read_text())["nsgd"]
         assert {name: found[name] for name in options} == options
     a, b = (read_csv(here / n / "results.csv") for n in "ab")
-    assert [{**row, "seconds": 0} for row in a] == [{**row, "seconds": 0} for row in b]
+    assert a == b
     assert all(row["hvps"] == 0 for row in a)
     assert code_of("compare", *TINY, "--nsgd.group_size", "null", "--out", "c") == 0
 
@@ -149,7 +175,20 @@ def test_the_printed_config_of_compare_repeats_the_study(capsys, here):
     assert code_of("compare", "--config", "study.yaml", "--out", "b") == 0
     assert (here / "a" / "config.yaml").read_text() == (here / "b" / "config.yaml").read_text()
     a, b = (read_csv(here / n / "results.csv") for n in "ab")
-    assert [{**row, "seconds": 0} for row in a] == [{**row, "seconds": 0} for row in b]
+    assert a == b
+
+
+def test_a_study_goes_by_its_name_or_file_and_options_after_it_count(capsys, here):
+    assert code_of("compare", "digits", "--seeds", "2", "--print_config") == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["seeds"], found["epochs"], found["settings"]["sgd"]["lr"]) == (2, 40, 0.2597)
+    (here / "mine.yaml").write_text("seeds: 3\nlr: 0.25\n")
+    assert code_of("compare", "mine.yaml", "--epochs", "7", "--print_config") == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["seeds"], found["lr"], found["epochs"], found["settings"]) == (3, 0.25, 7, {})
+    assert code_of("compare", "--net", "mlp", "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["settings"] == {}  # what was tuned on digits is for digits
+    assert "got 'imagenet', which is neither" in complaint(capsys, here, "compare", "imagenet")
 
 
 # -- fit, validate, test, predict ------------------------------------------------------------------------------------
@@ -266,7 +305,14 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--lr", "-0.1"], "got -0.1"),
         (["--lr", "best"], "lr"),
         (["--lr", ".inf"], "lr"),
-        (["--momentum", "-1"], "momentum"),
+        (["--settings", "{sgd: {momentum: -1}}"], "expected settings.sgd.momentum >= 0 and below 1, got -1"),
+        (["--settings", "{sgd: {gamma: 1}}"], "expected settings of sgd to be among lr, momentum, weight_decay, got"),
+        (["--tune", "-1"], "expected tune of at least 0, got -1"),
+        (["--sweep", "gamma"], "--sweep"),
+        (["--jobs", "0"], "expected --jobs of at least 1, got 0"),
+        (["--run", "15"], "expected --run to be from 0 to 14, the runs of this study, got 15"),
+        (["--launcher", "slurm"], "expected --launcher to be 'local', 'ray', got 'slurm'"),
+        (["--target", "95"], "expected target to be an accuracy between 0 and 1, got 95"),
         (["--nsgd.gamma", "-1"], "expected gamma to be a finite number >= 0"),
         (["--nsgd.refresh_every", "0"], "expected refresh_every to be 'auto' or a whole number of at least 1, got 0"),
         (["--nsgd.refresh_every", "often"], "refresh_every"),
@@ -285,7 +331,7 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--epochs", "zero"], "zero"),
         (["--threads", "0"], "expected threads of at least 1, got 0"),
         (["--net", "resnet"], "resnet"),
-        (["--data", "Mnist"], "expected --data to be Digits or HuggingFace"),
+        (["--data", "Mnist"], "expected --data to be a class"),
         (["--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--data.batch_size", "5000"], "expected batch_size of at most 1149"),
         (["--data", "HuggingFace"], "path"),
@@ -391,12 +437,12 @@ def test_a_fault_of_a_library_is_not_passed_off_as_bad_input(monkeypatch):
 
 
 def test_an_interrupted_study_says_so_and_its_folders_config_starts_it_again(capsys, here, monkeypatch):
-    from lightning_modules import cli
+    from lightning_modules import study_cli
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_study", interrupted)
+    monkeypatch.setattr(study_cli, "run_study", interrupted)
     assert main(["compare"]) == 130
     assert capsys.readouterr().err.strip() == (
         "nsgd: interrupted; the same command keeps the finished runs and goes on"

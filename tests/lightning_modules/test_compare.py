@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Callable
@@ -16,131 +15,21 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from studies import OPTIONS, finished, silent, study, without_seconds
 from torch.nn import functional as F
 
-from lightning_modules import Classifier, Digits, RefreshDirections, compare
-from lightning_modules.compare import (
-    GRID,
-    TUNED,
-    NSGDOptions,
-    Study,
-    run_study,
-    summarise,
-    total_runs,
-)
+import lightning_modules
+from lightning_modules import Classifier, Digits, RefreshDirections
+from lightning_modules.compare import run_one, run_study
+from lightning_modules.methods import METHODS, NSGDOptions
 from lightning_modules.rows import read_csv, write_csv
+from lightning_modules.runs import plan_runs, sweep_rates, trial_settings
+from lightning_modules.statistics import summarise
+from lightning_modules.study import Study
 from nsgd import NSGD, damp
 from nsgd.options import damping_options
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16)
-
-
-def study(**options: Any) -> Study:
-    data = Digits(batch_size=50, limit=300)  # 240 training images, 4 steps an epoch
-    return replace(Study(data=data, methods=["sgd", "nsgd"], seeds=2, epochs=2, lr=0.2, nsgd=OPTIONS), **options)
-
-
-def silent(*_: Any) -> None:
-    pass
-
-
-def finished(folder: Path, **options: Any) -> Path:
-    run_study(study(**options), folder, silent)
-    return folder
-
-
-def without_seconds(folder: Path) -> dict[str, Any]:
-    """Every row of every CSV file but its seconds, with the resolved config."""
-    found: dict[str, Any] = {"config": (folder / "config.yaml").read_text()}
-    for path in sorted(folder.rglob("*.csv")):
-        with path.open(newline="") as file:
-            rows = [{name: v for name, v in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-        found[str(path.relative_to(folder))] = rows
-    return found
-
-
-# -- statistics ------------------------------------------------------------------------------------------------------
-
-
-def rows_of(values: dict[str, list[float]], seeds: list[int] | None = None) -> list[dict[str, Any]]:
-    return [
-        {"method": m, "seed": s, "read_out": r, "test_accuracy": v, "val_accuracy": v / 2, "train_loss": -v}
-        for r in ("last", "ema")
-        for m, series in values.items()
-        for s, v in zip(seeds or range(len(series)), series, strict=True)
-    ]
-
-
-def entry(summary: list[dict[str, Any]], method: str, measure: str = "test_accuracy") -> dict[str, Any]:
-    found = [e for e in summary if (e["method"], e["measure"], e["read_out"]) == (method, measure, "last")]
-    assert len(found) == 1
-    return found[0]
-
-
-@pytest.mark.parametrize("n", [2, 5, 9])
-@pytest.mark.parametrize(("measure", "factor"), [("test_accuracy", 1), ("val_accuracy", 0.5), ("train_loss", -1)])
-def test_means_intervals_and_paired_tests_agree_with_scipy(n, measure, factor):
-    rng = np.random.default_rng(n)
-    sgd, nsgd = rng.normal(size=n), rng.normal(0.5, size=n)
-    found = entry(summarise(rows_of({"sgd": list(sgd), "nsgd": list(nsgd)})), "nsgd", measure)
-    own = stats.ttest_1samp(factor * nsgd, 0).confidence_interval(0.95)
-    paired = stats.ttest_rel(factor * nsgd, factor * sgd)
-    difference = paired.confidence_interval(0.95)
-    assert found["n"] == n
-    assert found["mean"] == pytest.approx((own.low + own.high) / 2)
-    assert found["half_width"] == pytest.approx((own.high - own.low) / 2)
-    assert found["difference"] == pytest.approx((difference.low + difference.high) / 2)
-    assert found["difference_half_width"] == pytest.approx((difference.high - difference.low) / 2)
-    assert found["p"] == pytest.approx(paired.pvalue)
-
-
-def test_differences_are_paired_by_seed_not_by_order():
-    rows = rows_of({"sgd": [1.0, 2.0, 4.0], "nsgd": [1.5, 2.5, 5.0]})
-    shuffled = [row for row in rows if row["method"] == "sgd"] + [row for row in rows if row["method"] == "nsgd"][::-1]
-    assert entry(summarise(shuffled), "nsgd")["p"] == pytest.approx(stats.ttest_rel([1.5, 2.5, 5], [1, 2, 4]).pvalue)
-
-
-def test_a_t_interval_by_hand():
-    found = entry(summarise(rows_of({"sgd": [1.0, 2.0, 3.0]})), "sgd")
-    assert found["mean"] == 2.0
-    assert found["half_width"] == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(0.975, 2) of printed tables
-    assert math.isnan(found["difference"])
-    assert math.isnan(found["p"])
-
-
-@pytest.mark.parametrize(
-    ("nsgd", "difference", "p"),
-    [
-        ([1.0, 2.0, 3.0], 0.0, 1.0),  # no difference at all
-        ([1.5, 2.5, 3.5], 0.5, math.nan),  # the same difference always: there is no t-statistic
-        ([1.1, 2.1, 3.1], 0.1, math.nan),  # the same up to rounding
-    ],
-)
-def test_differences_without_spread_have_no_test(nsgd, difference, p):
-    found = entry(summarise(rows_of({"sgd": [1.0, 2.0, 3.0], "nsgd": nsgd})), "nsgd")
-    assert found["difference"] == pytest.approx(difference)
-    assert found["difference_half_width"] == pytest.approx(0, abs=1e-12)
-    assert found["p"] == pytest.approx(p, nan_ok=True)
-
-
-def test_one_seed_has_means_and_differences_but_no_intervals():
-    found = entry(summarise(rows_of({"sgd": [1.0], "nsgd": [3.0]})), "nsgd")
-    assert (found["mean"], found["difference"]) == (3.0, 2.0)
-    assert all(math.isnan(found[name]) for name in ("half_width", "difference_half_width", "p"))
-
-
-def test_without_sgd_there_are_no_differences():
-    found = summarise(rows_of({"nsgd": [1.0, 2.0], "bulk-sgd": [2.0, 4.0]}))
-    assert all(math.isnan(e["difference"]) and math.isnan(e["p"]) for e in found)
-    assert len(found) == 2 * 2 * 3
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_run_that_diverged_is_no_test_and_no_crash(bad):
-    found = entry(summarise(rows_of({"sgd": [1.0, 2.0, 3.0], "nsgd": [1.0, bad, 2.0]})), "nsgd")
-    assert math.isnan(found["p"])
-    assert not math.isfinite(found["mean"])
+STUDIES = Path(lightning_modules.__file__).parent / "studies"
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -169,7 +58,10 @@ def test_results_hold_a_row_for_each_method_seed_and_read_out(tmp_path):
     assert [i for i, row in enumerate(steps) if "val_accuracy" in row] == [3, 7]
     assert [i for i, row in enumerate(steps) if "weight_1" in row] == [0, 3, 6]
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(steps))
-    summary = [{n: v for n, v in e.items() if not (isinstance(v, float) and math.isnan(v))} for e in summarise(rows)]
+    summary = [
+        {n: v for n, v in e.items() if not (isinstance(v, float) and math.isnan(v))}
+        for e in summarise(rows, ["sgd", "nsgd"])
+    ]
     written = [
         {n: v for n, v in e.items() if not (isinstance(v, float) and math.isnan(v))}
         for e in read_csv(folder / "summary.csv")
@@ -210,17 +102,17 @@ def test_methods_are_paired_so_that_gamma_one_is_sgd(tmp_path):
         tmp_path / "out",
         data=Digits(batch_size=50, limit=300, augment=True),
         nsgd=NSGDOptions(k=2, gamma=1.0, refresh_every=3, samples=30, source="train"),
-        momentum=0.9,
+        methods=["sgd-momentum", "nsgd-momentum"],
         lr=0.05,
     )
     for seed in (0, 1):
-        sgd, nsgd = (read_csv(folder / "runs" / f"{m}-{seed}" / "metrics.csv") for m in ("sgd", "nsgd"))
+        sgd, nsgd = (read_csv(folder / "runs" / f"{m}-momentum-{seed}" / "metrics.csv") for m in ("sgd", "nsgd"))
         assert [row["loss"] for row in sgd] == [row["loss"] for row in nsgd]
         assert nsgd[-1]["refreshes"] == 3
     rows = read_csv(folder / "results.csv")
     names = ("seed", "read_out", "train_loss", "val_loss", "test_loss")
-    values = {m: [[row[n] for n in names] for row in rows if row["method"] == m] for m in ("sgd", "nsgd")}
-    assert values["sgd"] == values["nsgd"]
+    sgd, nsgd = ([[row[n] for n in names] for row in rows if row["method"] == f"{m}-momentum"] for m in ("sgd", "nsgd"))
+    assert sgd == nsgd
 
 
 def test_methods_set_gamma_and_bulk_scale_by_name(tmp_path):
@@ -336,19 +228,21 @@ def test_a_study_that_diverges_is_recorded_as_it_is(tmp_path):
 
 
 def test_progress_counts_every_step_of_every_run(tmp_path):
-    seen: list[tuple[str, int, float | None]] = []
+    seen: list[tuple[str, int, int, str | None]] = []
     run_study(study(), tmp_path / "out", lambda *call: seen.append(call))
-    steps = [done for _, done, loss in seen if loss is not None]
-    assert steps == list(range(1, total_runs(study()) * study().steps + 1))
-    assert [name for name, _, loss in seen if loss is None] == ["sgd-0", "nsgd-0", "sgd-1", "nsgd-1"]
+    total = 4 * study().steps
+    assert [done for _, done, _, said in seen if said is not None] == list(range(1, total + 1))
+    assert {of for _, _, of, _ in seen} == {total}
+    ends = [name for name, _, _, said in seen if said is None]
+    assert [name.split(": ")[1] for name in ends] == ["runs/sgd-0", "runs/nsgd-0", "runs/sgd-1", "runs/nsgd-1"]
 
 
 # -- interruption and folders ----------------------------------------------------------------------------------------
 
 
 def interrupted_at(run: int, step: int) -> Callable[..., None]:
-    def progress(_: str, done: int, loss: float | None) -> None:
-        if loss is not None and done == run * study().steps + step:
+    def progress(_: str, done: int, total: int, said: str | None) -> None:
+        if said is not None and done == run * study().steps + step:
             raise KeyboardInterrupt
 
     return progress
@@ -367,17 +261,54 @@ def test_an_interrupted_study_keeps_finished_runs_and_ends_as_if_it_had_not_been
     run_study(study(), folder, lambda *call: seen.append(call))
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert without_seconds(folder) == without_seconds(whole)
-    assert len([call for call in seen if call[2] is not None]) == (4 - run) * study().steps
+    assert len([call for call in seen if call[3] is not None]) == (4 - run) * study().steps
 
 
-def test_an_error_in_a_run_leaves_no_result_of_it(tmp_path):
-    def progress(_: str, done: int, loss: float | None) -> None:
-        if done == 11:
+def broken(run: str, times: int) -> Callable[..., None]:
+    """Progress that raises in the first step of a run, so many times."""
+    left = [times]
+
+    def progress(name: str, done: int, total: int, said: str | None) -> None:
+        if name.endswith(run) and said is not None and left[0]:
+            left[0] -= 1
             raise RuntimeError("as planned")
 
-    with pytest.raises(RuntimeError, match="as planned"):
+    return progress
+
+
+def test_a_run_that_dies_once_is_said_and_tried_again(tmp_path):
+    said: list[str] = []
+    assert run_study(study(), tmp_path / "out", broken("runs/nsgd-0", 1), say=said.append) == []
+    assert "runs/nsgd-0 died, it is tried once more: RuntimeError: as planned" in said
+    assert without_seconds(tmp_path / "out") == without_seconds(finished(tmp_path / "whole"))
+
+
+def test_a_run_that_dies_twice_is_left_out_and_misses_the_target_until_it_is_made(tmp_path):
+    folder = tmp_path / "out"
+    assert run_study(study(target=0.05), folder, broken("runs/nsgd-0", 2)) == ["runs/nsgd-0"]
+    assert "as planned" in (folder / "runs" / "nsgd-0" / "failed.txt").read_text()
+    assert not (folder / "runs" / "nsgd-0" / "results.csv").exists()
+    assert {(row["method"], row["seed"]) for row in read_csv(folder / "results.csv")} == {
+        ("sgd", 0),
+        ("sgd", 1),
+        ("nsgd", 1),
+    }
+    reached = {(row["method"], row["seed"]): row["reached"] for row in read_csv(folder / "target.csv")}
+    assert reached == {("sgd", 0): 1, ("sgd", 1): 1, ("nsgd", 0): 0, ("nsgd", 1): 1}
+    assert read_csv(folder / "deaths.csv") == [{"run": "runs/nsgd-0", "method": "nsgd", "seed": 0}]
+    summary = {(e["method"], e["measure"]): e for e in read_csv(folder / "summary.csv") if e["read_out"] == "last"}
+    assert (summary["nsgd", "train_loss"]["n"], summary["nsgd", "train_loss"]["pairs"]) == (1, 1)
+    assert run_study(study(target=0.05), folder, silent) == []
+    assert without_seconds(folder) == without_seconds(finished(tmp_path / "whole", target=0.05))
+
+
+def test_a_study_of_which_nothing_survives_says_so(tmp_path):
+    def progress(*call: Any) -> None:
+        if call[3] is not None:
+            raise RuntimeError("as planned")
+
+    with pytest.raises(ValueError, match=r"no run of the study survived; see .*failed\.txt"):
         run_study(study(), tmp_path / "out", progress)
-    assert [path.parent.name for path in (tmp_path / "out").glob("runs/*/results.csv")] == ["sgd-0"]
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -440,15 +371,27 @@ def test_an_empty_folder_is_taken(tmp_path):
         ({"epochs": 0}, "epochs of at least 1, got 0"),
         ({"threads": 0}, "threads of at least 1, got 0"),
         ({"methods": []}, "methods"),
-        ({"methods": ["sgd", "sgd"]}, "methods"),
-        ({"methods": ["adam"]}, "methods to be different ones of sgd, nsgd, bulk-sgd, dom-sgd, got"),
-        ({"lr": "best"}, "lr to be a number, tuned or grid, got 'best'"),
+        ({"methods": ["sgd", "sgd"]}, "methods to be different"),
+        ({"methods": ["adam"]}, "methods to be among sgd, sgd-momentum, nsgd, .*, got"),
+        ({"methods": ["sgd", "sgd-more"]}, "sgd-more takes .* expected them among the methods, got no nsgd"),
+        ({"tune": -1}, "tune of at least 0, got -1"),
+        ({"sweep": "momentum"}, "sweep to be lr or null, got 'momentum'"),
+        ({"sweep": "lr", "sweep_points": 1}, "sweep_points of at least 2, got 1"),
+        ({"target": 95.0}, "target to be an accuracy between 0 and 1, got 95"),
+        ({"settings": {"adam": {"lr": 0.1}}}, "settings of a method among sgd, .*, got 'adam'"),
+        ({"settings": {"sgd-more": {"lr": 0.1}}}, "settings of a method among sgd, .*, got 'sgd-more'"),
+        ({"settings": {"sgd": {"gamma": 0.1}}}, "settings of sgd to be among lr, momentum, weight_decay, got 'gamma'"),
+        ({"settings": {"bulk-sgd": {"gamma": 0.1}}}, "settings of bulk-sgd to be among lr, .*, got 'gamma'"),
+        ({"search": {"sgd": {"lr": [1.0, 0.1]}}}, "search.sgd.lr to be a lower and a higher number above 0"),
+        ({"search": {"sgd": {"lr": [0.0, 0.1]}}}, "search.sgd.lr to be a lower and a higher number above 0"),
+        ({"search": {"sgd": {"lr": [0.1]}}}, "search.sgd.lr to be a lower and a higher number above 0"),
+        ({"sizes": {"depth": 3}}, "depth"),
         ({"lr": -0.1}, "lr .*got -0.1"),
         ({"lr": math.nan}, "lr"),
         ({"lr": math.inf}, "lr"),
-        ({"momentum": -0.9}, "momentum"),
-        ({"momentum": -0.9, "methods": ["sgd"]}, "momentum"),
-        ({"momentum": math.nan}, "momentum"),
+        ({"settings": {"nsgd": {"momentum": -0.9}}}, "settings.nsgd.momentum >= 0 and below 1, got -0.9"),
+        ({"settings": {"adamw": {"lr": math.inf}}}, "settings.adamw.lr >= 0 and finite, got inf"),
+        ({"settings": {"nsgd": {"k": 0}}}, "k to be a whole number of at least 1, got 0"),
         ({"nsgd": replace(OPTIONS, k=0)}, "k to be a whole number of at least 1, got 0"),
         ({"nsgd": replace(OPTIONS, k=10**6)}, "k of at most 8970"),
         ({"nsgd": replace(OPTIONS, gamma=-1.0)}, "gamma"),
@@ -464,7 +407,7 @@ def test_an_empty_folder_is_taken(tmp_path):
         ({"nsgd": replace(OPTIONS, group_size=0)}, "group_size of at least 1, or None for the default, got 0"),
         (
             {"nsgd": replace(OPTIONS, solver="power")},
-            "solver to be one of auto, gradients, lanczos, arpack, got 'power'",
+            "solver to be one of auto, gradients, lanczos, arpack, random, got 'power'",
         ),
         ({"nsgd": replace(OPTIONS, samples=0)}, "samples of at least 1"),
         ({"nsgd": replace(OPTIONS, source="test")}, "source"),
@@ -480,54 +423,162 @@ def test_a_study_that_cannot_run_is_refused_before_anything_is_written(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-# -- learning rates --------------------------------------------------------------------------------------------------
+# -- settings, trials and sweeps -------------------------------------------------------------------------------------
 
 
-def test_the_grid_writes_its_table_and_each_method_takes_its_best(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "GRID", (1e12, 0.001, 0.3))  # the first diverges
-    monkeypatch.setattr(compare, "TUNING_SEEDS", (1000, 1001))
+def test_trials_are_as_many_for_each_method_and_the_best_by_validation_runs_on_all_seeds(tmp_path):
+    chosen = study(tune=3, search={"nsgd": {"lr": [0.01, 1.0], "gamma": [0.05, 1.0]}})
+    run_study(chosen, tmp_path, silent)
+    rows = read_csv(tmp_path / "tuning.csv")
+    assert [(row["method"], row["trial"]) for row in rows] == [(m, t) for t in range(3) for m in ("sgd", "nsgd")]
+    settled = yaml.safe_load((tmp_path / "settled.yaml").read_text())
+    for method in ("sgd", "nsgd"):
+        best = min((row for row in rows if row["method"] == method), key=lambda row: row["val_loss"])
+        assert settled["settings"][method] == trial_settings(chosen, method)[best["trial"]]
+        own = yaml.safe_load((tmp_path / "runs" / f"{method}-1" / "run.yaml").read_text())
+        assert own == {"number": own["number"], "method": method, "seed": 1, "steps": 8, **settled["settings"][method]}
+    sgd = min((row for row in rows if row["method"] == "sgd"), key=lambda row: row["val_loss"])
+    assert settled["target"] == sgd["val_accuracy"]
+    columns = read_csv(tmp_path / "tuning" / "sgd-0" / "results.csv")[0]
+    assert not any(name.startswith("test") for name in columns)  # the test images are seen by the study alone
+    assert {row["seed"] for row in read_csv(tmp_path / "results.csv")} == {0, 1}
+
+
+def test_a_trial_of_a_method_trains_with_its_settings(tmp_path):
+    chosen = study(tune=2, methods=["sgd"], seeds=1)
+    run_study(chosen, tmp_path / "tuned", silent)
+    rate = trial_settings(chosen, "sgd")[1]["lr"]
+    by_hand = finished(tmp_path / "given", methods=["sgd"], lr=rate, seeds=1)
+    trial, own = (
+        read_csv(path / "metrics.csv")[0]["loss"]
+        for path in (tmp_path / "tuned" / "tuning" / "sgd-1", by_hand / "runs" / "sgd-0")
+    )
+    assert trial != own  # the trial's seed is none of the study's
+
+
+def test_a_trial_that_died_is_not_chosen_and_what_was_settled_stays(tmp_path):
+    chosen = study(tune=2, methods=["sgd"], seeds=1)
+    best = read_csv(finished(tmp_path / "whole", tune=2, methods=["sgd"], seeds=1) / "tuning.csv")
+    dead = min(best, key=lambda row: row["val_loss"])["trial"]
+    folder = tmp_path / "out"
+    assert run_study(chosen, folder, broken(f"tuning/sgd-{dead}", 2)) == [f"tuning/sgd-{dead}"]
+    settled = (folder / "settled.yaml").read_bytes()
+    assert yaml.safe_load(settled)["settings"]["sgd"] == trial_settings(chosen, "sgd")[1 - dead]
+    assert run_study(chosen, folder, silent) == []
+    assert len(read_csv(folder / "tuning.csv")) == 2
+    assert (folder / "settled.yaml").read_bytes() == settled  # the runs that count were made with it
+
+
+def test_a_method_whose_trials_all_died_ends_the_study_in_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"every trial of sgd died; see .*tuning/sgd-0/failed\.txt"):
+        run_study(study(tune=1, methods=["sgd"]), tmp_path, broken("tuning/sgd-0", 2))
+
+
+@pytest.mark.parametrize("method", ["sgd", "adamw"])
+def test_trials_lie_in_the_ranges_evenly_in_their_logarithm(method):
+    chosen = study(methods=[method], tune=64)
+    rates = np.array([settings["lr"] for settings in trial_settings(chosen, method)])
+    low, high = chosen.ranges(method)["lr"]
+    assert low <= rates.min() < 1.2 * low
+    assert high / 1.2 < rates.max() <= high
+    places = np.log(rates / low) / np.log(high / low)
+    assert stats.kstest(places, "uniform").statistic < 0.05
+
+
+def test_a_sweep_makes_a_run_at_each_rate_with_the_other_settings_as_chosen(tmp_path):
+    chosen = study(methods=["sgd"], seeds=1, sweep="lr", sweep_points=3, settings={"sgd": {"momentum": 0.5}})
+    run_study(chosen, tmp_path, silent)
+    rows = read_csv(tmp_path / "sweep.csv")
+    assert [row["lr"] for row in rows] == sweep_rates(chosen, "sgd") == pytest.approx([0.01, 0.1, 1.0])
+    for i, row in enumerate(rows):
+        run = yaml.safe_load((tmp_path / "sweep" / f"sgd-{i}" / "run.yaml").read_text())
+        assert (run["lr"], run["momentum"], run["seed"]) == (row["lr"], 0.5, 2000)
+        assert row["start_loss"] == read_csv(tmp_path / "sweep" / f"sgd-{i}" / "metrics.csv")[0]["loss"]
+    assert "test_accuracy" not in rows[0]
+
+
+def test_sgd_given_nsgds_gradients_takes_them_as_steps(tmp_path):
+    folder = finished(tmp_path, methods=["sgd", "nsgd", "sgd-more"], seeds=1, epochs=4)
+    rows = {row["method"]: row for row in read_csv(folder / "results.csv") if row["read_out"] == "last"}
+    assert rows["nsgd"]["step"] == rows["sgd"]["step"] == 16 < rows["nsgd"]["gradients"]
+    assert rows["sgd-more"]["step"] == rows["sgd-more"]["gradients"] == round(rows["nsgd"]["gradients"])
+    more, sgd = (read_csv(folder / "runs" / f"{m}-0" / "metrics.csv") for m in ("sgd-more", "sgd"))
+    assert [row["loss"] for row in more[:16]] == [row["loss"] for row in sgd]
+
+
+def test_every_method_runs_and_sam_counts_two_gradients_a_step(tmp_path):
+    settings = {m: {"lr": 0.01} for m in ("adamw", "damped-adamw")}
+    folder = finished(tmp_path, methods=list(METHODS), seeds=1, lr=None, settings=settings)
+    rows = {row["method"]: row for row in read_csv(folder / "results.csv") if row["read_out"] == "last"}
+    assert set(rows) == set(METHODS)
+    assert all(math.isfinite(row["train_loss"]) for row in rows.values())
+    assert len({row["train_loss"] for row in rows.values()}) == len(METHODS)
+    assert rows["sam"]["gradients"] == 2 * rows["sam"]["step"]
+    assert rows["random"]["gradients"] == rows["random"]["step"] < rows["nsgd"]["gradients"]
+    assert {m for m, row in rows.items() if row["refreshes"]} == {
+        "nsgd",
+        "nsgd-momentum",
+        "bulk-sgd",
+        "dom-sgd",
+        "random",
+        "damped-adamw",
+    }
+
+
+def test_a_run_by_its_number_is_the_studys_own(tmp_path):
+    whole = finished(tmp_path / "whole", tune=1)
+    plan = plan_runs(study(tune=1))
+    with pytest.raises(ValueError, match=r"run 2, runs/sgd-0, needs runs 0, 1 of .* first"):
+        run_one(study(tune=1), tmp_path / "one", 2, silent)
+    for number in range(len(plan)):
+        run_one(study(tune=1), tmp_path / "one", number, silent)
     seen: list[Any] = []
-    chosen = study(lr="grid", methods=["sgd"], seeds=1)
-    run_study(chosen, tmp_path / "out", lambda *call: seen.append(call))
-    rows = read_csv(tmp_path / "out" / "tuning.csv")
-    assert [(row["method"], row["lr"], row["seeds"]) for row in rows] == [("sgd", lr, 2) for lr in (1e12, 0.001, 0.3)]
-    for row in rows:
-        losses = [
-            read_csv(tmp_path / "out" / "tuning" / f"sgd-{row['lr']}-{seed}" / "results.csv")[0]["val_loss"]
-            for seed in (1000, 1001)
-        ]
-        assert row["val_loss"] == pytest.approx(np.mean(losses), nan_ok=True)
-    assert not rows[0]["val_loss"] < rows[1]["val_loss"]
-    assert {row["lr"] for row in read_csv(tmp_path / "out" / "results.csv")} == {0.3}
-    assert len([call for call in seen if call[2] is not None]) == total_runs(chosen) * chosen.steps == 7 * chosen.steps
-    before = tree(tmp_path / "out" / "tuning")
-    run_study(chosen, tmp_path / "out", silent)
-    assert tree(tmp_path / "out" / "tuning") == before
+    run_study(study(tune=1), tmp_path / "one", lambda *call: seen.append(call))
+    assert seen == []
+    assert without_seconds(tmp_path / "one") == without_seconds(whole)
+    with pytest.raises(ValueError, match=r"--run to be from 0 to 5, .* got 6"):
+        run_one(study(tune=1), tmp_path / "other", 6, silent)
+    assert not (tmp_path / "other").exists()
 
 
-def test_tuned_rates_are_the_best_of_the_committed_grid():
-    rows = read_csv(BENCHMARKS / "results" / "digits-tuning.csv")
-    methods = {str(row["method"]) for row in rows}
-    assert methods == {"sgd", "nsgd", "bulk-sgd", "dom-sgd"}
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        assert tuple(row["lr"] for row in own) == GRID  # equal budgets
-        assert {row["seeds"] for row in own} == {3}
-        assert TUNED["Digits", "mlp", 0.0][method] == min(own, key=lambda row: row["val_loss"])["lr"]
-    assert set(TUNED["Digits", "mlp", 0.0]) == methods
+def test_every_run_comes_after_those_that_it_needs():
+    plan = plan_runs(study(methods=["sgd-more", "sgd", "nsgd"], tune=2, sweep="lr"))
+    assert [run.number for run in plan] == list(range(len(plan)))
+    assert all(need < run.number for run in plan for need in run.needs)
+    assert len({run.name for run in plan}) == len(plan) == 2 * 2 + 2 * 3 + 2 * 9
 
 
 @pytest.mark.parametrize(
     ("options", "rates"),
     [
-        ({"lr": "tuned"}, {"sgd": 0.5, "nsgd": 0.5, "dom-sgd": 0.05}),
-        ({"lr": "tuned", "net": "simple-cnn-root"}, {"sgd": 0.1, "nsgd": 0.1, "dom-sgd": 0.1}),
+        ({"lr": None}, {"sgd": 0.1, "nsgd": 0.1, "adamw": 0.001}),
         ({"lr": 0.03}, {"sgd": 0.03, "nsgd": 0.03, "dom-sgd": 0.03}),
+        ({"lr": None, "settings": {"nsgd": {"lr": 0.5}}}, {"sgd": 0.1, "nsgd": 0.5}),
+        ({"lr": 0.03, "settings": {"nsgd": {"lr": 0.5}}}, {"sgd": 0.03, "nsgd": 0.03}),
     ],
 )
 def test_each_method_runs_at_its_learning_rate(tmp_path, options, rates):
     folder = finished(tmp_path / "out", methods=list(rates), seeds=1, epochs=1, **options)
     assert {row["method"]: row["lr"] for row in read_csv(folder / "results.csv")} == rates
+
+
+def test_the_settings_of_digits_are_the_best_of_the_committed_trials():
+    rows = read_csv(Path(__file__).parents[2] / "benchmarks" / "results" / "digits-tuning.csv")
+    preset = yaml.safe_load((STUDIES / "digits.yaml").read_text())
+    trials = {method: [row for row in rows if row["method"] == method] for method in preset["settings"]}
+    for method, own in trials.items():
+        assert preset["settings"][method] == {"lr": min(own, key=lambda row: row["val_loss"])["lr"]}
+        assert [row["lr"] for row in own] == [s["lr"] for s in trial_settings(Study(tune=12), method)]  # equal budgets
+    assert set(preset["methods"]) <= set(trials)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_that_ships_can_run(path):
+    """With digits for its data, whose images are small, and so a small network."""
+    options = yaml.safe_load(path.read_text())
+    nsgd = NSGDOptions(**{**options.pop("nsgd", {}), "k": 2, "samples": 32})
+    own = {**options, "data": Digits(), "net": "mlp", "sizes": None, "nsgd": nsgd}
+    Study(**own).check()
 
 
 def test_options_have_one_default_wherever_they_are_spelled():
@@ -546,7 +597,7 @@ def test_measuring_changes_no_number_of_a_study(tmp_path):
     assert {path.stem for path in (measured / "runs" / "nsgd-0").iterdir()} >= {"sharpness", "valley", "averaging"}
     assert not (measured / "runs" / "nsgd-1" / "valley.csv").exists()  # the first seed alone
     found = without_seconds(measured)
-    assert all(found[name] == value for name, value in without_seconds(plain).items() if name != "config")
+    assert all(found[name] == value for name, value in without_seconds(plain).items() if name != "config.yaml")
 
 
 def test_an_interrupted_measurement_is_begun_anew(tmp_path):

@@ -1,0 +1,249 @@
+"""What a study's report says in sentences, every number of them from the study's files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_modules.methods import Method
+from lightning_modules.report_files import READ_OUTS, Files, damps, label
+from lightning_modules.report_tables import MEASURES, SIGNIFICANT, amount, difference_of, mean_of, percent, verdict
+from lightning_modules.runs import EVALUATED
+from lightning_modules.statistics import COSTS
+
+
+def title(files: Files) -> str:
+    """What was compared, on what."""
+    config = files.config
+    methods, seeds = ", ".join(label(m) for m in files.methods), _count(config["seeds"], "seed")
+    return f"{methods} on {_data(files)}: {config['net']}, {_count(config['epochs'], 'epoch')}, {seeds}"
+
+
+def _data(files: Files) -> str:
+    data = files.config["data"]
+    return str(data["init_args"].get("path") or data["class_path"].rpartition(".")[2])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+# -- the summary ---------------------------------------------------------------------------------------------------
+
+
+def summary(files: Files) -> list[str]:
+    """Three sentences: what was compared, what came of it, and what it cost."""
+    return [_compared(files), _result(files), _cost(files)]
+
+
+def _compared(files: Files) -> str:
+    config = files.config
+    seeds = "one seed" if config["seeds"] == 1 else f"{config['seeds']} paired seeds"
+    limit = config["data"]["init_args"].get("limit")
+    data = f"{limit:,} images of {_data(files)}" if limit else _data(files)
+    trials = _count(config["tune"], "quasi-random trial")
+    tuned = (
+        f"the settings of each are the best of {trials} by validation loss"
+        if config["tune"]
+        else "their settings were given, and nothing was tuned"
+    )
+    return (
+        f"{_and([label(m) for m in files.methods])} trained the network {config['net']} on {data}, with {seeds} and "
+        f"{_count(config['epochs'], 'epoch')} each; {tuned}."
+    )
+
+
+def _subjects(files: Files) -> list[Method]:
+    """Whose result is the main one: the methods of NSGD's kind, or where there is none, all but the first."""
+    return files.judged or files.methods[1:]
+
+
+def _result(files: Files) -> str:
+    base, subjects = label(files.base), _subjects(files)
+    entries = {(e["method"], e["measure"]): e for e in files.summary if e["read_out"] == "last"}
+    tested = any(not math.isnan(e["p_holm"]) for (m, _), e in entries.items() if m in subjects)
+    said = []
+    for method in subjects or [files.base]:
+        measures = [
+            _measured(entries[method, n], tested) for n in MEASURES if n != "val_accuracy" and files.last(method)
+        ]
+        said.append(
+            f"{label(method)} had {', and '.join(measures)}" if measures else f"no run of {label(method)} survived"
+        )
+    if not subjects:
+        return f"With its last weights {said[0]}, with nothing to compare it with."
+    untested = "one seed, so no tests" if files.config["seeds"] == 1 else "no test was possible"
+    why = "paired t-tests, p corrected by Holm's method" if tested else untested
+    return f"Against {base}, with the last weights of each, {'; '.join(said)} ({why})."
+
+
+def _measured(entry: dict[str, Any], tested: bool) -> str:
+    """A measure of a method's last weights, with its difference and what the test says of it."""
+    name, *_, unit, of_difference = MEASURES[entry["measure"]]
+    difference = difference_of(entry)
+    by = f" ({difference}{of_difference})" if difference not in ("", "diverged") else ""
+    # One interval is enough: the difference's, where there is one.
+    mean = mean_of({**entry, "half_width": math.nan} if by else entry)
+    value = f"a {name} that diverged" if mean == "diverged" else f"a {name} of {mean}{unit}"
+    return f"{value}{by}{f', {verdict(entry)}' if tested else ''}"
+
+
+def _cost(files: Files) -> str:
+    base, shown = files.cost(files.base), [files.base, *_subjects(files)]
+    said = []
+    for method in shown:
+        cost = files.cost(method)
+        if cost is None:
+            said.append(f"no run of {label(method)} survived")
+        elif base is None or method == files.base:
+            took = f"{amount(cost['gradients'])} gradients and {amount(cost['seconds'])} seconds"
+            said.append(f"a run of {label(method)} took {took}")
+        else:
+            gradients, seconds = (f"{cost[name] / base[name]:.2f}" for name in ("gradients", "seconds"))
+            said.append(f"one of {label(method)} {gradients} and {seconds} times as many")
+    if files.target is not None:
+        reached = _and([_reached(files, method) for method in shown])
+        said.append(f"{percent(files.target)} validation accuracy was reached in {reached}")
+    sentence = "; ".join(said)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _reached(files: Files, method: Method) -> str:
+    reached, runs, medians = files.to_target(method)
+    took = f" (median {amount(medians['gradients'])} gradients, {amount(medians['seconds'])} seconds)"
+    return f"{reached} of {runs} runs of {label(method)}{'' if math.isinf(medians['step']) else took}"
+
+
+# -- where NSGD did not help ---------------------------------------------------------------------------------------
+
+
+def shortfalls(files: Files) -> list[str]:
+    """For each method of NSGD's kind, where it was not significantly better than the first method, or dearer."""
+    base = label(files.base)
+    if not files.judged and damps(files.base):
+        return [f"{base} is what others are compared with here, and so is not judged; for that put another first."]
+    if not files.judged:
+        return ["No method of this study damps the sharpest directions, so there is nothing to say of NSGD."]
+    rule = (
+        "Listed is every read-out and measure in which a method that damps the sharpest directions was not "
+        f"significantly better than {base}, and every cost in which it was dearer."
+    )
+    return [rule, *(_shortfalls_of(files, method) for method in files.judged)]
+
+
+def _shortfalls_of(files: Files, method: Method) -> str:
+    own, seeds, last = label(method), files.config["seeds"], files.last(method)
+    if not last:
+        return f"{own}. None of its runs survived."
+    found = [_not_better(files, method, measure) for measure in MEASURES]
+    found += [_dearer(files, method), _slower(files, method)]
+    diverged = sum(not math.isfinite(row["train_loss"]) for row in last)
+    found += [
+        f"Of {_count(seeds, 'run')} {n} {how}." for n, how in ((seeds - len(last), "died"), (diverged, "diverged")) if n
+    ]
+    said = " ".join(words for words in found if words)
+    none = f"In every read-out and measure it was significantly better than {label(files.base)}, and in no cost dearer."
+    return f"{own}. {said or none}"
+
+
+def _not_better(files: Files, method: Method, measure: str) -> str:
+    name, *_, of_difference = MEASURES[measure]
+    kinds: dict[str, list[str]] = {}
+    for entry in files.entries(measure):
+        kind = _shortfall(entry, label(files.base))
+        if entry["method"] == method and kind:
+            difference = difference_of(entry)
+            size = f"{difference}{of_difference}" if difference not in ("", "diverged") else difference
+            p = "" if math.isnan(entry["p_holm"]) else f"p = {entry['p_holm']:.2g}"
+            reason = ", ".join(part for part in (size, p) if part)
+            kinds.setdefault(kind, []).append(READ_OUTS[entry["read_out"]] + (f" ({reason})" if reason else ""))
+    said = "; ".join(f"{kind} with the {_and(places)} weights" for kind, places in kinds.items())
+    return f"{name[0].upper()}{name[1:]}: {said}." if said else ""
+
+
+def _shortfall(entry: dict[str, Any], base: str) -> str:
+    """In what way a method was not significantly better; empty where it was."""
+    if math.isnan(entry["p_holm"]):
+        return "no test"
+    if entry["p_holm"] >= SIGNIFICANT:
+        return "no significant difference"
+    better = (entry["difference"] < 0) if entry["measure"] == "train_loss" else (entry["difference"] > 0)
+    return "" if better else f"significantly worse than {base}"
+
+
+def _dearer(files: Files, method: Method) -> str:
+    own, base = files.cost(method), files.cost(files.base)
+    if own is None or base is None:
+        return ""
+    more = [
+        f"{own[name] / base[name]:.2f} times the {name} ({amount(own[name])} against {amount(base[name])})"
+        for name in ("gradients", "seconds")
+        if own[name] > base[name]
+    ]
+    return f"A run took {_and(more)} of {label(files.base)}." if more else ""
+
+
+def _slower(files: Files, method: Method) -> str:
+    """Where the target cost more, or was reached less often."""
+    if files.target is None:
+        return ""
+    (reached, runs, own), (base_reached, base_runs, base) = files.to_target(method), files.to_target(files.base)
+    aim, said = f"{percent(files.target)} validation accuracy", ""
+    if math.isinf(own["step"]) or reached < base_reached:
+        said = (
+            f"{aim} was reached in {reached} of {runs} runs, with {label(files.base)} in {base_reached} of {base_runs}."
+        )
+    names = {"step": "steps", "gradients": "gradients", "seconds": "seconds"}
+    more = [
+        f"{names[name]} (median {amount(own[name])} against {amount(base[name])})"
+        for name in COSTS
+        if base[name] < own[name] < math.inf
+    ]
+    return f"{said} To {aim} it took more {_and(more)}.".strip() if more else said
+
+
+# -- how the numbers were made -------------------------------------------------------------------------------------
+
+
+def caption(files: Files) -> str:
+    """Seeds, intervals, tests, learning rates, batch size, threads, units, and what became of the runs."""
+    config = files.config
+    rates = ", ".join(f"{label(m)} {files.settings[m]['lr']:g}" for m in files.methods)
+    tuned = (
+        f"tuned: the best of {_count(config['tune'], 'trial')} of each by validation loss, from a scrambled Halton "
+        f"sequence, run with seed {files.tuning_seed}"
+        if config["tune"]
+        else "given, not tuned"
+    )
+    batch = config["data"]["init_args"]["batch_size"]
+    return (
+        f"{_intervals(files)}. Learning rates: {rates} ({tuned}); batch size {batch}; threads: {config['threads']}. "
+        "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
+        "those of training without validation and measurements. Averages are read-outs of the same runs; training "
+        f"losses are taken on at most {EVALUATED:,} images, accuracies on all.{_lost(files)}"
+    )
+
+
+def _intervals(files: Files) -> str:
+    if files.config["seeds"] == 1:
+        return "One seed, so no intervals and no tests"
+    means = f"Means over {files.config['seeds']} paired seeds ± half of the 95 % t-interval"
+    if all(math.isnan(entry["p_holm"]) for entry in files.summary):
+        return means
+    return (
+        f"{means}; p-values of paired t-tests, corrected by Holm's method for the methods compared with "
+        f"{label(files.base)} at the same read-out and measure"
+    )
+
+
+def _lost(files: Files) -> str:
+    """What died, and for how many seeds the loss of the last weights is not finite."""
+    counts = {m: sum(not math.isfinite(row["train_loss"]) for row in files.last(m)) for m in files.methods}
+    diverged = ", ".join(f"{label(m)} {n} of {len(files.last(m))}" for m, n in counts.items() if n)
+    said = f" Runs that diverged: {diverged}; their accuracy is that of chance." if diverged else ""
+    return said + (f" Runs that died, and are left out: {', '.join(files.deaths)}." if files.deaths else "")
