@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_modules.nets import NetName, make_net
+from lightning_modules.nets import make_net
 from nsgd import NSGD
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float, labels (B,)
@@ -22,7 +22,8 @@ class Classifier(pl.LightningModule):
     Without an optimizer from the command line it trains with NSGD at its defaults.
 
     Args:
-        net: Name of the network; simple-cnn is that of the NSGD paper, resnet-32-plain its ResNet without BatchNorm.
+        net: Name of the network (simple-cnn is that of the NSGD paper, resnet-32-plain its ResNet without BatchNorm),
+            or module:name of a function of your own from (channels, height, width) and the number of classes to one.
         input_shape: Channels, height and width of an image; on the command line taken from the data.
         num_classes: Number of classes; on the command line taken from the data.
         lr: Learning rate of the default optimizer.
@@ -34,7 +35,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(
         self,
-        net: NetName = "mlp",
+        net: str = "mlp",
         input_shape: Sequence[int] = (1, 8, 8),
         num_classes: int = 10,
         lr: float = 0.1,

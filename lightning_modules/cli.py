@@ -29,6 +29,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
+    path = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))  # for module files of the user's
     try:
         return _run(argv)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -44,6 +46,8 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"nsgd: {' '.join(said.split())}", file=sys.stderr)
         return 2
+    finally:
+        sys.path[:] = path
 
 
 def _run(argv: list[str]) -> int:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, root
 from torch import Tensor
 
+from lightning_modules.imported import imported
 from nsgd.trajectory.potentials import Channel, DoubleWell, Potential
 
 BUILT_IN = ("double-well", "channel")
@@ -111,7 +108,7 @@ def own_landscape(
     Raises:
         ValueError: If there is no such function, or no such point near the one given.
     """
-    potential = _imported(path)
+    potential: Map = imported(path, option="potential", known=", ".join(BUILT_IN))
     if start is None or goal is None or not 0 < len(start) == len(goal):
         raise ValueError(
             "expected --start and --goal with a potential of your own, points of one dimension near its two minima, "
@@ -148,24 +145,6 @@ def own_landscape(
     steepest = max(float(torch.linalg.eigvalsh(_hessian(potential, point))[-1]) for point in (left, right, top))
     reduced = (lambda heat, rate: (one_dimensional, one_dimensional)) if len(start) == 1 else None
     return Landscape(potential, gradient, left, top, right, steepest, reduced)
-
-
-def _imported(path: str) -> Map:
-    """The function that an import path names. Modules in the working directory are found too."""
-    module, _, name = path.partition(":")
-    if not (module and name):
-        raise ValueError(f"expected potential to be {', '.join(BUILT_IN)} or module:name, got {path!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"expected potential to name a module that can be imported, got {path!r}: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not callable(found):
-        raise ValueError(f"expected potential to name a function of {module}, got {path!r}, which is none")
-    function: Map = found
-    return function
 
 
 def _stationary_point(potential: Map, near: Tensor, *, negative: int) -> Tensor:

@@ -54,9 +54,8 @@ def run_lightning(argv: list[str]) -> None:
     # Every command logs to a folder of its own, so that nothing is overwritten.
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")
     given = given_options(argv)
-    found = sys.argv, list(sys.path)
+    found = sys.argv
     sys.argv = ["nsgd", *argv]  # LightningCLI takes its program name from there, and warns of arguments that differ
-    sys.path.insert(0, str(Path.cwd()))  # for a module file of the user's
     try:
         _Commands(given)
     except BadOption as error:
@@ -65,7 +64,7 @@ def run_lightning(argv: list[str]) -> None:
         said = one_sentence(str(error), command=f"nsgd {argv[0]}", options=error.options, classes=classes)
         raise ValueError(said) from error
     finally:
-        sys.argv, sys.path = found
+        sys.argv = found
 
 
 class _Commands(LightningCLI):

@@ -6,23 +6,13 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NetName = Literal[
-    "mlp",
-    "simple-cnn",
-    "simple-cnn-root",
-    "resnet-20",
-    "resnet-32",
-    "resnet-56",
-    "resnet-32-plain",
-    "vgg-11",
-    "vit",
-]
+from lightning_modules.imported import imported
 
 
 def mlp(input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> nn.Sequential:
@@ -255,7 +245,7 @@ def causal_transformer(
     return net
 
 
-_NETS: dict[NetName, tuple[Callable[..., nn.Sequential], dict[str, Any]]] = {  # factory, and the sizes that it gets
+NETS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {  # factory, and the sizes that it gets
     "mlp": (mlp, {}),
     "simple-cnn": (simple_cnn, {}),
     "simple-cnn-root": (simple_cnn, {"widths": (32, 64), "kernel_size": 3}),
@@ -269,12 +259,13 @@ _NETS: dict[NetName, tuple[Callable[..., nn.Sequential], dict[str, Any]]] = {  #
 
 
 def make_net(
-    name: NetName, input_shape: Sequence[int], num_classes: int, sizes: Mapping[str, Any] | None = None
-) -> nn.Sequential:
+    name: str, input_shape: Sequence[int], num_classes: int, sizes: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build a network by name.
 
     Args:
-        name: Name of the network.
+        name: Name of the network, or module:name of a function of your own that takes ``input_shape``, ``num_classes``
+            and sizes.
         input_shape: Channels, height and width of an image.
         num_classes: Number of classes.
         sizes: Keyword arguments of the network's factory, in place of those that the name stands for.
@@ -283,20 +274,17 @@ def make_net(
         ValueError: If the name or a size is unknown, a size is of another kind than its default, or the images are too
             small for the network.
     """
-    if name not in _NETS:
-        raise ValueError(f"expected net to be one of {', '.join(_NETS)}, got {name!r}")
-    factory, named = _NETS[name]
-    known = {
-        size: parameter.default
-        for size, parameter in inspect.signature(factory).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    factory, named = NETS[name] if name in NETS else (imported(name, option="net", known=", ".join(NETS)), {})
+    known = {size: p.default for size, p in list(inspect.signature(factory).parameters.items())[2:]}
     for size, value in (sizes or {}).items():
         if size not in known:
             raise ValueError(f"expected sizes of {name} among {', '.join(known)}, got {size!r}")
-        if not _is_like(value, known[size]):
+        if name in NETS and not _is_like(value, known[size]):
             raise ValueError(f"expected {size} of {name} to be {_kind(known[size])}, got {value!r}")
-    return factory(input_shape, num_classes, **{**named, **(sizes or {})})
+    net = factory(input_shape, num_classes, **{**named, **(sizes or {})})
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"expected {name} to return a torch.nn.Module, got a {type(net).__name__}")
+    return net
 
 
 def _is_like(value: Any, default: Any) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.classifier import Batch, Classifier
-from lightning_modules.nets import NetName
 from nsgd.guard import untouched
 
 
@@ -41,7 +40,7 @@ class SharpnessAware(Classifier):
 
     def __init__(
         self,
-        net: NetName = "mlp",
+        net: str = "mlp",
         input_shape: Sequence[int] = (1, 8, 8),
         num_classes: int = 10,
         lr: float = 0.1,

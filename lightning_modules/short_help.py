@@ -60,7 +60,8 @@ Train every method with every seed from the same weights on the same batches, an
   --jobs N              runs at a time, each in a process of its own (1)
   --threads N           threads of each run (1); they change the numbers, so they belong to the study
   --data CLASS          Digits or HuggingFace; --data.path NAME, --data.limit N, --data.batch_size N are its options
-  --net NAME            mlp, simple-cnn, simple-cnn-root, resnet-20, resnet-32, resnet-56, resnet-32-plain, vgg-11, vit
+  --net NAME            mlp, simple-cnn, simple-cnn-root, resnet-20, resnet-32, resnet-56, resnet-32-plain, vgg-11, vit,
+                        or mymodule:make_net, from (channels, height, width) and the number of classes to a module
   --methods LIST        any of sgd, sgd-momentum, nsgd, nsgd-momentum, bulk-sgd, dom-sgd, random, sgd-more,
                         sgd-momentum-more, adamw, damped-adamw, sam; the others are compared with the first
   --seeds N --epochs N  paired seeds, and epochs of each run

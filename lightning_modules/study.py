@@ -19,7 +19,6 @@ from lightning_modules.methods import (
     make_module,
     tuned_as,
 )
-from lightning_modules.nets import NetName
 
 Ranges = dict[str, list[float]]  # lowest and highest value of a hyperparameter
 
@@ -30,7 +29,8 @@ class Study:
 
     Args:
         data: Digits, or HuggingFace with ``--data.path``.
-        net: Name of the network; nsgd compare --help lists them.
+        net: Name of the network, or module:name of a function of your own from (channels, height, width) and the number
+            of classes to a torch module; nsgd compare --help lists the names.
         sizes: Sizes that differ from the network's own, for example {widths: [16, 32], kernel_size: 3}.
         methods: Any of sgd, sgd-momentum, nsgd, nsgd-momentum, bulk-sgd (gamma = 0), dom-sgd (gamma = 1,
             bulk_scale = 0), random (random directions), adamw, damped-adamw, sam, and sgd-more and
@@ -52,7 +52,7 @@ class Study:
     """
 
     data: ImageData = field(default_factory=Digits)
-    net: NetName = "mlp"
+    net: str = "mlp"
     sizes: dict[str, Any] | None = None
     methods: list[Method] = field(default_factory=lambda: list[Method](("sgd", "nsgd", "bulk-sgd")))
     seeds: int = 5
@@ -97,8 +97,8 @@ class Study:
         for method, values in self.settings.items():
             for name, value in values.items():
                 if not 0 <= value < math.inf or (name == "momentum" and value >= 1):
-                    bound = "below 1" if name == "momentum" else "finite"
-                    raise ValueError(f"expected settings.{method}.{name} >= 0 and {bound}, got {value}")
+                    wanted = "below 1" if name == "momentum" else "finite"
+                    raise ValueError(f"expected settings.{method}.{name} >= 0 and {wanted}, got {value}")
         for method, ranges in self.search.items():
             for name, ends in ranges.items():
                 if len(ends) != 2 or not 0 < ends[0] < ends[1] < math.inf:

@@ -281,7 +281,9 @@ def complaint(capsys: Any, here: Path, *args: str) -> str:
     """What a bad command line says: exit code 2, one line on stderr, and every file as it was."""
     before = contents(here)
     capsys.readouterr()
+    path = list(sys.path)
     assert code_of(*args) == 2
+    assert sys.path == path
     said = capsys.readouterr()
     lines = said.err.strip().splitlines()
     assert len(lines) == 1, said.err
@@ -330,7 +332,8 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--seeds", "0"], "expected seeds of at least 1, got 0"),
         (["--epochs", "zero"], "zero"),
         (["--threads", "0"], "expected threads of at least 1, got 0"),
-        (["--net", "resnet"], "resnet"),
+        (["--net", "resnet"], "expected net to be one of mlp, simple-cnn"),
+        (["--net", "no_such_module:net"], "expected net to name a module that can be imported"),
         (["--data", "Mnist"], "expected --data to be a class"),
         (["--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--data.batch_size", "5000"], "expected batch_size of at most 1149"),

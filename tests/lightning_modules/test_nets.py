@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
-from lightning_modules.nets import NetName, causal_transformer, make_net, mlp, resnet, vision_transformer
+from lightning_modules.nets import NETS, causal_transformer, make_net, mlp, resnet, vision_transformer
 from nsgd import sample_losses, top_eigenpairs
 from nsgd.samples import gradient_moment
 
@@ -113,7 +112,7 @@ def test_parameter_counts_are_those_published(name, expected):
     assert count(make_net(name, (3, 32, 32), 10)) == expected
 
 
-@pytest.mark.parametrize("name", get_args(NetName))
+@pytest.mark.parametrize("name", NETS)
 def test_every_name_builds_a_network_that_learns(name):
     torch.manual_seed(0)
     net = make_net(name, (3, 32, 32), 4, {"hidden": [8]} if name == "mlp" else {})
@@ -151,8 +150,33 @@ def test_images_too_small_for_the_poolings_are_refused(shape):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=rf"expected net to be one of {', '.join(get_args(NetName))}, got 'resnet'"):
+    names = ", ".join(NETS)
+    with pytest.raises(
+        ValueError, match=rf"expected net to be one of {names}, or module:name of your own, got 'resnet'"
+    ):
         make_net("resnet", (3, 32, 32), 10)
+
+
+def test_a_network_of_ones_own_goes_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "own_nets.py").write_text(
+        "from torch import nn\n"
+        "def wide(shape, classes, width=3):\n"
+        "    first = nn.Linear(shape[0] * shape[1] * shape[2], width)\n"
+        "    return nn.Sequential(nn.Flatten(), first, nn.Linear(width, classes))\n"
+        "def wrong(shape, classes):\n"
+        "    return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    net = make_net("own_nets:wide", (1, 4, 4), 2, {"width": 5})
+    assert [tuple(p.shape) for p in net.parameters()] == [(5, 16), (5,), (2, 5), (2,)]
+    for name, sizes, said in (
+        ("own_nets:wide", {"depth": 1}, "expected sizes of own_nets:wide among width, got 'depth'"),
+        ("own_nets:wrong", {}, "expected own_nets:wrong to return a torch.nn.Module, got a int"),
+        ("own_nets:none", {}, "expected net to name a function of own_nets, got 'own_nets:none', which is none"),
+        ("no_nets:wide", {}, "expected net to name a module that can be imported, got 'no_nets:wide'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make_net(name, (1, 4, 4), 2, sizes)
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+"""Functions of the user's own, by their import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
+    """The function that an import path names.
+
+    Args:
+        path: module:name.
+        option: What it is given for, for messages.
+        known: What else that option takes, for messages.
+
+    Raises:
+        ValueError: If there is no such function.
+    """
+    module, _, name = path.partition(":")
+    if not (module and name):
+        raise ValueError(f"expected {option} to be one of {known}, or module:name of your own, got {path!r}")
+    try:
+        found: Any = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"expected {option} to name a module that can be imported, got {path!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"expected {option} to name a function of {module}, got {path!r}, which is none")
+    function: Callable[..., Any] = found
+    return function
