@@ -83,12 +83,15 @@ def run_study(
         raise ValueError(f"expected --jobs of at least 1, got {jobs}")
     claim(study, out)
     plan = plan_runs(study)
-    left = [run for run in plan if not run.finished(out)]
+    settled = (out / "settled.yaml").exists()  # a trial made now could no longer be chosen
+    left = [run for run in plan if not run.finished(out) and not (settled and run.stage == "tune")]
     if left:
         say(_forecast(study, out, left, jobs, launcher))
     counted = _Counter(study, out, plan, progress)
     while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
         left = [run for run in left if run not in wave]
+        if wave[0].stage != "tune":
+            settle(study, out)  # at once, and before the first run that counts
         for attempt in (1, 2):
             wave = list(_attempt(study, out, wave, counted, jobs, launcher, attempt, say))
     return _write_tables(study, out, plan)
@@ -166,6 +169,7 @@ class _Counter:
 
     def step(self, number: int, step: int, said: str | None) -> None:
         self._done[number] = step
+        self._steps[number] = max(self._steps[number], step)  # more where it is given another's gradients
         finished = sum(self._done[n] >= self._steps[n] for n in self._steps)
         name = f"run {min(finished + 1, len(self._plan))} of {len(self._plan)}: {self._plan[number].name}"
         self._progress(name, sum(self._done.values()), sum(self._steps.values()), said)

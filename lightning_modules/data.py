@@ -222,6 +222,8 @@ class HuggingFace(ImageData):
         val_fraction: float = 0.2,
         limit: int | None = None,
     ) -> None:
+        if Path(path).expanduser().exists():
+            path = str(Path(path).expanduser().resolve())  # a run of a study may start in another folder
         super().__init__(batch_size=batch_size, augment=augment, val_fraction=val_fraction, limit=limit)
         self.path, self.image_column, self.label_column, self.test_split = path, image_column, label_column, test_split
 

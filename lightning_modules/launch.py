@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 Launcher = Literal["local", "ray"]
 Command = Sequence[str]
@@ -67,8 +68,11 @@ def _on_ray(commands: Mapping[int, Command], threads: int) -> Iterator[tuple[int
     except ImportError:
         raise ValueError("--launcher ray needs the extra: pip install 'nsgd[ray]'") from None
 
+    here = Path.cwd()
+
     def run(command: list[str]) -> str | None:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, cwd=here, text=True, errors="replace", **pipes)
         return _ending(done.returncode, done.stdout[-_LAST_WORDS:])
 
     ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
@@ -88,4 +92,5 @@ def _ending(code: int, said: str) -> str | None:
     if code == 0:
         return None
     how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"{how}\n{said}"
+    # What counts comes last: its own words, unless it had no time for any.
+    return f"{said}\n{how}" if code < 0 or not said.strip() else f"{how}\n{said}"

@@ -30,7 +30,7 @@ def progress_bar(console: Console) -> Iterator[Update]:
 
     def update(name: str, done: int, total: int, said: str | None) -> None:
         nonlocal shown
-        if not console.is_terminal:  # a line for each per cent, which a study that started this run reads
+        if not console.file.isatty():  # a line for each per cent, which a study that started this run reads
             if 100 * done // total > shown:
                 shown = 100 * done // total
                 print(f"step {done} of {total}: {said or name}", flush=True)

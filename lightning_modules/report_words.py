@@ -220,9 +220,10 @@ def caption(files: Files) -> str:
         if config["tune"]
         else "given, not tuned"
     )
-    batch = config["data"]["init_args"]["batch_size"]
+    batch = config["data"]["init_args"].get("batch_size")
+    size = "" if batch is None else f"; batch size {batch}"
     return (
-        f"{_intervals(files)}. Learning rates: {rates} ({tuned}); batch size {batch}; threads: {config['threads']}. "
+        f"{_intervals(files)}. Learning rates: {rates} ({tuned}){size}; threads: {config['threads']}. "
         "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
         "those of training without validation and measurements. Averages are read-outs of the same runs; training "
         f"losses are taken on at most {EVALUATED:,} images, accuracies on all.{_lost(files)}"

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -16,7 +17,7 @@ def write_csv(path: Path, rows: Rows) -> None:
     """Write rows with all their columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
@@ -26,9 +27,14 @@ def write_csv(path: Path, rows: Rows) -> None:
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain values in their order."""
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     partial.write_text(yaml.safe_dump(dict(values), sort_keys=False))
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    """A name of its own: runs in several processes may write the same file at the same time."""
+    return path.with_name(f"{path.name}.{uuid4().hex}.partial")
 
 
 def read_csv(path: Path) -> Rows:

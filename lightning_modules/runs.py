@@ -278,7 +278,16 @@ def predicted_seconds(study: Study, out: Path, runs: Sequence[Run]) -> float:
         with torch.inference_mode():
             _score(module.eval(), study.data, batch)
         scoring = (time.perf_counter() - began) / len(batch.labels)
-        step = (record.rows[-1]["seconds"] - record.rows[0]["seconds"]) / (len(record.rows) - 1)
+        first, last = record.rows[0], record.rows[-1]
+        step = (last["seconds"] - first["seconds"]) / (len(record.rows) - 1)
+        if 0 < first["refreshes"] == last["refreshes"]:  # one in the first step, and no other among those timed
+            options = study.nsgd
+            every = (
+                (first["gradients"] - 1) / options.overhead
+                if options.refresh_every == "auto"
+                else options.refresh_every
+            )
+            step += first["seconds"] / max(1.0, every)
         scored = study.epochs * len(images["val"].labels) + 4 * sum(min(len(i.labels), 10_000) for i in images.values())
         seconds[method] = study.steps * step + scored * scoring
     return sum(seconds[run.method] * steps_of(study, out, run) / study.steps for run in runs)

@@ -65,7 +65,7 @@ Train every method with every seed from the same weights on the same batches, an
   --methods LIST        any of sgd, sgd-momentum, nsgd, nsgd-momentum, bulk-sgd, dom-sgd, random, sgd-more,
                         sgd-momentum-more, adamw, damped-adamw, sam; the others are compared with the first
   --seeds N --epochs N  paired seeds, and epochs of each run
-  --lr X                one learning rate for all; --settings '{nsgd: {lr: 0.2, gamma: 0.3}}' for one method's
+  --lr X                one learning rate for all; --settings.nsgd '{lr: 0.2, gamma: 0.3}' for one method's
   --tune N              N quasi-random trials of each method first, by validation loss; --search gives ranges
   --sweep lr            also draw final loss and accuracy against the learning rate
   --target X            validation accuracy whose cost is compared

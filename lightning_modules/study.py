@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from inspect import signature
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.callbacks import make_measurements
@@ -38,7 +40,8 @@ class Study:
         seeds: Number of paired seeds.
         epochs: Epochs of each run.
         lr: One learning rate for all methods, in place of their own.
-        settings: Hyperparameters by method, for example {nsgd: {lr: 0.2, gamma: 0.3}}.
+        settings: Hyperparameters by method, for example {nsgd: {lr: 0.2, gamma: 0.3}}, in place of those of a study
+            file; --settings.nsgd '{lr: 0.2}' changes those of one method.
         tune: Quasi-random trials of each method, by validation loss after a run on the training split; 0 for none.
         search: Ranges of the trials by method, for example {nsgd: {lr: [0.01, 1], gamma: [0.05, 0.5]}}, log-uniform.
         sweep: lr to draw final loss and accuracy against the learning rate, over each method's range.
@@ -71,7 +74,11 @@ class Study:
     def resolved(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain values; as a file it is a study of its own."""
         kind = type(self.data)
-        data = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(self.data.hparams)}
+        # Of a class of the user's, hparams also hold the options of its base, which it need not take.
+        taken = signature(kind).parameters
+        every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        own = {n: str(v) if isinstance(v, Path) else v for n, v in self.data.hparams.items() if every or n in taken}
+        data = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
         plain = {name: value for name, value in vars(self).items() if name not in ("data", "nsgd")}
         return {"data": data, **plain, "nsgd": asdict(self.nsgd)}
 
@@ -91,6 +98,10 @@ class Study:
             raise ValueError(f"expected lr >= 0 and finite, got {self.lr}")
         if self.target is not None and not 0 < self.target < 1:
             raise ValueError(f"expected target to be an accuracy between 0 and 1, got {self.target}")
+        if self.lr is not None and self.tune and any("lr" in self.ranges(tuned_as(m)) for m in self.methods):
+            raise ValueError(
+                f"expected no lr with tune, whose trials look for it, got {self.lr}; leave one of them out"
+            )
         self._check_more()
         self._check_names("settings", self.settings)
         self._check_names("search", self.search)
@@ -105,9 +116,12 @@ class Study:
                     raise ValueError(
                         f"expected search.{method}.{name} to be a lower and a higher number above 0, got {ends}"
                     )
+                if name == "momentum" and ends[1] >= 1:
+                    raise ValueError(f"expected search.{method}.momentum below 1, got {ends}")
         make_measurements(self.measure)
         for method in self.methods:
-            module = make_module(method, self.given(method), self.nsgd, self.network())
+            largest = {name: ends[1] for name, ends in self.ranges(tuned_as(method)).items()} if self.tune else {}
+            module = make_module(method, {**self.given(method), **largest}, self.nsgd, self.network())
             module.configure_optimizers()
             if RECIPES[method].damping is not None:
                 solver = "random" if method == "random" else self.nsgd.solver

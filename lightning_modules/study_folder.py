@@ -29,7 +29,8 @@ def claim_folder(out: Path, files: Mapping[str, Mapping[str, Any]], *, packages:
     environment = out / "environment.yaml"
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
-    if not (out / "config.yaml").exists() and out.exists() and any(out.iterdir()):
+    found = {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.exists() else set()
+    if found and "config.yaml" not in found:
         raise _no_study(out)
     for name, values in files.items():
         if (out / name).exists():
@@ -47,7 +48,8 @@ def claim_folder(out: Path, files: Mapping[str, Mapping[str, Any]], *, packages:
         "packages": versions,
     }
     for name, values in {**files, environment.name: machine}.items():
-        write_yaml(out / name, values)
+        if not (out / name).exists():  # runs that start at the same time claim it too
+            write_yaml(out / name, values)
 
 
 def _no_study(out: Path) -> ValueError:

@@ -55,6 +55,8 @@ class RecordSteps(pl.Callback):
                 row |= {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
         self.rows.append(row)
         self._on_step(step, loss)
+        if step == trainer.max_steps:
+            trainer.should_stop = True  # and so validate after the last step, where it ends within an epoch
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""

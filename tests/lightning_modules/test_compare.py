@@ -69,13 +69,12 @@ def test_results_hold_a_row_for_each_method_seed_and_read_out(tmp_path):
     assert written == summary
 
 
-def test_an_sgd_run_is_a_plain_loop_from_the_seed(tmp_path):
-    """Weights, batches, losses and scores from torch alone."""
-    folder = finished(tmp_path / "out", methods=["sgd"], seeds=1)
+def plain_loop(seed: int, lr: float) -> tuple[torch.nn.Module, Digits, list[float]]:
+    """Network, data and losses of two epochs of SGD, from torch alone."""
+    torch.manual_seed(seed)
     data = Digits(batch_size=50, limit=300)
-    torch.manual_seed(0)
     net = Classifier().net
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     losses = []
     batches = data.train_dataloader().sampler
     for epoch in range(2):
@@ -87,6 +86,16 @@ def test_an_sgd_run_is_a_plain_loop_from_the_seed(tmp_path):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+    return net, data, losses
+
+
+def plain_losses(seed: int, lr: float) -> list[float]:
+    return plain_loop(seed, lr)[2]
+
+
+def test_an_sgd_run_is_a_plain_loop_from_the_seed(tmp_path):
+    folder = finished(tmp_path / "out", methods=["sgd"], seeds=1)
+    net, data, losses = plain_loop(0, 0.2)
     metrics = read_csv(folder / "runs" / "sgd-0" / "metrics.csv")
     assert [row["loss"] for row in metrics] == losses
     last = read_csv(folder / "results.csv")[0]
@@ -375,6 +384,9 @@ def test_an_empty_folder_is_taken(tmp_path):
         ({"methods": ["adam"]}, "methods to be among sgd, sgd-momentum, nsgd, .*, got"),
         ({"methods": ["sgd", "sgd-more"]}, "sgd-more takes .* expected them among the methods, got no nsgd"),
         ({"tune": -1}, "tune of at least 0, got -1"),
+        ({"tune": 2}, "expected no lr with tune, whose trials look for it, got 0.2"),
+        ({"search": {"sgd": {"momentum": [0.9, 2.0]}}}, "search.sgd.momentum below 1"),
+        ({"tune": 2, "lr": None, "search": {"nsgd": {"k": [1.0, 1e6]}}}, "k of at most 8970"),
         ({"sweep": "momentum"}, "sweep to be lr or null, got 'momentum'"),
         ({"sweep": "lr", "sweep_points": 1}, "sweep_points of at least 2, got 1"),
         ({"target": 95.0}, "target to be an accuracy between 0 and 1, got 95"),
@@ -427,7 +439,7 @@ def test_a_study_that_cannot_run_is_refused_before_anything_is_written(tmp_path,
 
 
 def test_trials_are_as_many_for_each_method_and_the_best_by_validation_runs_on_all_seeds(tmp_path):
-    chosen = study(tune=3, search={"nsgd": {"lr": [0.01, 1.0], "gamma": [0.05, 1.0]}})
+    chosen = study(tune=3, lr=None, search={"nsgd": {"lr": [0.01, 1.0], "gamma": [0.05, 1.0]}})
     run_study(chosen, tmp_path, silent)
     rows = read_csv(tmp_path / "tuning.csv")
     assert [(row["method"], row["trial"]) for row in rows] == [(m, t) for t in range(3) for m in ("sgd", "nsgd")]
@@ -444,34 +456,37 @@ def test_trials_are_as_many_for_each_method_and_the_best_by_validation_runs_on_a
     assert {row["seed"] for row in read_csv(tmp_path / "results.csv")} == {0, 1}
 
 
-def test_a_trial_of_a_method_trains_with_its_settings(tmp_path):
-    chosen = study(tune=2, methods=["sgd"], seeds=1)
-    run_study(chosen, tmp_path / "tuned", silent)
-    rate = trial_settings(chosen, "sgd")[1]["lr"]
-    by_hand = finished(tmp_path / "given", methods=["sgd"], lr=rate, seeds=1)
-    trial, own = (
-        read_csv(path / "metrics.csv")[0]["loss"]
-        for path in (tmp_path / "tuned" / "tuning" / "sgd-1", by_hand / "runs" / "sgd-0")
-    )
-    assert trial != own  # the trial's seed is none of the study's
+def test_trials_sweeps_and_chosen_settings_reach_the_training(tmp_path):
+    chosen = study(tune=2, lr=None, methods=["sgd"], seeds=1, sweep="lr", sweep_points=2)
+    run_study(chosen, tmp_path / "a", silent)
+    best = yaml.safe_load((tmp_path / "a" / "settled.yaml").read_text())["settings"]["sgd"]["lr"]
+    given = finished(tmp_path / "b", methods=["sgd"], seeds=1, lr=best)
+    a, b = ([r["loss"] for r in read_csv(f / "runs" / "sgd-0" / "metrics.csv")] for f in (tmp_path / "a", given))
+    assert a == b
+    for stage, seed in (("tuning", 1000), ("sweep", 2000)):
+        for i in (0, 1):
+            folder = tmp_path / "a" / stage / f"sgd-{i}"
+            lr = yaml.safe_load((folder / "run.yaml").read_text())["lr"]
+            assert [row["loss"] for row in read_csv(folder / "metrics.csv")] == plain_losses(seed, lr)
 
 
 def test_a_trial_that_died_is_not_chosen_and_what_was_settled_stays(tmp_path):
-    chosen = study(tune=2, methods=["sgd"], seeds=1)
-    best = read_csv(finished(tmp_path / "whole", tune=2, methods=["sgd"], seeds=1) / "tuning.csv")
+    chosen = study(tune=2, lr=None, methods=["sgd"], seeds=1)
+    best = read_csv(finished(tmp_path / "whole", tune=2, lr=None, methods=["sgd"], seeds=1) / "tuning.csv")
     dead = min(best, key=lambda row: row["val_loss"])["trial"]
     folder = tmp_path / "out"
     assert run_study(chosen, folder, broken(f"tuning/sgd-{dead}", 2)) == [f"tuning/sgd-{dead}"]
     settled = (folder / "settled.yaml").read_bytes()
     assert yaml.safe_load(settled)["settings"]["sgd"] == trial_settings(chosen, "sgd")[1 - dead]
-    assert run_study(chosen, folder, silent) == []
-    assert len(read_csv(folder / "tuning.csv")) == 2
+    (folder / "runs" / "sgd-0" / "results.csv").unlink()
+    assert run_study(chosen, folder, silent) == [f"tuning/sgd-{dead}"]  # now it could not be chosen any more
+    assert len(read_csv(folder / "tuning.csv")) == 1
     assert (folder / "settled.yaml").read_bytes() == settled  # the runs that count were made with it
 
 
 def test_a_method_whose_trials_all_died_ends_the_study_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"every trial of sgd died; see .*tuning/sgd-0/failed\.txt"):
-        run_study(study(tune=1, methods=["sgd"]), tmp_path, broken("tuning/sgd-0", 2))
+        run_study(study(tune=1, lr=None, methods=["sgd"]), tmp_path, broken("tuning/sgd-0", 2))
 
 
 @pytest.mark.parametrize("method", ["sgd", "adamw"])
@@ -504,6 +519,21 @@ def test_sgd_given_nsgds_gradients_takes_them_as_steps(tmp_path):
     assert rows["sgd-more"]["step"] == rows["sgd-more"]["gradients"] == round(rows["nsgd"]["gradients"])
     more, sgd = (read_csv(folder / "runs" / f"{m}-0" / "metrics.csv") for m in ("sgd-more", "sgd"))
     assert [row["loss"] for row in more[:16]] == [row["loss"] for row in sgd]
+    assert [row["step"] for row in more if "val_accuracy" in row] == [4, 8, 12, 16, len(more)]
+
+
+class Noisy(Digits):
+    """A user's own data, with an option of its own and none of its base's."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__(batch_size=50, limit=300)
+        self.noise = noise
+        self.save_hyperparameters()
+
+
+def test_data_of_ones_own_resolve_to_the_options_that_they_take():
+    found = replace(study(), data=Noisy(0.5)).resolved()["data"]
+    assert found == {"class_path": f"{__name__}.Noisy", "init_args": {"noise": 0.5}}
 
 
 def test_every_method_runs_and_sam_counts_two_gradients_a_step(tmp_path):
@@ -526,18 +556,19 @@ def test_every_method_runs_and_sam_counts_two_gradients_a_step(tmp_path):
 
 
 def test_a_run_by_its_number_is_the_studys_own(tmp_path):
-    whole = finished(tmp_path / "whole", tune=1)
-    plan = plan_runs(study(tune=1))
+    tuned = study(tune=1, lr=None)
+    whole = finished(tmp_path / "whole", tune=1, lr=None)
+    plan = plan_runs(tuned)
     with pytest.raises(ValueError, match=r"run 2, runs/sgd-0, needs runs 0, 1 of .* first"):
-        run_one(study(tune=1), tmp_path / "one", 2, silent)
+        run_one(tuned, tmp_path / "one", 2, silent)
     for number in range(len(plan)):
-        run_one(study(tune=1), tmp_path / "one", number, silent)
+        run_one(tuned, tmp_path / "one", number, silent)
     seen: list[Any] = []
-    run_study(study(tune=1), tmp_path / "one", lambda *call: seen.append(call))
+    run_study(tuned, tmp_path / "one", lambda *call: seen.append(call))
     assert seen == []
     assert without_seconds(tmp_path / "one") == without_seconds(whole)
     with pytest.raises(ValueError, match=r"--run to be from 0 to 5, .* got 6"):
-        run_one(study(tune=1), tmp_path / "other", 6, silent)
+        run_one(tuned, tmp_path / "other", 6, silent)
     assert not (tmp_path / "other").exists()
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from studies import finished, silent, study, without_seconds
 from lightning_modules.compare import run_study
 from lightning_modules.launch import launch
 from lightning_modules.rows import read_csv
+from lightning_modules.study_folder import claim_folder
 
 
 def python(code: str) -> list[str]:
@@ -35,7 +37,7 @@ def test_commands_end_well_or_say_how_they_died():
     assert ends[3] is None
     assert [line for n, line in lines if n == 3] == ["a", "b"]
     assert ends[5] == "ended with exit code 1\nno\n"
-    assert str(ends[7]).startswith("ended by signal 9")
+    assert str(ends[7]).splitlines()[-1] == "ended by signal 9"
 
 
 def test_no_more_commands_than_jobs_run_at_a_time(tmp_path):
@@ -57,10 +59,10 @@ def test_what_is_abandoned_is_killed(tmp_path):
 
 def test_runs_side_by_side_give_the_files_of_runs_one_after_the_other(tmp_path):
     seen: list[Any] = []
-    chosen = study(methods=["sgd", "nsgd", "sgd-more"], tune=1)
+    chosen = study(methods=["sgd", "nsgd", "sgd-more"], tune=1, lr=None)
     died = run_study(chosen, tmp_path / "two", lambda *call: seen.append(call), jobs=2)
     assert died == []
-    finished(tmp_path / "one", methods=["sgd", "nsgd", "sgd-more"], tune=1)
+    finished(tmp_path / "one", methods=["sgd", "nsgd", "sgd-more"], tune=1, lr=None)
     assert without_seconds(tmp_path / "two") == without_seconds(tmp_path / "one")
     assert (tmp_path / "two" / "results.csv").read_bytes() == (tmp_path / "one" / "results.csv").read_bytes()
     assert seen[-1][1] == seen[-1][2]
@@ -73,13 +75,23 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from studies import silent, study
 from lightning_modules.compare import run_study
-run_study(study(methods=["sgd", "nsgd"], tune=1, seeds=3, epochs=20), Path(sys.argv[1]), silent, jobs=int(sys.argv[2]))
+chosen = study(methods=["sgd", "nsgd"], tune=1, lr=None, seeds=3, epochs=20)
+run_study(chosen, Path(sys.argv[1]), silent, jobs=int(sys.argv[2]))
 """
+
+
+def test_runs_that_start_at_the_same_time_claim_one_folder(tmp_path):
+    """As on a cluster, where nobody comes first."""
+    packages, files = ("numpy",), {"config.yaml": {"a": 1}}
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(20):
+            list(pool.map(lambda _, to=tmp_path / str(i): claim_folder(to, files, packages=packages), range(8)))
+    assert {path.name for path in tmp_path.glob("*/*")} == {"config.yaml", "environment.yaml"}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_study_killed_five_times_ends_with_the_results_of_one_that_was_not(tmp_path, jobs):
-    options: dict[str, Any] = {"methods": ["sgd", "nsgd"], "tune": 1, "seeds": 3, "epochs": 20}
+    options: dict[str, Any] = {"methods": ["sgd", "nsgd"], "tune": 1, "lr": None, "seeds": 3, "epochs": 20}
     whole, folder = finished(tmp_path / "whole", **options), tmp_path / "killed"
     rng = random.Random(jobs)
     kills = 0

@@ -153,6 +153,8 @@ def test_a_target_is_reached_at_the_first_validation_that_has_it_and_a_dead_run_
         ("nsgd", 1, 0, math.inf),
     ]
     assert rows[0]["gradients"] == 6.0
+    as_logged = {"sgd": {0: steps_of(float(np.float32(900 / 2000)))}}  # a little below 0.45
+    assert times_to_target(as_logged, range(1), 0.45)[0]["reached"] == 1
     assert rows[1]["seconds"] == math.inf
 
 
