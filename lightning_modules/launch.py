@@ -40,16 +40,16 @@ def _here(commands: Mapping[int, Command], jobs: int, on_line: OnLine) -> Iterat
     processes: list[subprocess.Popen[str]] = []
 
     def run(number: int) -> str | None:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             commands[number], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        processes.append(process)
-        assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said = (said + line)[-_LAST_WORDS:]
-            on_line(number, line.rstrip())
-        return _ending(process.wait(), said)
+        ) as process:
+            processes.append(process)
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said = (said + line)[-_LAST_WORDS:]
+                on_line(number, line.rstrip())
+        return _ending(process.returncode, said)
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -60,6 +60,7 @@ def _here(commands: Mapping[int, Command], jobs: int, on_line: OnLine) -> Iterat
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+        pool.shutdown()
 
 
 def _on_ray(commands: Mapping[int, Command], threads: int) -> Iterator[tuple[int, str | None]]:
