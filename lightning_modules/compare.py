@@ -7,6 +7,7 @@ Work is counted in gradients (forward and backward passes on a training batch), 
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,12 +82,14 @@ def run_study(
     """
     if jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {jobs}")
+    began = time.process_time()  # what it took to come here each process of its own takes too
     claim(study, out)
     plan = plan_runs(study)
     settled = (out / "settled.yaml").exists()  # a trial made now could no longer be chosen
     left = [run for run in plan if not run.finished(out) and not (settled and run.stage == "tune")]
     if left:
-        say(_forecast(study, out, left, jobs, launcher))
+        start = began if jobs > 1 or launcher != "local" else 0.0
+        say(_forecast(study, out, left, jobs, launcher, start))
     counted = _Counter(study, out, plan, progress)
     while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
         left = [run for run in left if run not in wave]
@@ -152,8 +155,8 @@ def command_of(out: Path, run: Run) -> list[str]:
     ]
 
 
-def _forecast(study: Study, out: Path, left: Sequence[Run], jobs: int, launcher: Launcher) -> str:
-    seconds = predicted_seconds(study, out, left) / (jobs if launcher == "local" else 1)
+def _forecast(study: Study, out: Path, left: Sequence[Run], jobs: int, launcher: Launcher, start: float) -> str:
+    seconds = (predicted_seconds(study, out, left) + start * len(left)) / (jobs if launcher == "local" else 1)
     time = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
     where = "on one core of this machine each, one after the other" if launcher == "ray" else f"{jobs} at a time"
     return f"{len(left)} runs to make, {where}: about {time if seconds > 90 else f'{seconds:.0f} seconds'}"

@@ -43,6 +43,10 @@ def one_sentence(
         return f"expected {wanted}{_for_class(said)}, got none; give it"
     if found := re.search(r"Problem with given class_path '([^']+)': (.+?)(?= - Expected a| Given value)", said):
         return f"expected --{key} to be a class that can be imported and made, got {found[1]!r}: {found[2]}"
+    if found := re.search(r"does not correspond to a subclass.* (?:Given|Got) value: (\S+)$", said):
+        kind = re.search(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>", said)
+        wanted = kind[1] if kind else "class of its kind"
+        return f"expected --{key} to be a {wanted}, got {found[1]!r}, which is none"
     choices = re.findall(r"Expected a typing\.Literal\[(.+?)\](?:\.| -| Given)", said)
     plain = [_PLAIN[name] for name in re.findall(r"Expected an? <class '(\w+)'>", said) if name in _PLAIN]
     if choices or plain:

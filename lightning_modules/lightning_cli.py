@@ -167,10 +167,15 @@ class _Commands(LightningCLI):
     def _report(self) -> None:
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self._escape:  # no network's: the fifth of the papers' pictures, beside those of this run
+            print("Simulating escapes from a minimum, which takes a minute or two", flush=True)
             with progress_bar(Console()) as update:
                 run_escape(EscapeStudy(), folder / "escape", update)
         if self._escape or any(measurement.rows for measurement in self._measurements):
-            print(f"Measurements: {write_measurements(folder, title='Measured during training')}")
+            optimizers = ", ".join(type(optimizer).__name__ for optimizer in self.trainer.optimizers)
+            title = (
+                f"{type(self.model).__name__} with {optimizers}, {self.trainer.global_step} steps: what was measured"
+            )
+            print(f"Measurements: {write_measurements(folder, title=title)}")
 
     def _validate_averages(self, averages: WriteAverages) -> None:
         """Log what validation says of each read-out as ``ema/val_loss`` and the like, and print it."""

@@ -33,7 +33,7 @@ def progress_bar(console: Console) -> Iterator[Update]:
         if not console.file.isatty():  # a line for each per cent, which a study that started this run reads
             if 100 * done // total > shown:
                 shown = 100 * done // total
-                print(f"step {done} of {total}: {said or name}", flush=True)
+                print(f"step {done} of {total}, {name}: {said or 'done'}", flush=True)
             return
         progress.start()  # not before: bad input is said without a bar
         progress.update(task, completed=done, total=total, description=name)
@@ -49,5 +49,5 @@ def progress_bar(console: Console) -> Iterator[Update]:
 
 def read_line(line: str) -> tuple[int, str] | None:
     """Steps done, and how it stands, of a line that a progress bar printed; None for any other line."""
-    found = re.fullmatch(r"step (\d+) of \d+: (.*)", line)
+    found = re.fullmatch(r"step (\d+) of \d+, .*: (.*)", line)
     return None if found is None else (int(found[1]), found[2])

@@ -26,7 +26,7 @@ STYLES: dict[Method, tuple[str, str]] = {
     "nsgd-momentum": ("#0072b2", "--"),
     "bulk-sgd": ("#d55e00", "--"),
     "dom-sgd": ("#009e73", "-."),
-    "random": ("#e69f00", ":"),
+    "random": ("#999999", ":"),
     "adamw": ("#009e73", "-"),
     "damped-adamw": ("#56b4e9", "-"),
     "sam": ("#e69f00", "-"),

@@ -71,6 +71,12 @@ def run_compare_command(argv: list[str]) -> int:
     return 1 if died else 0
 
 
+def _data_first(argv: list[str]) -> list[str]:
+    """The class of the data before its options, which are read as those of the class so far."""
+    at = next((i for i, word in enumerate(argv[:-1]) if word == "--data"), None)
+    return argv if at is None else [*argv[at : at + 2], *argv[:at], *argv[at + 2 :]]
+
+
 def _with_study(argv: list[str]) -> list[str]:
     """Options in which the name of a study has become its file; without one, digits, unless they say otherwise."""
     if argv and not argv[0].startswith("-"):
@@ -78,9 +84,9 @@ def _with_study(argv: list[str]) -> list[str]:
         if not own.exists() and not Path(argv[0]).is_file():
             names = ", ".join(sorted(path.stem for path in own.parent.glob("*.yaml")))
             raise ValueError(f"expected STUDY to be {names}, or a YAML file, got {argv[0]!r}, which is neither")
-        return ["--config", str(own if own.exists() else argv[0]), *argv[1:]]
+        return ["--config", str(own if own.exists() else argv[0]), *_data_first(argv[1:])]
     if any(word.split("=")[0] in ("--data", "--net", "--config") for word in argv):
-        return argv
+        return argv if "--config" in argv else _data_first(argv)
     return ["--config", str(Path(__file__).parent / "studies" / "digits.yaml"), *argv]
 
 

@@ -38,7 +38,9 @@ def write_measurements(folder: Path, *, title: str) -> Path:
     if not figures:
         names = ", ".join(f"{name}.csv" for name in _DRAWN)
         raise ValueError(f"expected measurements in {folder}, one of {names}; got none")
-    return write_page(folder / "measurements.html", title=title, figures=figures)
+    config = folder / "config.yaml"
+    appendix = {"Configuration": config.read_text()} if config.exists() else {}
+    return write_page(folder / "measurements.html", title=title, figures=figures, appendix=appendix)
 
 
 def measurement_figures(folder: Path) -> dict[str, tuple[Figure, str]]:
@@ -140,10 +142,11 @@ def _quadratic_caption(rows: Rows) -> str:
     least = min(curve, key=lambda point: point[1])[0]
     ratios = _finite(_of(rows, "best rate") / _of(rows, "lr"))
     fits = _finite(_of(rows, "R^2"))
+    explained = max(0.0, 100 * float(np.median(fits)))  # below 0 it does worse than their mean
     return (
         "One batch's loss along its own gradient, and that of a batch which the step has not seen. That the step which "
         f"is best for its own batch does less for another is {_side(low, high)} by this run: the other's loss ends "
-        f"{_spread(gaps)} above, changes compared. The quadratic explains {100 * np.median(fits):.1f} % of the "
+        f"{_spread(gaps)} above, changes compared. The quadratic explains {explained:.1f} % of the "
         f"variance of the batch's own losses (median of {len(fits)}); its best rate is {np.median(ratios):.3g} times "
         f"lr (median). For unseen batches the best of the rates tried is {least:g} times lr, where one half is "
         "predicted for stationary SGD without momentum."
@@ -257,7 +260,7 @@ def _sharpness_caption(rows: Rows, names: Sequence[str]) -> str:
     return (
         "The sharpest directions, gradients in them, and steps along them. That SGD's step along the sharpest "
         f"direction fails to lower the loss is {_side(low, high)} by this run: it changes the loss by "
-        f"{_spread(changes)} ({len(changes)} measurements). On a quadratic the best step would be {best:.2g} times as "
+        f"{_spread(changes)} ({len(changes)} {'measurement' if len(changes) == 1 else 'measurements'}). On a quadratic the best step would be {best:.2g} times as "
         f"long (median; below one half it is too long). {words}; the top {len(names)} directions hold {inside:.2g} of "
         f"a batch's gradient, in norm (medians). {few}"
     )

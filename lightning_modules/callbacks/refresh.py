@@ -99,8 +99,13 @@ class RefreshDirections(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of the batch."""
+        """Let the batch go, and tell the progress bar what refreshes have cost for each step so far."""
         self._batch = None
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Damped) and (steps := optimizer.param_groups[0]["steps"]):
+                # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
+                name = f"{_prefix(trainer, optimizer)}/cost_per_step"
+                trainer.progress_bar_metrics[name] = optimizer.cost_gradients / steps
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Refresh what is due."""
@@ -172,6 +177,10 @@ class RefreshDirections(pl.Callback):
         if len(ranges) == 1 and (solver == "gradients" or (optimizer.weights and not optimizer.eigenvalues)):
             return None  # a short last batch: its products would drive out the average, and the next batch has groups
         if len(ranges) == 1 and count == size:
+            self._tell_once(
+                f"RefreshDirections cannot cut a batch of {size} into groups of samples, so the directions come from "
+                "Hessian-vector products of its loss, which cost more; source='train' takes samples of the training set"
+            )
             return []
         return [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
 
@@ -224,13 +233,10 @@ class RefreshDirections(pl.Callback):
         cost = optimizer.cost_gradients / (optimizer.param_groups[0]["steps"] + 1)  # with the step that comes
         metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients, "cost_per_step": cost}
         metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
-        several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
-        prefix = f"nsgd-{number}" if several else "nsgd"
+        prefix = _prefix(trainer, optimizer)
         known = {f"{prefix}/{name}": value for name, value in metrics.items() if not math.isnan(value)}
         for logger in trainer.loggers:
             logger.log_metrics(known, step=step)
-        # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
-        trainer.progress_bar_metrics[f"{prefix}/cost_per_step"] = cost
 
     def _tell_once(self, message: str) -> None:
         if message not in self._told:
@@ -268,6 +274,12 @@ class RefreshDirections(pl.Callback):
             parts=partial(self._groups, module) if size is None else in_batches(size),
             otherwise="use source='batch'",
         )
+
+
+def _prefix(trainer: pl.Trainer, optimizer: Damped) -> str:
+    """What the logged values of an optimizer begin with."""
+    several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
+    return f"nsgd-{trainer.optimizers.index(optimizer)}" if several else "nsgd"
 
 
 def _columns(parts: list[tuple[Any, int]]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]] | None:

@@ -57,7 +57,8 @@ class WriteAverages(ReadOuts):
         except Exception as error:  # of any kind: a forward may hold anything
             raise ValueError(
                 "WriteAverages expected the module to run on the first part of a batch, module(batch[0]), for the "
-                f"statistics of BatchNorm, got {type(error).__name__}: {error}; take WriteAverages out"
+                f"statistics of BatchNorm, got {type(error).__name__}: {error}; give the module a "
+                "forward that takes it, or take WriteAverages out"
             ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
