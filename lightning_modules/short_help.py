@@ -67,7 +67,7 @@ Train every method with every seed from the same weights on the same batches, an
   --seeds N --epochs N  paired seeds, and epochs of each run
   --lr X                one learning rate for all; --settings.nsgd '{lr: 0.2, gamma: 0.3}' for one method's
   --tune N              N quasi-random trials of each method first, by validation loss; --search gives ranges
-  --sweep lr            also draw final loss and accuracy against the learning rate, of 9 (--sweep_points) for each method
+  --sweep lr            also draw final loss and accuracy against 9 learning rates (--sweep_points) of each method
   --target X            validation accuracy whose cost is compared
   --measure LIST        measure along the first seeds: sharpness, valley, quadratic, averaging, or all
   --nsgd.OPTION VALUE   options of NSGD, as --nsgd.k 20 --nsgd.gamma 0.1 --nsgd.samples 32

@@ -260,7 +260,7 @@ def _sharpness_caption(rows: Rows, names: Sequence[str]) -> str:
     return (
         "The sharpest directions, gradients in them, and steps along them. That SGD's step along the sharpest "
         f"direction fails to lower the loss is {_side(low, high)} by this run: it changes the loss by "
-        f"{_spread(changes)} ({len(changes)} {'measurement' if len(changes) == 1 else 'measurements'}). On a quadratic the best step would be {best:.2g} times as "
+        f"{_spread(changes)} ({len(changes)} of them). On a quadratic the best step would be {best:.2g} times as "
         f"long (median; below one half it is too long). {words}; the top {len(names)} directions hold {inside:.2g} of "
         f"a batch's gradient, in norm (medians). {few}"
     )

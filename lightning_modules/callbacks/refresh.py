@@ -102,9 +102,10 @@ class RefreshDirections(pl.Callback):
         """Let the batch go, and tell the progress bar what refreshes have cost for each step so far."""
         self._batch = None
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Damped) and (steps := optimizer.param_groups[0]["steps"]):
+            if isinstance(optimizer, Damped) and optimizer.refreshes:
                 # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
                 name = f"{_prefix(trainer, optimizer)}/cost_per_step"
+                steps = max(1, optimizer.param_groups[0]["steps"])  # none before the first, with accumulation
                 trainer.progress_bar_metrics[name] = optimizer.cost_gradients / steps
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
