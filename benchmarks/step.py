@@ -40,7 +40,7 @@ def with_directions(optimizer: NSGD, k: int) -> None:
     vectors = torch.randn(k, size, device=params[0].device, generator=torch.Generator(DEVICE).manual_seed(0))
     # Rows of so many random entries are orthogonal but for 1 / sqrt(size).
     vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    optimizer._take(torch.ones(k), vectors, params)
+    optimizer._take(torch.ones(k), vectors, params, [])
 
 
 def iteration(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:

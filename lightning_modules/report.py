@@ -46,7 +46,10 @@ def print_table(folder: Path, console: Console) -> None:
     for sentence in summary(files):
         console.print(f"- {sentence}", markup=False, highlight=False)
     print_tables(
-        console, main_tables(files), text_columns=TEXT_COLUMNS, wrapped=(TEST, minus(files), PRODUCTS, ACCURACY)
+        console,
+        main_tables(files),
+        text_columns=TEXT_COLUMNS,
+        wrapped=("method", TEST, minus(files), PRODUCTS, ACCURACY),
     )
     console.print(caption(files), markup=False, highlight=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_modules.methods import Method
@@ -22,7 +23,8 @@ def title(files: Files) -> str:
 
 def _data(files: Files) -> str:
     data = files.config["data"]
-    return str(data["init_args"].get("path") or data["class_path"].rpartition(".")[2])
+    path = Path(data["init_args"].get("path") or data["class_path"].rpartition(".")[2])
+    return path.name if path.is_absolute() else str(path)
 
 
 def _count(number: int, noun: str) -> str:
