@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules import cli
+from lightning_modules import cli, study_cli
 from lightning_modules.escape import EscapeStudy, run_escape
 from lightning_modules.escape_report import findings, read_folder, verdict, write_escape
 from lightning_modules.rows import Rows, read_csv, write_csv
@@ -286,7 +286,7 @@ def test_the_command_leaves_its_folder_and_repeats_its_config(capsys, here):
     folder = here / "nsgd-escape"
     assert {path.name for path in folder.iterdir()} == {
         *("escape.csv", "config.yaml", "landscape.yaml", "environment.yaml", "runs"),
-        *("escape.html", "escape-time.png", "flat-minimum.png"),
+        *("escape.html", "escape-time.png", "flat-minimum.png", "escape-time.pdf", "flat-minimum.pdf"),
     }
     assert code_of("escape", "--config", "nsgd-escape/config.yaml", "--out", "again") == 0
     assert (folder / "escape.csv").read_bytes() == (here / "again" / "escape.csv").read_bytes()
@@ -320,7 +320,7 @@ ENDS = ["--start", "[1.2]", "--goal", "[-0.9]"]
         (["--walls", "0"], "walls above 0"),
         (["--start", "[1]"], "--start only with a potential of your own"),
         (["--nonsense", "1"], "nonsense"),
-        (["--potential", "triple-well"], "double-well, channel or module:name, got 'triple-well'"),
+        (["--potential", "triple-well"], "double-well, channel, or module:name of your own, got 'triple-well'"),
         (["--potential", "no_such_module:f", *ENDS], "a module that can be imported"),
         (["--potential", "wells_c:nothing", *ENDS], "a function of wells_c"),
         (["--potential", "wells_c:number", *ENDS], "a function of wells_c"),
@@ -382,7 +382,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, here, monkeypatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_escape", interrupted)
+    monkeypatch.setattr(study_cli, "run_escape", interrupted)
     assert code_of("escape", *ARGS) == 130
     assert "the same command keeps the finished runs and goes on" in capsys.readouterr().err
 
