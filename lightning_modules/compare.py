@@ -157,9 +157,9 @@ def command_of(out: Path, run: Run) -> list[str]:
 
 def _forecast(study: Study, out: Path, left: Sequence[Run], jobs: int, launcher: Launcher, start: float) -> str:
     seconds = (predicted_seconds(study, out, left) + start * len(left)) / (jobs if launcher == "local" else 1)
-    time = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
+    long = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
     where = "on one core of this machine each, one after the other" if launcher == "ray" else f"{jobs} at a time"
-    return f"{len(left)} runs to make, {where}: about {time if seconds > 90 else f'{seconds:.0f} seconds'}"
+    return f"{len(left)} runs to make, {where}: about {long if seconds > 90 else f'{seconds:.0f} seconds'}"
 
 
 class _Counter:

@@ -143,7 +143,8 @@ def tuning_rows(study: Study, out: Path) -> Rows:
     for run in plan_runs(study):
         if run.stage == "tune" and run.finished(out):
             scores = read_csv(out / run.name / "results.csv")[0]
-            searched = {n: trial_settings(study, run.method)[run.index][n] for n in study.ranges(run.method)}
+            settings = trial_settings(study, run.method)[run.index]
+            searched = {name: settings[name] for name in study.ranges(run.method)}
             scored = {name: scores[name] for name in ("val_loss", "val_accuracy", "train_loss")}
             rows.append({"method": run.method, "trial": run.index, **searched, **scored})
     return rows
