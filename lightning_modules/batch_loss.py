@@ -49,23 +49,11 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
             "define curvature_loss(self, batch), returning the loss"
         )
     trainer = module._trainer
-    takes_one = _takes_one(module.training_step)
 
     def loss_of(batch: Any, batch_idx: int) -> Tensor:
         with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
-            if own is not None:
-                output = own(batch)
-            elif takes_one:
-                output = module.training_step(batch)
-            else:
-                output = module.training_step(batch, batch_idx)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise ValueError(
-                f"expected training_step of {type(module).__name__} to return a loss, or a dict with one under "
-                f"'loss', got {type(loss).__name__}"
-            )
-        return loss
+            output = run_step(module.training_step, batch, batch_idx) if own is None else own(batch)
+        return loss_in(output, module)
 
     guards = (torch.inference_mode(False), torch.enable_grad(), _shelved(module), _no_loggers(trainer))
     with ExitStack() as stack:
@@ -75,9 +63,26 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
         yield loss_of
 
 
-def _takes_one(step: Any) -> bool:
+def run_step(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:
+    """What a ``training_step`` gives for a batch, with its index where it takes one."""
     parameters = list(inspect.signature(step).parameters.values())
-    return len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    takes_one = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    return step(batch) if takes_one else step(batch, batch_idx)
+
+
+def loss_in(output: Any, module: pl.LightningModule) -> Tensor:
+    """The loss that a module's ``training_step`` gave back, alone or in a dict.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"expected training_step of {type(module).__name__} to return a loss, or a dict with one under "
+            f"'loss', got {type(loss).__name__}"
+        )
+    return loss
 
 
 def _muted(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation (SAM), the baseline that goes by sharpness in another way, with our classifier."""
+"""Sharpness-aware minimisation (SAM), the baseline that goes by sharpness in another way, for any LightningModule."""
 
 from __future__ import annotations
 
@@ -6,56 +6,25 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_modules.classifier import Batch, Classifier
-from nsgd.guard import untouched
+from lightning_modules.batch_loss import batch_losses, loss_in, run_step
+from lightning_modules.classifier import Classifier
+from nsgd.guard import RandomState, untouched
 
 
-class SharpnessAware(Classifier):
-    """The classifier trained by SAM (Foret et al., ICLR 2021) over ``torch.optim.SGD``, by manual optimization.
-
-    A step takes two gradients of the batch: one at the weights, and one ``rho`` along it, which is the one that SGD
-    steps with from the weights. What is logged, and BatchNorm's running statistics, are of the first pass alone.
-    ``rho=0`` is SGD, bit for bit. Learning-rate schedulers are stepped as under automatic optimization.
-
-    Args:
-        net: As in :class:`Classifier`, with the next three and ``sizes``.
-        input_shape: Channels, height and width of an image.
-        num_classes: Number of classes.
-        lr: Learning rate of SGD.
-        sizes: Sizes in place of the network's own, by name.
-        rho: Distance from the weights to those of the second gradient.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD, taken at the weights.
-
-    Raises:
-        ValueError: If an option is out of range; when training starts, with several processes, mixed precision in
-            float16, or ``ReduceLROnPlateau``.
-    """
+class _Steps(pl.LightningModule):
+    """What SAM adds to a LightningModule whose ``training_step`` gives a loss; mixed in before its class."""
 
     gradients_per_step: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        net: str = "mlp",
-        input_shape: Sequence[int] = (1, 8, 8),
-        num_classes: int = 10,
-        lr: float = 0.1,
-        *,
-        sizes: dict[str, Any] | None = None,
-        rho: float = 0.05,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-    ) -> None:
-        for name, value in (("lr", lr), ("rho", rho), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
-        super().__init__(net, input_shape, num_classes, lr, sizes=sizes)
-        self.automatic_optimization = False
-        self.rho, self.momentum, self.weight_decay = rho, momentum, weight_decay
+    lr: float
+    rho: float
+    momentum: float
+    weight_decay: float
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SAM over SGD."""
@@ -72,6 +41,7 @@ class SharpnessAware(Classifier):
 
     def on_fit_start(self) -> None:
         """Refuse what would train otherwise than it says."""
+        super().on_fit_start()
         if self.trainer.world_size > 1:
             raise ValueError(
                 f"expected one process for SAM, got {self.trainer.world_size}: the second gradient would not be "
@@ -88,26 +58,34 @@ class SharpnessAware(Classifier):
                 "drops under manual optimization; take another one"
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Take a step; the mean loss of the batch before it."""
-        loss = super().training_step(batch, batch_idx)
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Take a step; what the module's own ``training_step`` gives back before it."""
+        drawn = RandomState(self.device)
+        output = run_step(super().training_step, batch, batch_idx)
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        self.manual_backward(loss_in(output, self))
+
+        own = getattr(super(), "curvature_loss", None)
 
         def gradient_at_perturbed_weights() -> None:
-            with untouched(self.net, device=self.device):
-                self.manual_backward(self.curvature_loss(batch))
+            if own is not None:  # leaves metrics and logs alone by itself
+                with untouched(self, device=self.device):
+                    drawn.restore()  # the same dropout
+                    self.manual_backward(own(batch))
+            else:
+                with batch_losses(self) as loss:
+                    drawn.restore()
+                    self.manual_backward(loss(batch, batch_idx))
 
         optimizer.step(gradient_at_perturbed_weights)  # one for trainer.global_step
         self._step_schedulers(batch_idx)
-        return loss
+        return output
 
-    def curvature_loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch and nothing else; callbacks measure with it, as ``training_step`` takes steps."""
-        images, labels = batch
-        loss: Tensor = self.loss(self(images), labels)
-        return loss
+    def curvature_loss(self, batch: Any) -> Tensor:
+        """The loss of a batch and nothing else; callbacks measure with it, as ``training_step`` takes steps."""
+        own = getattr(super(), "curvature_loss", None)
+        return loss_in(run_step(super().training_step, batch, 0) if own is None else own(batch), self)
 
     def _step_schedulers(self, batch_idx: int) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -115,3 +93,79 @@ class SharpnessAware(Classifier):
             count = (batch_idx if by_step else self.current_epoch) + 1
             if (by_step or self.trainer.is_last_batch) and count % config.frequency == 0:
                 self.lr_scheduler_step(config.scheduler, None)
+
+
+class SharpnessAware(_Steps, Classifier):
+    """The classifier trained by SAM (Foret et al., ICLR 2021) over ``torch.optim.SGD``, by manual optimization.
+
+    A step takes two gradients of the batch: one at the weights, and one ``rho`` along it, which is the one that SGD
+    steps with from the weights, both with the same dropout. What is logged, and BatchNorm's running statistics, are of
+    the first pass alone. ``rho=0`` is SGD, bit for bit. Learning-rate schedulers are stepped as under automatic
+    optimization.
+
+    Args:
+        net: As in :class:`Classifier`, with the next three and ``sizes``.
+        input_shape: Channels, height and width of an image.
+        num_classes: Number of classes.
+        lr: Learning rate of SGD.
+        sizes: Sizes in place of the network's own, by name.
+        rho: Distance from the weights to those of the second gradient.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD, taken at the weights.
+
+    Raises:
+        ValueError: If an option is out of range; when training starts, with several processes, mixed precision in
+            float16, or ``ReduceLROnPlateau``.
+    """
+
+    def __init__(
+        self,
+        net: str = "mlp",
+        input_shape: Sequence[int] = (1, 8, 8),
+        num_classes: int = 10,
+        lr: float = 0.1,
+        *,
+        sizes: dict[str, Any] | None = None,
+        rho: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(net, input_shape, num_classes, lr, sizes=sizes)
+        _begin(self, lr=lr, rho=rho, momentum=momentum, weight_decay=weight_decay)
+
+
+def sharpness_aware(
+    module: pl.LightningModule, *, lr: float, rho: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0
+) -> pl.LightningModule:
+    """Have SAM train any LightningModule with automatic optimization, in place, as in :class:`SharpnessAware`.
+
+    Args:
+        module: Its class becomes a subclass of the one it had, and its own optimizers and schedules are not used.
+        lr: Learning rate of SGD.
+        rho: Distance from the weights to those of the second gradient.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD, taken at the weights.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: As in :class:`SharpnessAware`, or if the module optimizes manually.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"expected a module with automatic optimization for SAM, got {type(module).__name__}, which takes its own "
+            "optimizer steps"
+        )
+    kind = type(module)
+    module.__class__ = type(f"SharpnessAware{kind.__name__}", (_Steps, kind), {"__module__": __name__})
+    _begin(module, lr=lr, rho=rho, momentum=momentum, weight_decay=weight_decay)
+    return module
+
+
+def _begin(module: Any, **options: float) -> None:
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
+    module.automatic_optimization = False
+    vars(module).update(options)
