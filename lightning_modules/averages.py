@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from lightning_modules.batch_loss import batch_losses
+from lightning_modules.training_samples import in_batches, training_samples
 from nsgd.guard import untouched
 
 ReadOut = Literal["last", "ema", "swa", "two-point"]
@@ -85,8 +87,8 @@ class ReadOuts(pl.Callback):
         Args:
             name: One of :attr:`available`.
             module: The module that was trained.
-            calibration: Batches, on the module's device, that BatchNorm statistics are taken from; without them
-                those of the run are kept, which belong to its last weights.
+            calibration: Training batches, on the module's device, that BatchNorm statistics are taken from, by the
+                module's own training loss; without them those of the run are kept, which belong to its last weights.
 
         Raises:
             ValueError: If this read-out was not gathered.
@@ -94,7 +96,6 @@ class ReadOuts(pl.Callback):
         if name not in self.available:
             raise ValueError(f"expected a read-out among {', '.join(self.available)}, got {name!r}")
         params = list(module.parameters())
-        momenta = [(m, m.momentum) for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         last = [p.detach().clone() for p in params]
         with untouched(module, device=module.device):
             try:
@@ -105,12 +106,10 @@ class ReadOuts(pl.Callback):
                     _assign(params, values)
                 module.eval()
                 if calibration is not None:
-                    update_bn(calibration, module)
+                    _recalibrate(module, calibration)
                 yield module
             finally:
                 _assign(params, last)
-                for m, momentum in momenta:  # update_bn leaves None behind after an exception
-                    m.momentum = momentum
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""
@@ -133,3 +132,37 @@ class ReadOuts(pl.Callback):
 def _assign(params: list[torch.nn.Parameter], values: list[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
+
+
+def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, count: int, *, otherwise: str) -> Any:
+    """Training batches for BatchNorm statistics, the same for each read-out; None without BatchNorm.
+
+    Args and errors: as :func:`lightning_modules.training_samples.training_samples`; batches have at most 128 samples.
+    """
+    if not _norms(module):
+        return None
+    parts = in_batches(128)
+    return [batch for batch, _ in training_samples(trainer, module, count, seed=0, parts=parts, otherwise=otherwise)]
+
+
+def _norms(module: torch.nn.Module) -> list[Any]:
+    return [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def _recalibrate(module: pl.LightningModule, batches: Iterable[Any]) -> None:
+    """Take BatchNorm statistics anew, as the mean over batches, like ``torch.optim.swa_utils.update_bn``.
+
+    By the training loss, which any module has, and not by ``forward``, which need not be what it trains with.
+    """
+    norms = [m for m in _norms(module) if m.track_running_stats]
+    with batch_losses(module) as loss, torch.no_grad():  # puts buffers and momenta back
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # the mean over all batches
+        module.train()
+        for i, batch in enumerate(batches):
+            loss(batch, i)
+        found = [dict(m.named_buffers(recurse=False)) for m in norms]
+    for m, statistics in zip(norms, found, strict=True):
+        for name, value in statistics.items():
+            getattr(m, name).copy_(value)

@@ -207,14 +207,15 @@ def _write_tables(study: Study, out: Path, plan: Sequence[Run]) -> list[str]:
         raise ValueError(f"no run of the study survived; see {out / died[0].name / 'failed.txt'}")
     write_csv(out / "results.csv", rows)
     write_csv(out / "times.csv", times)
-    write_csv(out / "summary.csv", summarise(rows, study.methods))
+    measures = [measure.column for measure in study.score.measures(rows[0])]
+    write_csv(out / "summary.csv", summarise(rows, study.methods, measures))
     (out / "deaths.csv").unlink(missing_ok=True)
     if died:
         write_csv(out / "deaths.csv", [{"run": run.name, "method": run.method, "seed": run.seed} for run in died])
     if study.tune:
         write_csv(out / "tuning.csv", tuning_rows(study, out))
     if settled["target"] is not None:
-        reached = times_to_target(metrics, range(study.seeds), settled["target"])
+        reached = times_to_target(metrics, range(study.seeds), settled["target"], study.score)
         write_csv(out / "target.csv", [{n: v for n, v in row.items() if n != "seconds"} for row in reached])
         seconds = [{n: row[n] for n in ("method", "seed", "seconds")} for row in reached]
         write_csv(out / "target-times.csv", seconds)

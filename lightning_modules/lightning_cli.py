@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from pydoc import locate
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -17,22 +15,21 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.console import Console
 
-from lightning_modules import Characters, Classifier, Digits, LanguageModel, RefreshDirections
+from lightning_modules import Classifier, RefreshDirections
 from lightning_modules.callbacks import make_measurements
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.write_averages import WriteAverages
 from lightning_modules.complaints import BadOption, one_sentence
 from lightning_modules.escape import EscapeStudy, run_escape
+from lightning_modules.from_data import OWN_DATA, link_to_data, model_class, names, own_model, path_of
 from lightning_modules.given_options import given_options
 from lightning_modules.paths import unused
 from lightning_modules.progress import progress_bar
-from lightning_modules.runs import ignore_lightning_noise
+from lightning_modules.quiet import ignore_lightning_noise
 from lightning_modules.trajectory_report import write_measurements
 from nsgd import damp
 from nsgd.damping import Damped
 
-_OWN_DATA: dict[type, type] = {Classifier: Digits, LanguageModel: Characters}  # where no --data is given
-_FROM_DATA = ("input_shape", "num_classes", "vocabulary")  # options of a model that its data may know
 _LOADERS = {
     "fit": "train_dataloader",
     "validate": "val_dataloader",
@@ -59,8 +56,8 @@ def run_lightning(argv: list[str]) -> None:
     try:
         _Commands(given)
     except BadOption as error:
-        own = _own_model(given)
-        classes = ({"model": own.__name__, "data": _OWN_DATA[own].__name__} if own else {}) | given
+        own = own_model(given)
+        classes = ({"model": own.__name__, "data": OWN_DATA[own].__name__} if own else {}) | given
         said = one_sentence(str(error), command=f"nsgd {argv[0]}", options=error.options, classes=classes)
         raise ValueError(said) from error
     finally:
@@ -88,18 +85,13 @@ class _Commands(LightningCLI):
         logger = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "."}}
         parser.set_defaults({"trainer.logger": logger, "trainer.max_epochs": 20, "trainer.log_every_n_steps": 5})
         # Not beside a class that is given: jsonargparse would hand it the options of the default, such as lr.
-        own = _own_model(self.given)
-        data = None if own is None else _path(_OWN_DATA[own])
-        defaults = {"model": _path(Classifier), "data": data}
+        own = own_model(self.given)
+        data = None if own is None else path_of(OWN_DATA[own])
+        defaults = {"model": path_of(Classifier), "data": data}
         parser.set_defaults({key: value for key, value in defaults.items() if key not in self.given})
-        kind = own or locate(str(self.given["model"]))
-        if isinstance(kind, type) and self.given.get("data", data) is not None:
-            for name in _FROM_DATA:
-                parameter = _parameter(kind, name)
-                # A link takes the option away, so there is none where it is given by hand.
-                if parameter is not None and f"model.{name}" not in self.given:
-                    target, compute = f"model.init_args.{name}", _from_data(parameter)
-                    parser.link_arguments("data", target, compute_fn=compute, apply_on="instantiate")
+        kind = model_class(self.given)
+        if kind is not None and self.given.get("data", data) is not None:
+            link_to_data(parser, kind, self.given)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -115,7 +107,7 @@ class _Commands(LightningCLI):
         if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
             raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
         model = self._chosen("model").class_path
-        if "model" not in self.given and model not in _names(Classifier):  # of the checkpoint
+        if "model" not in self.given and model not in names(Classifier):  # of the checkpoint
             raise ValueError(
                 f"the checkpoint is of {model}; give the options that it was trained with, for example --config "
                 "lightning_logs/version_0/config.yaml"
@@ -136,7 +128,7 @@ class _Commands(LightningCLI):
         loader = _LOADERS[str(self.subcommand)]
         if self.datamodule is None and not is_overridden(loader, self.model):
             raise ValueError(f"expected --data, as {type(self.model).__name__} has no {loader} of its own, got none")
-        if self.subcommand == "fit" and self._chosen("optimizer") and not isinstance(self.model, tuple(_OWN_DATA)):
+        if self.subcommand == "fit" and self._chosen("optimizer") and not isinstance(self.model, tuple(OWN_DATA)):
             rank_zero_info(
                 f"--optimizer takes the place of {type(self.model).__name__}.configure_optimizers and its schedules; "
                 "--damp would keep them"
@@ -246,46 +238,6 @@ class _Damp(pl.Callback):
                     "leave --damp out, or give another --optimizer"
                 )
             damp(optimizer, **self.options)
-
-
-# -- options of the model that its data know ---------------------------------------------------------------------
-
-
-def _parameter(kind: type, name: str) -> inspect.Parameter | None:
-    """A parameter of a class, also where it goes to a base as one of ``**kwargs``."""
-    for base in kind.__mro__:
-        parameters = inspect.signature(base).parameters
-        if name in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-            return parameters.get(name)
-    return None
-
-
-def _from_data(parameter: inspect.Parameter) -> Callable[[Any], Any]:
-    name = parameter.name
-
-    def from_data(data: Any) -> Any:
-        if not hasattr(data, name) and parameter.default is parameter.empty:
-            raise ValueError(f"expected --model.{name}, as {type(data).__name__} has no {name}, got none; give it")
-        return getattr(data, name, parameter.default)
-
-    return from_data
-
-
-# -- names -------------------------------------------------------------------------------------------------------
-
-
-def _path(kind: type) -> str:
-    return f"lightning_modules.{kind.__name__}"
-
-
-def _own_model(given: dict[str, Any]) -> type | None:
-    """Which model of ours is meant, if it is one."""
-    return next((kind for kind in _OWN_DATA if given.get("model", "Classifier") in _names(kind)), None)
-
-
-def _names(kind: type) -> tuple[str, str, str]:
-    """What a class of ours may be called."""
-    return kind.__name__, _path(kind), f"{kind.__module__}.{kind.__name__}"
 
 
 def _find(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import pytorch_lightning as pl
 import torch
 
 from lightning_modules.callbacks.refresh import RefreshDirections
-from lightning_modules.classifier import Classifier
-from lightning_modules.sharpness_aware import SharpnessAware
+from lightning_modules.sharpness_aware import sharpness_aware
 from nsgd import NSGD, damp
 from nsgd.low_rank import Which
 from nsgd.options import Estimator
@@ -168,28 +168,31 @@ def make_optimizer(
     return NSGD(params, **own, seed=seed, **directions.damping())
 
 
-def make_module(
-    method: Method, settings: Mapping[str, float], options: NSGDOptions, net: Mapping[str, Any], *, seed: int = 0
-) -> Classifier:
-    """The LightningModule that trains with a method.
+def prepare(
+    module: pl.LightningModule, method: Method, settings: Mapping[str, float], options: NSGDOptions, *, seed: int = 0
+) -> None:
+    """Have a LightningModule trained by a method, in place of its own optimizers and schedules.
 
     Args:
+        module: With automatic optimization.
         method: Its name.
         settings: Its hyperparameters.
         options: Of the directions.
-        net: ``net``, ``sizes``, ``input_shape`` and ``num_classes`` of :class:`Classifier`.
         seed: Of directions that are drawn at random.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or the module takes its own optimizer steps.
     """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"expected a module with automatic optimization, whose optimizer a study can choose, got "
+            f"{type(module).__name__}, which takes its own optimizer steps"
+        )
     if method == "sam":
-        own: dict[str, Any] = {name: settings[name] for name in RECIPES[method].defaults}
-        return SharpnessAware(**net, **own)
-    module = Classifier(**net)
+        sharpness_aware(module, **{name: settings[name] for name in RECIPES[method].defaults})
+        return
 
     def configure_optimizers() -> torch.optim.Optimizer:
         return make_optimizer(method, settings, options, module.parameters(), seed=seed)
 
     module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-    return module

@@ -10,7 +10,15 @@ from rich.console import Console
 from lightning_modules.page import Section, print_tables, write_page
 from lightning_modules.report_figures import study_figures
 from lightning_modules.report_files import Files, label, read_folder
-from lightning_modules.report_tables import ACCURACY, PRODUCTS, TEST, TEXT_COLUMNS, main_tables, minus, settings_table
+from lightning_modules.report_tables import (
+    PRODUCTS,
+    TEST,
+    TEXT_COLUMNS,
+    main_tables,
+    minus,
+    score_header,
+    settings_table,
+)
 from lightning_modules.report_words import caption, shortfalls, summary, title
 
 _TABLES = (
@@ -49,7 +57,7 @@ def print_table(folder: Path, console: Console) -> None:
         console,
         main_tables(files),
         text_columns=TEXT_COLUMNS,
-        wrapped=("method", TEST, minus(files), PRODUCTS, ACCURACY),
+        wrapped=("method", TEST, minus(files), PRODUCTS, score_header(files)),
     )
     console.print(caption(files), markup=False, highlight=False)
 

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from lightning_modules.methods import Method
 from lightning_modules.page import new_figure
 from lightning_modules.report_files import Files, label
+from lightning_modules.report_tables import score_header
 from lightning_modules.rows import Rows
+from lightning_modules.score import Measure
 from lightning_modules.trajectory_report import measurement_figures
 
 # The colours of Okabe and Ito. No two methods share both colour and line, and curves that coincide stay visible.
@@ -34,9 +36,9 @@ STYLES: dict[Method, tuple[str, str]] = {
 AXES = {"step": "optimizer steps", "gradients": "gradients, refreshes included", "seconds": "seconds of training"}
 _ABOVE = 3  # times the loss before training: what diverged would flatten the rest of the axis
 _SENSITIVITY = (
-    "Training loss and validation accuracy of the last weights against the learning rate, one run for each point, all "
+    "Training loss and {score} of the last weights against the learning rate, one run for each point, all "
     "with the same seed; other settings are those of the study. Dotted: the loss of the first batch before training. "
-    f"Losses that are not finite are not drawn, nor are those above {_ABOVE} times the dotted line."
+    "Losses that are not finite are not drawn, nor are those above {above} times the dotted line."
 )
 
 Point = tuple[dict[str, float], float]  # row of a run's steps, value there
@@ -46,15 +48,18 @@ def study_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption."""
     band = "Lines are means over the seeds, bands reach from the lowest to the highest."
     loss = _against_costs(files, _epoch_losses, "training loss, mean of each epoch", log=True)
-    accuracy = _against_costs(files, _accuracies, "validation accuracy, %", log=False)
+    measure, header = files.score.validation, score_header(files)
+    score = _against_costs(files, lambda run: _scores(run, measure), header, log=False)
     figures = {
         "training-loss": (loss, f"Training loss against the three axes of cost. {band}"),
-        "validation-accuracy": (accuracy, f"Validation accuracy after each epoch. {band}"),
+        measure.label.replace(" ", "-"): (score, f"{_upper(measure.label)} after each epoch. {band}"),
     }
     if files.sweep:
-        figures["learning-rates"] = (_sensitivity(files), _SENSITIVITY)
+        words = _SENSITIVITY.format(score=measure.label, above=_ABOVE)
+        figures["learning-rates"] = (_sensitivity(files), words)
     if any("lr" in row for row in files.tuning):
-        words = "Validation loss of every trial against its learning rate; other settings may differ too."
+        criterion = _upper(files.criterion.label)
+        words = f"{criterion} of every trial against its learning rate; other settings may differ too."
         figures["trials"] = (_trials(files), f"{words} What diverged is not drawn.")
     if refreshed := _refreshed(files):
         figures["eigenvalues"] = (_eigenvalues(files, refreshed), _eigenvalues_caption(files, refreshed))
@@ -77,9 +82,13 @@ def _epoch_losses(run: Rows) -> list[Point]:
     ]
 
 
-def _accuracies(run: Rows) -> list[Point]:
-    """Validation accuracy in %, where there is one."""
-    return [(row, 100 * row["val_accuracy"]) for row in run if "val_accuracy" in row]
+def _scores(run: Rows, measure: Measure) -> list[Point]:
+    """What validations said, as it is printed."""
+    return [(row, measure.factor * row[measure.column]) for row in run if measure.column in row]
+
+
+def _upper(label: str) -> str:
+    return label[0].upper() + label[1:]
 
 
 def _against_costs(files: Files, points: Callable[[Rows], list[Point]], ylabel: str, *, log: bool) -> Figure:
@@ -120,33 +129,37 @@ def _legend(axes: Axes) -> None:
 
 
 def _sensitivity(files: Files) -> Figure:
-    figure, (losses, accuracies) = new_figure(2)
+    measure = files.score.validation
+    figure, (losses, scores) = new_figure(2)
     for method in files.methods:
         rows = sorted((row for row in files.sweep if row["method"] == method), key=lambda row: row["lr"])
         if rows:
             rates = [row["lr"] for row in rows]
             _plot(losses, method, rates, [row["train_loss"] for row in rows], marker="o")
-            _plot(accuracies, method, rates, [100 * row.get("val_accuracy", math.nan) for row in rows], marker="o")
-    for axes in (losses, accuracies):
+            values = [measure.factor * row.get(measure.column, math.nan) for row in rows]
+            _plot(scores, method, rates, values, marker="o")
+    for axes in (losses, scores):
         axes.set(xlabel="learning rate", xscale="log")
     losses.set(ylabel="final training loss", yscale="log" if _has_finite(losses) else "linear")
     starts = [row["start_loss"] for row in files.sweep if "start_loss" in row]
     if starts and math.isfinite(starts[0]):
         losses.axhline(starts[0], color="black", linestyle=":", linewidth=1, label="before training")
         losses.set_ylim(top=min(losses.get_ylim()[1], _ABOVE * starts[0]))
-    accuracies.set_ylabel("final validation accuracy, %")
+    scores.set_ylabel(f"final {score_header(files)}")
     _legend(losses)
     return figure
 
 
 def _trials(files: Files) -> Figure:
+    measure = files.criterion
     figure, (axes,) = new_figure(1)
     for method in files.methods:
         rows = sorted((r for r in files.tuning if r["method"] == method and "lr" in r), key=lambda row: row["lr"])
         if rows:
-            _plot(axes, method, [r["lr"] for r in rows], [r["val_loss"] for r in rows], marker="o", linewidth=0.8)
-    yscale = "log" if _has_finite(axes) else "linear"
-    axes.set(xlabel="learning rate", ylabel="validation loss", xscale="log", yscale=yscale)
+            values = [measure.factor * r[measure.column] for r in rows]
+            _plot(axes, method, [r["lr"] for r in rows], values, marker="o", linewidth=0.8)
+    yscale = "log" if measure.lower_is_better and _has_finite(axes) else "linear"
+    axes.set(xlabel="learning rate", ylabel=measure.label, xscale="log", yscale=yscale)
     _legend(axes)
     return figure
 

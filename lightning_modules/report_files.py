@@ -11,6 +11,7 @@ import yaml
 
 from lightning_modules.methods import RECIPES, Method, NSGDOptions, Settings, damping_of
 from lightning_modules.rows import Rows, read_csv
+from lightning_modules.score import Measure, Score
 from lightning_modules.statistics import COSTS
 
 READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
@@ -26,7 +27,7 @@ class Files:
         config: Its options.
         environment: Machine and packages.
         settings: Hyperparameters that each method trained with.
-        target: Validation accuracy whose cost is compared.
+        target: Value of the score in validation whose cost is compared.
         results: One row for each method, seed and read-out.
         times: Seconds of each run.
         summary: What :func:`lightning_modules.statistics.summarise` made of the results.
@@ -52,6 +53,21 @@ class Files:
     tuning_seed: int | None
     sweep: Rows
     reached: Rows
+
+    @property
+    def score(self) -> Score:
+        """What is compared beside the training loss."""
+        return Score(self.config["monitor"], self.config["mode"])
+
+    @property
+    def measures(self) -> list[Measure]:
+        """What the runs are compared by, the main one first."""
+        return self.score.measures([entry["measure"] for entry in self.summary])
+
+    @property
+    def criterion(self) -> Measure:
+        """What settings are chosen by."""
+        return self.score.criterion(next(iter(self.tuning or self.sweep or self.results), {}))
 
     @property
     def methods(self) -> list[Method]:

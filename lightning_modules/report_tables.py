@@ -11,31 +11,31 @@ import numpy as np
 from lightning_modules.methods import RECIPES, Settings
 from lightning_modules.report_files import READ_OUTS, Files, label
 from lightning_modules.rows import Rows
+from lightning_modules.score import TRAIN_LOSS, Measure
 from lightning_modules.statistics import stable_range
 
 Table = dict[str, Any]
 
 SIGNIFICANT = 0.05
-MEASURES = {  # name, factor, digits, unit, unit of differences
-    "test_accuracy": ("test accuracy", 100, 1, " %", " points"),
-    "val_accuracy": ("validation accuracy", 100, 1, " %", " points"),
-    "train_loss": ("training loss", 1, 4, "", ""),
-}
 TEST = "paired t-test"
-ACCURACY, PRODUCTS = "validation accuracy, %", "Hessian-vector products"
+PRODUCTS = "Hessian-vector products"
 TEXT_COLUMNS = ("weights", "method", TEST, "settings")
 _MISSING = "–"
 
 
 def main_tables(files: Files) -> list[Table]:
-    """Accuracy, training loss, cost of a run, cost to the target, and sensitivity to the learning rate."""
-    tables = [_scores(files, "test_accuracy", "Test accuracy, %"), _scores(files, "train_loss", "Training loss")]
-    tables.append(_costs(files))
+    """The main score, training loss, cost of a run, cost to the target, and sensitivity to the learning rate."""
+    tables = [*(_scores(files, measure) for measure in shown_measures(files)), _costs(files)]
     if files.target is not None:
         tables.append(_target(files, files.target))
     if files.sweep:
         tables.append(_sensitivity(files))
     return tables
+
+
+def shown_measures(files: Files) -> list[Measure]:
+    """The main one, that of a test where there was one, and the training loss."""
+    return [measure for i, measure in enumerate(files.measures) if i == 0 or measure == TRAIN_LOSS]
 
 
 def settings_table(files: Files) -> Table:
@@ -60,18 +60,16 @@ def estimate(value: float, half: float, factor: float, digits: int, sign: str = 
     return text if math.isnan(half) else f"{text} ± {half * factor:{kind}}"
 
 
-def mean_of(entry: Mapping[str, Any]) -> str:
+def mean_of(entry: Mapping[str, Any], measure: Measure) -> str:
     """The mean of a row of the summary, without unit."""
-    _, factor, digits, *_ = MEASURES[entry["measure"]]
-    return estimate(entry["mean"], entry["half_width"], factor, digits)
+    return estimate(entry["mean"], entry["half_width"], measure.factor, measure.digits)
 
 
-def difference_of(entry: Mapping[str, Any]) -> str:
+def difference_of(entry: Mapping[str, Any], measure: Measure) -> str:
     """Its difference to the first method, without unit; empty where no seed has both."""
-    _, factor, digits, *_ = MEASURES[entry["measure"]]
     if not entry["pairs"]:
         return ""
-    return estimate(entry["difference"], entry["difference_half_width"], factor, digits, "+")
+    return estimate(entry["difference"], entry["difference_half_width"], measure.factor, measure.digits, "+")
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
@@ -89,9 +87,11 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def percent(share: float) -> str:
-    """An accuracy that was aimed at."""
-    return f"{100 * share:.4g} %"
+def aim(files: Files, target: float) -> str:
+    """What was aimed at, such as "90 % validation accuracy"."""
+    measure = files.score.validation
+    value = f"{measure.factor * target:.4g}{measure.unit}"
+    return f"{value} {measure.label}" if measure.unit else f"a {measure.label} of {value}"
 
 
 def settings_of(settings: Settings) -> str:
@@ -102,18 +102,18 @@ def settings_of(settings: Settings) -> str:
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def _scores(files: Files, measure: str, title: str) -> Table:
+def _scores(files: Files, measure: Measure) -> Table:
     compared = len(files.methods) > 1
     rows, above = [], ""
-    for entry in files.entries(measure):
+    for entry in files.entries(measure.column):
         name = READ_OUTS[entry["read_out"]]
-        row = [name if name != above else "", label(entry["method"]), mean_of(entry)]
+        row = [name if name != above else "", label(entry["method"]), mean_of(entry, measure)]
         if compared:
-            row += ["", ""] if entry["method"] == files.base else [difference_of(entry), verdict(entry)]
+            row += ["", ""] if entry["method"] == files.base else [difference_of(entry, measure), verdict(entry)]
         rows.append(row)
         above = name
     return {
-        "title": title,
+        "title": measure.title,
         "header": ["weights", "method", "mean", *([minus(files), TEST] if compared else [])],
         "rows": rows,
     }
@@ -141,7 +141,7 @@ def _target(files: Files, target: float) -> Table:
         rows.append([label(method), f"{reached} of {runs}", *(amount(value) for value in medians.values())])
     own = f", that of {label(files.base)}'s best trial" if files.config["target"] is None else ""
     return {
-        "title": f"Cost to {percent(target)} validation accuracy{own}: medians over seeds",
+        "title": f"Cost to {aim(files, target)}{own}: medians over seeds",
         "header": ["method", "reached", "steps", "gradients", "seconds"],
         "rows": rows,
     }
@@ -156,19 +156,21 @@ def _given(files: Files) -> Table:
 
 
 def _tuning(files: Files) -> Table:
+    measure = files.criterion
     rows = []
     for method in files.methods:
         own = RECIPES[method].more_of
         if own:
             found = [f"as {label(own[0])}", settings_of(files.settings[method]), "", ""]
         else:
-            losses = [_finite(row["val_loss"]) for row in files.tuning if row["method"] == method]
-            ends = [estimate(value, math.nan, 1, 4) for value in (min(losses), float(np.median(losses)))]
-            found = [str(len(losses)), settings_of(files.settings[method]), *ends]
+            worse = [measure.badness(row) for row in files.tuning if row["method"] == method]
+            sign = 1 if measure.lower_is_better else -1
+            ends = [_printed(sign * value, measure) for value in (min(worse), float(np.median(worse)))]
+            found = [str(len(worse)), settings_of(files.settings[method]), *ends]
         rows.append([label(method), *found])
     return {
-        "title": "Settings, the best of each method's trials by validation loss",
-        "header": ["method", "trials", "settings", "validation loss of the best", "of the median trial"],
+        "title": f"Settings, the best of each method's trials by {measure.label}",
+        "header": ["method", "trials", "settings", f"{measure.label} of the best", "of the median trial"],
         "rows": rows,
     }
 
@@ -178,10 +180,10 @@ def _sensitivity(files: Files) -> Table:
     for method in files.methods:
         own = [row for row in files.sweep if row["method"] == method]
         if own:
-            rows.append([label(method), *_stability(own), *_best_rate(own)])
+            rows.append([label(method), *_stability(own), *_best_rate(own, files)])
     return {
-        "title": "Learning rates that lower the loss, and the best by validation loss with what it gives",
-        "header": ["method", "stable from", "to", "decades", "best", "training loss", ACCURACY],
+        "title": f"Learning rates that lower the loss, and the best by {files.criterion.label} with what it gives",
+        "header": ["method", "stable from", "to", "decades", "best", "training loss", score_header(files)],
         "rows": rows,
     }
 
@@ -197,13 +199,20 @@ def _stability(rows: Rows) -> list[str]:
     return [f"{low:g}", f"{high:g}", f"{more}{math.log10(high / low):.2f}"]
 
 
-def _best_rate(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rate of least validation loss, with training loss and validation accuracy there."""
-    best = min(rows, key=lambda row: _finite(row.get("val_loss", math.nan)))
-    if math.isinf(_finite(best.get("val_loss", math.nan))):
+def _best_rate(rows: Sequence[Mapping[str, Any]], files: Files) -> list[str]:
+    """The best rate, with training loss and score in validation there."""
+    best = min(rows, key=files.criterion.badness)
+    if math.isinf(files.criterion.badness(best)):
         return [_MISSING] * 3
-    return [f"{best['lr']:g}", estimate(best["train_loss"], math.nan, 1, 4), f"{100 * best['val_accuracy']:.1f}"]
+    measure = files.score.validation
+    return [f"{best['lr']:g}", _printed(best["train_loss"], TRAIN_LOSS), _printed(best[measure.column], measure)]
 
 
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+def score_header(files: Files) -> str:
+    """Of a column with the score in validation."""
+    measure = files.score.validation
+    return f"{measure.label}{measure.unit and ', ' + measure.unit.strip()}"
+
+
+def _printed(value: float, measure: Measure) -> str:
+    return estimate(value, math.nan, measure.factor, measure.digits)

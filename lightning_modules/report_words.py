@@ -9,8 +9,17 @@ from typing import Any
 
 from lightning_modules.methods import Method
 from lightning_modules.report_files import READ_OUTS, Files, damps, label
-from lightning_modules.report_tables import MEASURES, SIGNIFICANT, amount, difference_of, mean_of, percent, verdict
-from lightning_modules.runs import EVALUATED
+from lightning_modules.report_tables import (
+    SIGNIFICANT,
+    aim,
+    amount,
+    difference_of,
+    mean_of,
+    shown_measures,
+    verdict,
+)
+from lightning_modules.score import Measure
+from lightning_modules.scoring import EVALUATED
 from lightning_modules.statistics import COSTS
 
 
@@ -18,12 +27,23 @@ def title(files: Files) -> str:
     """What was compared, on what."""
     config = files.config
     methods, seeds = ", ".join(label(m) for m in files.methods), _count(config["seeds"], "seed")
-    return f"{methods} on {_data(files)}: {config['net']}, {_count(config['epochs'], 'epoch')}, {seeds}"
+    return f"{methods} on {_data(files)}: {_net(files)}, {_count(config['epochs'], 'epoch')}, {seeds}"
+
+
+def _net(files: Files) -> str:
+    model = files.config["model"]
+    return str(files.config["net"]) if model is None else _class(model)
+
+
+def _class(config: dict[str, Any]) -> str:
+    return str(config["class_path"]).rpartition(".")[2]
 
 
 def _data(files: Files) -> str:
     data = files.config["data"]
-    path = Path(data["init_args"].get("path") or data["class_path"].rpartition(".")[2])
+    if data is None:
+        return "the module's own data"
+    path = Path(data["init_args"].get("path") or _class(data))
     return path.name if path.is_absolute() else str(path)
 
 
@@ -46,16 +66,17 @@ def summary(files: Files) -> list[str]:
 def _compared(files: Files) -> str:
     config = files.config
     seeds = "one seed" if config["seeds"] == 1 else f"{config['seeds']} paired seeds"
-    limit = config["data"]["init_args"].get("limit")
+    limit = (config["data"] or {"init_args": {}})["init_args"].get("limit")
     data = f"{limit:,} images of {_data(files)}" if limit else _data(files)
+    kind = "the network" if config["model"] is None else "the module"
     trials = _count(config["tune"], "quasi-random trial")
     tuned = (
-        f"the settings of each are the best of {trials} by validation loss"
+        f"the settings of each are the best of {trials} by {files.criterion.label}"
         if config["tune"]
         else "their settings were given, and nothing was tuned"
     )
     return (
-        f"{_and([label(m) for m in files.methods])} trained the network {config['net']} on {data}, with {seeds} and "
+        f"{_and([label(m) for m in files.methods])} trained {kind} {_net(files)} on {data}, with {seeds} and "
         f"{_count(config['epochs'], 'epoch')} each; {tuned}."
     )
 
@@ -72,7 +93,7 @@ def _result(files: Files) -> str:
     said = []
     for method in subjects or [files.base]:
         measures = [
-            _measured(entries[method, n], tested) for n in MEASURES if n != "val_accuracy" and files.last(method)
+            _measured(entries[method, m.column], m, tested) for m in shown_measures(files) if files.last(method)
         ]
         said.append(
             f"{label(method)} had {', and '.join(measures)}" if measures else f"no run of {label(method)} survived"
@@ -84,14 +105,13 @@ def _result(files: Files) -> str:
     return f"Against {base}, with the last weights of each, {'; '.join(said)} ({why})."
 
 
-def _measured(entry: dict[str, Any], tested: bool) -> str:
+def _measured(entry: dict[str, Any], measure: Measure, tested: bool) -> str:
     """A measure of a method's last weights, with its difference and what the test says of it."""
-    name, *_, unit, of_difference = MEASURES[entry["measure"]]
-    difference = difference_of(entry)
-    by = f" ({difference}{of_difference})" if difference not in ("", "diverged") else ""
+    difference = difference_of(entry, measure)
+    by = f" ({difference}{measure.difference_unit})" if difference not in ("", "diverged") else ""
     # One interval is enough: the difference's, where there is one.
-    mean = mean_of({**entry, "half_width": math.nan} if by else entry)
-    value = f"a {name} that diverged" if mean == "diverged" else f"a {name} of {mean}{unit}"
+    mean = mean_of({**entry, "half_width": math.nan} if by else entry, measure)
+    value = f"a {measure.label} that diverged" if mean == "diverged" else f"a {measure.label} of {mean}{measure.unit}"
     return f"{value}{by}{f', {verdict(entry)}' if tested else ''}"
 
 
@@ -110,7 +130,7 @@ def _cost(files: Files) -> str:
             said.append(f"one of {label(method)} {gradients} and {seconds} times as many")
     if files.target is not None:
         reached = _and([_reached(files, method) for method in shown])
-        said.append(f"{percent(files.target)} validation accuracy was reached in {reached}")
+        said.append(f"{aim(files, files.target)} was reached in {reached}")
     sentence = "; ".join(said)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -142,7 +162,7 @@ def _shortfalls_of(files: Files, method: Method) -> str:
     own, seeds, last = label(method), files.config["seeds"], files.last(method)
     if not last:
         return f"{own}. None of its runs survived."
-    found = [_not_better(files, method, measure) for measure in MEASURES]
+    found = [_not_better(files, method, measure) for measure in files.measures]
     found += [_dearer(files, method), _slower(files, method)]
     diverged = sum(not math.isfinite(row["train_loss"]) for row in last)
     found += [
@@ -153,14 +173,14 @@ def _shortfalls_of(files: Files, method: Method) -> str:
     return f"{own}. {said or none}"
 
 
-def _not_better(files: Files, method: Method, measure: str) -> str:
-    name, *_, of_difference = MEASURES[measure]
+def _not_better(files: Files, method: Method, measure: Measure) -> str:
+    name = measure.label
     kinds: dict[str, list[str]] = {}
-    for entry in files.entries(measure):
-        kind = _shortfall(entry, label(files.base))
+    for entry in files.entries(measure.column):
+        kind = _shortfall(entry, measure, label(files.base))
         if entry["method"] == method and kind:
-            difference = difference_of(entry)
-            size = f"{difference}{of_difference}" if difference not in ("", "diverged") else difference
+            difference = difference_of(entry, measure)
+            size = f"{difference}{measure.difference_unit}" if difference not in ("", "diverged") else difference
             p = "" if math.isnan(entry["p_holm"]) else f"p = {entry['p_holm']:.2g}"
             reason = ", ".join(part for part in (size, p) if part)
             kinds.setdefault(kind, []).append(READ_OUTS[entry["read_out"]] + (f" ({reason})" if reason else ""))
@@ -168,13 +188,13 @@ def _not_better(files: Files, method: Method, measure: str) -> str:
     return f"{name[0].upper()}{name[1:]}: {said}." if said else ""
 
 
-def _shortfall(entry: dict[str, Any], base: str) -> str:
+def _shortfall(entry: dict[str, Any], measure: Measure, base: str) -> str:
     """In what way a method was not significantly better; empty where it was."""
     if math.isnan(entry["p_holm"]):
         return "no test"
     if entry["p_holm"] >= SIGNIFICANT:
         return "no significant difference"
-    better = (entry["difference"] < 0) if entry["measure"] == "train_loss" else (entry["difference"] > 0)
+    better = (entry["difference"] < 0) if measure.lower_is_better else (entry["difference"] > 0)
     return "" if better else f"significantly worse than {base}"
 
 
@@ -195,18 +215,17 @@ def _slower(files: Files, method: Method) -> str:
     if files.target is None:
         return ""
     (reached, runs, own), (base_reached, base_runs, base) = files.to_target(method), files.to_target(files.base)
-    aim, said = f"{percent(files.target)} validation accuracy", ""
+    aimed, said = aim(files, files.target), ""
     if math.isinf(own["step"]) or reached < base_reached:
-        said = (
-            f"{aim} was reached in {reached} of {runs} runs, with {label(files.base)} in {base_reached} of {base_runs}."
-        )
+        reference = f"with {label(files.base)} in {base_reached} of {base_runs}"
+        said = f"{aimed[0].upper()}{aimed[1:]} was reached in {reached} of {runs} runs, {reference}."
     names = {"step": "steps", "gradients": "gradients", "seconds": "seconds"}
     more = [
         f"{names[name]} (median {amount(own[name])} against {amount(base[name])})"
         for name in COSTS
         if base[name] < own[name] < math.inf
     ]
-    return f"{said} To {aim} it took more {_and(more)}.".strip() if more else said
+    return f"{said} To {aimed} it took more {_and(more)}.".strip() if more else said
 
 
 # -- how the numbers were made -------------------------------------------------------------------------------------
@@ -217,18 +236,18 @@ def caption(files: Files) -> str:
     config = files.config
     rates = ", ".join(f"{label(m)} {files.settings[m]['lr']:g}" for m in files.methods)
     tuned = (
-        f"tuned: the best of {_count(config['tune'], 'trial')} of each by validation loss, from a scrambled Halton "
-        f"sequence, run with seed {files.tuning_seed}"
+        f"tuned: the best of {_count(config['tune'], 'trial')} of each by {files.criterion.label}, from a scrambled "
+        f"Halton sequence, run with seed {files.tuning_seed}"
         if config["tune"]
         else "given, not tuned"
     )
-    batch = config["data"]["init_args"].get("batch_size")
+    batch = (config["data"] or {"init_args": {}})["init_args"].get("batch_size")
     size = "" if batch is None else f"; batch size {batch}"
     return (
         f"{_intervals(files)}. Learning rates: {rates} ({tuned}){size}; threads: {config['threads']}. "
         "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
         "those of training without validation and measurements. Averages are read-outs of the same runs; training "
-        f"losses are taken on at most {EVALUATED:,} images, accuracies on all.{_lost(files)}"
+        f"losses are taken on at most {EVALUATED:,} samples, what is validated and tested on all.{_lost(files)}"
     )
 
 
@@ -248,5 +267,6 @@ def _lost(files: Files) -> str:
     """What died, and for how many seeds the loss of the last weights is not finite."""
     counts = {m: sum(not math.isfinite(row["train_loss"]) for row in files.last(m)) for m in files.methods}
     diverged = ", ".join(f"{label(m)} {n} of {len(files.last(m))}" for m, n in counts.items() if n)
-    said = f" Runs that diverged: {diverged}; their accuracy is that of chance." if diverged else ""
+    chance = "; their accuracy is that of chance" if files.score.is_share else ""
+    said = f" Runs that diverged: {diverged}{chance}." if diverged else ""
     return said + (f" Runs that died, and are left out: {', '.join(files.deaths)}." if files.deaths else "")

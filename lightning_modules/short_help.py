@@ -59,7 +59,12 @@ Train every method with every seed from the same weights on the same batches, an
   --out FOLDER          results and report (nsgd-compare); the same command again goes on where it stopped
   --jobs N              runs at a time, each in a process of its own (1)
   --threads N           threads of each run (1); they change the numbers, so they belong to the study
-  --data CLASS          Digits or HuggingFace; --data.path NAME, --data.limit N, --data.batch_size N are its options
+  --data CLASS          Digits, HuggingFace, Characters, or a LightningDataModule of yours, as mymodule.MyData;
+                        --data.path NAME, --data.limit N, --data.batch_size N are options of HuggingFace
+  --model CLASS         a LightningModule of yours, as mymodule.MyModel, or LanguageModel, in place of a network by its
+                        name; --model.OPTION VALUE are its options
+  --monitor NAME        what is compared, as the module logs it in validation (val_accuracy; with --model val_loss), and
+                        --mode min or max, whichever is better
   --net NAME            mlp, simple-cnn, simple-cnn-root, resnet-20, resnet-32, resnet-56, resnet-32-plain, vgg-11, vit,
                         or mymodule:make_net, from (channels, height, width) and the number of classes to a module
   --methods LIST        any of sgd, sgd-momentum, nsgd, nsgd-momentum, bulk-sgd, dom-sgd, random, sgd-more,
@@ -67,8 +72,8 @@ Train every method with every seed from the same weights on the same batches, an
   --seeds N --epochs N  paired seeds, and epochs of each run
   --lr X                one learning rate for all; --settings.nsgd '{lr: 0.2, gamma: 0.3}' for one method's
   --tune N              N quasi-random trials of each method first, by validation loss; --search gives ranges
-  --sweep lr            also draw final loss and accuracy against 9 learning rates (--sweep_points) of each method
-  --target X            validation accuracy whose cost is compared
+  --sweep lr            also draw final loss and score against 9 learning rates (--sweep_points) of each method
+  --target X            value of what is monitored whose cost is compared
   --measure LIST        measure along the first seeds: sharpness, valley, quadratic, averaging, or all
   --nsgd.OPTION VALUE   options of NSGD, as --nsgd.k 20 --nsgd.gamma 0.1 --nsgd.samples 32
   --run N               make this run of the study alone, by its number from 0 on
@@ -78,6 +83,7 @@ Train every method with every seed from the same weights on the same batches, an
   nsgd compare
   nsgd compare cifar10-small --jobs 2 --data.path FOLDER
   nsgd compare --net mlp --methods '[sgd,nsgd,adamw]' --tune 12 --sweep lr --out tuned
+  nsgd compare --model mymodule.MyModel --data mymodule.MyData --monitor val_acc --methods '[sgd,nsgd,adamw]'
 
 nsgd compare --help all shows every option."""
 

@@ -10,19 +10,20 @@ import numpy as np
 from scipy import stats
 
 from lightning_modules.rows import Rows
+from lightning_modules.score import Score
 
-MEASURES = ("test_accuracy", "val_accuracy", "train_loss")
 COSTS = ("step", "gradients", "seconds")
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Rows:
+def summarise(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], measures: Sequence[str]) -> Rows:
     """Means over seeds with 95 % t-intervals, and paired differences to the first method at the same read-out.
 
     Args:
         rows: One for each method, seed and read-out; runs that died have none, and their seeds drop out of the pairs.
         methods: The methods; the others are compared with the first.
+        measures: Columns of the rows.
 
     Returns:
         One row for each read-out, measure and method: mean, half-width of its interval, n, and difference to the
@@ -31,7 +32,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Rows
     """
     summary: Rows = []
     for read_out in dict.fromkeys(row["read_out"] for row in rows):
-        for measure in MEASURES:
+        for measure in measures:
             values = {
                 method: {
                     row["seed"]: float(row[measure])
@@ -95,13 +96,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def times_to_target(metrics: Mapping[str, Mapping[int, Rows]], seeds: Sequence[int], target: float) -> Rows:
+def times_to_target(
+    metrics: Mapping[str, Mapping[int, Rows]], seeds: Sequence[int], target: float, score: Score
+) -> Rows:
     """What each run had cost at the first validation that reached a target.
 
     Args:
         metrics: Method to seed to the steps of its run; a run that died is not there.
         seeds: Seeds of the study.
-        target: Validation accuracy.
+        target: Value of the score in validation.
+        score: What is aimed at.
 
     Returns:
         One row for each method and seed: whether it was reached, and steps, gradients and seconds, infinite where not.
@@ -109,8 +113,10 @@ def times_to_target(metrics: Mapping[str, Mapping[int, Rows]], seeds: Sequence[i
     rows: Rows = []
     for method, runs in metrics.items():
         for seed in seeds:
-            # Lightning's accuracies are float32, which may lie just below the share of images that they stand for.
-            reached = next((row for row in runs.get(seed, []) if row.get("val_accuracy", -1.0) >= target - 1e-6), None)
+            validated = [row for row in runs.get(seed, []) if score.monitor in row]
+            # Lightning's scores are float32, which may lie just below the share of images that they stand for.
+            least = score.sign * target - 1e-6 * max(1.0, abs(target))
+            reached = next((row for row in validated if score.sign * row[score.monitor] >= least), None)
             costs = {name: math.inf if reached is None else float(reached[name]) for name in COSTS}
             rows.append({"method": method, "seed": seed, "reached": int(reached is not None), **costs})
     return rows

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+import pytorch_lightning as pl
+from jsonargparse import ArgumentParser
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
 from lightning_modules.callbacks import make_measurements
-from lightning_modules.data import Digits, ImageData
+from lightning_modules.classifier import Classifier
+from lightning_modules.data import Digits
 from lightning_modules.methods import (
     METHODS,
     RECIPES,
@@ -18,10 +24,13 @@ from lightning_modules.methods import (
     NSGDOptions,
     Settings,
     hyperparameters,
-    make_module,
+    prepare,
     tuned_as,
 )
+from lightning_modules.score import Mode, Score
+from lightning_modules.scoring import scores_of
 
+Stage = Literal["train", "val", "test"]
 Ranges = dict[str, list[float]]  # lowest and highest value of a hyperparameter
 
 
@@ -30,7 +39,13 @@ class Study:
     """Train every method with every seed, and compare the weights and their averages.
 
     Args:
-        data: Digits, or HuggingFace with ``--data.path``.
+        data: Digits, HuggingFace with ``--data.path``, Characters, or a LightningDataModule of your own; null where the
+            module has data loaders of its own.
+        model: LightningModule that is trained, as in nsgd fit; null for our Classifier with ``net`` and ``sizes``. Each
+            method's optimizer takes the place of its own, and of its schedules.
+        monitor: What is compared beside the training loss: the name that the module logs it under in validation, with
+            "test" in place of "val" in its test; null for val_accuracy, or with a model of its own val_loss.
+        mode: Whether less of it (min) or more (max) is better; null for max where it is an accuracy, else min.
         net: Name of the network, or module:name of a function of your own from (channels, height, width) and the number
             of classes to a torch module; nsgd compare --help lists the names.
         sizes: Sizes that differ from the network's own, for example {widths: [16, 32], kernel_size: 3}.
@@ -42,19 +57,23 @@ class Study:
         lr: One learning rate for all methods, in place of their own.
         settings: Hyperparameters by method, for example {nsgd: {lr: 0.2, gamma: 0.3}}, in place of those of a study
             file; --settings.nsgd '{lr: 0.2}' changes those of one method.
-        tune: Quasi-random trials of each method, by validation loss after a run on the training split; 0 for none.
+        tune: Quasi-random trials of each method, by val_loss (or ``monitor``, where none is logged) after a run on the
+            training split; 0 for none.
         search: Ranges of the trials by method, for example {nsgd: {lr: [0.01, 1], gamma: [0.05, 0.5]}}, log-uniform.
-        sweep: lr to draw final loss and accuracy against the learning rate, over each method's range.
+        sweep: lr to draw final loss and score against the learning rate, over each method's range.
         sweep_points: Learning rates of a sweep.
-        target: Validation accuracy whose cost is compared; null for that of the first method's best trial, and
-            without trials for none.
+        target: Value of ``monitor`` whose cost is compared; null for that of the first method's best trial, and without
+            trials for none.
         threads: Threads of torch in each run. They change the numbers, so they belong to the study.
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
             averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
         nsgd: Options of NSGD.
     """
 
-    data: ImageData = field(default_factory=Digits)
+    data: pl.LightningDataModule | None = field(default_factory=Digits)
+    model: dict[str, Any] | None = None
+    monitor: str | None = None
+    mode: Mode | None = None
     net: str = "mlp"
     sizes: dict[str, Any] | None = None
     methods: list[Method] = field(default_factory=lambda: list[Method](("sgd", "nsgd", "bulk-sgd")))
@@ -73,14 +92,25 @@ class Study:
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain values; as a file it is a study of its own."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("data", "nsgd")}
+        score = {"monitor": self.score.monitor, "mode": self.score.mode}
+        return {"data": self._data(), **plain, **score, "nsgd": asdict(self.nsgd)}
+
+    def _data(self) -> dict[str, Any] | None:
+        if self.data is None:
+            return None
         kind = type(self.data)
         # Of a class of the user's, hparams also hold the options of its base, which it need not take.
         taken = signature(kind).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         own = {n: str(v) if isinstance(v, Path) else v for n, v in self.data.hparams.items() if every or n in taken}
-        data = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
-        plain = {name: value for name, value in vars(self).items() if name not in ("data", "nsgd")}
-        return {"data": data, **plain, "nsgd": asdict(self.nsgd)}
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
+
+    @property
+    def score(self) -> Score:
+        """What is compared beside the training loss."""
+        monitor = self.monitor or ("val_accuracy" if self.model is None else "val_loss")
+        return Score(monitor, self.mode or ("max" if Score(monitor, "max").is_share else "min"))
 
     def check(self) -> None:
         """Raise a ValueError for what cannot run, before anything does."""
@@ -96,8 +126,12 @@ class Study:
             raise ValueError(f"expected sweep to be lr or null, got {self.sweep!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise ValueError(f"expected lr >= 0 and finite, got {self.lr}")
-        if self.target is not None and not 0 < self.target < 1:
+        if self.target is not None and self.score.is_share and not 0 < self.target < 1:
             raise ValueError(f"expected target to be an accuracy between 0 and 1, got {self.target}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"expected target to be finite, got {self.target}")
+        if self.mode not in (None, "min", "max"):
+            raise ValueError(f"expected mode to be min, max or null, got {self.mode!r}")
         if self.lr is not None and self.tune and any("lr" in self.ranges(tuned_as(m)) for m in self.methods):
             raise ValueError(
                 f"expected no lr with tune, whose trials look for it, got {self.lr}; leave one of them out"
@@ -121,11 +155,31 @@ class Study:
         make_measurements(self.measure)
         for method in self.methods:
             largest = {name: ends[1] for name, ends in self.ranges(tuned_as(method)).items()} if self.tune else {}
-            module = make_module(method, {**self.given(method), **largest}, self.nsgd, self.network())
+            module = self.module()
+            prepare(module, method, {**self.given(method), **largest}, self.nsgd)
             module.configure_optimizers()
             if RECIPES[method].damping is not None:
                 solver = "random" if method == "random" else self.nsgd.solver
-                self.nsgd.callback().check_samples([solver], module.net)
+                self.nsgd.callback().check_samples([solver], module)
+        if self.steps < 1:
+            raise ValueError("expected a batch of training data at least, got none")
+        if self.model is not None or self.monitor is not None:
+            self._check_scores()
+
+    def _check_scores(self) -> None:
+        """Validate, and test, on one batch: what is to be compared has to be logged there."""
+        stages: dict[Stage, str] = {"val": self.score.monitor, "test": self.score.tested}
+        for stage, name in stages.items():
+            if stage == "test" and not self.is_tested:
+                continue
+            limits = {f"limit_{stage}_batches": 1}
+            logged = scores_of(self.module(), self.data, stage, **limits) if self.loader_of(stage) is not None else {}
+            if name not in logged:
+                where = "validation" if stage == "val" else "its test"
+                raise ValueError(
+                    f"expected {type(self.module()).__name__} to log {name} in {where}, got "
+                    f"{', '.join(logged) or 'nothing'}; name what it logs in validation with --monitor"
+                )
 
     def _check_more(self) -> None:
         for method in self.methods:
@@ -147,10 +201,38 @@ class Study:
                     f"expected {option} of {method} to be among {', '.join(own_names)}, got {unknown[0]!r}"
                 )
 
-    def network(self) -> dict[str, Any]:
-        """What :func:`make_module` builds its network from."""
-        shape, classes = self.data.input_shape, self.data.num_classes
-        return {"net": self.net, "sizes": self.sizes, "input_shape": shape, "num_classes": classes}
+    def module(self) -> pl.LightningModule:
+        """What is trained, anew from the global seed.
+
+        Raises:
+            ValueError: If it cannot be made.
+        """
+        if self.model is not None:
+            return _made(self.model)
+        if missing := [name for name in ("input_shape", "num_classes") if not hasattr(self.data, name)]:
+            raise ValueError(
+                f"expected data with {' and '.join(missing)} for the network {self.net}, got "
+                f"{type(self.data).__name__}; give image data, or a --model"
+            )
+        shape, classes = self.data.input_shape, self.data.num_classes  # type: ignore[union-attr]
+        return Classifier(self.net, shape, classes, sizes=self.sizes)
+
+    def loader_of(self, stage: Stage) -> Any:
+        """The loader of a stage, of the data or of the module; None where there is none."""
+        name = f"{stage}_dataloader"
+        if self.data is None:
+            module = self.module()
+            return getattr(module, name)() if is_overridden(name, module) else None
+        if not is_overridden(name, self.data):
+            return None
+        self.data.prepare_data()
+        self.data.setup({"train": "fit", "val": "validate", "test": "test"}[stage])
+        return getattr(self.data, name)()
+
+    @cached_property
+    def is_tested(self) -> bool:
+        """Whether there are test data, and a test of the module's."""
+        return is_overridden("test_step", self.module()) and self.loader_of("test") is not None
 
     def given(self, method: Method) -> Settings:
         """Hyperparameters of a method as they are before any tuning."""
@@ -162,7 +244,27 @@ class Study:
         """Ranges of the hyperparameters that are searched, lowest and highest value."""
         return self.search.get(method) or {name: list(ends) for name, ends in RECIPES[method].search.items()}
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        """Optimizer steps of one run."""
-        return self.epochs * len(self.data.train_dataloader())
+        """Optimizer steps of one run.
+
+        Raises:
+            ValueError: If there is no training loader, or none with a length.
+        """
+        loader = self.loader_of("train")
+        if loader is None:
+            raise ValueError("expected data with a train_dataloader, got none; give --data, or the model one")
+        try:
+            return self.epochs * len(loader)
+        except TypeError as error:
+            raise ValueError(
+                f"expected a train_dataloader with a length, got {type(loader).__name__} without one: a study needs to "
+                "know its steps beforehand"
+            ) from error
+
+
+def _made(config: Mapping[str, Any]) -> pl.LightningModule:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model", required=True)
+    found: pl.LightningModule = parser.instantiate_classes(parser.parse_object({"model": dict(config)})).model
+    return found

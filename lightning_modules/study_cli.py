@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+import pytorch_lightning as pl
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from lightning_modules import Digits, HuggingFace  # noqa: F401 (names for --data)
+from lightning_modules import HuggingFace  # noqa: F401 (a name for --data)
 from lightning_modules.compare import run_one, run_study
 from lightning_modules.complaints import BadOption, one_sentence
 from lightning_modules.escape import EscapeStudy, run_escape
 from lightning_modules.escape_report import print_escape, write_escape
+from lightning_modules.from_data import OWN_DATA, link_to_data, model_class, own_model
+from lightning_modules.given_options import given_options
 from lightning_modules.launch import Launcher
 from lightning_modules.progress import progress_bar
 from lightning_modules.report import print_table, write_report
@@ -28,12 +31,12 @@ class _Parser(ArgumentParser):
         raise BadOption(message) from ex
 
 
-def _parsed(parser: _Parser, argv: list[str], command: str, given: str = "") -> Namespace:
+def _parsed(parser: _Parser, argv: list[str], command: str, classes: Mapping[str, str] | None = None) -> Namespace:
     try:
         return parser.parse_args(argv)
     except BadOption as error:
         options = [option for option in parser._option_string_actions if option.startswith("--")]
-        said = one_sentence(str(error), command=command, options=options, classes={"data": given})
+        said = one_sentence(str(error), command=command, options=options, classes=classes)
         raise ValueError(said) from error
 
 
@@ -49,12 +52,11 @@ def run_compare_command(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--launcher", type=Launcher, default="local", help="local, or ray for tasks of a Ray cluster")
     parser.add_argument("--run", type=int, help="make this run of the study alone, by its number from 0 on")
-    parser.add_class_arguments(Study)
-    parser.set_defaults({"data": {"class_path": "Digits"}})
-    given = next((b for a, b in pairwise(argv) if a == "--data"), "Digits")
-    parsed = _parsed(parser, _with_study(argv), "nsgd compare", given)
-    values = parser.instantiate_classes(parsed)
-    study = Study(**{field.name: values[field.name] for field in fields(Study)})
+    parser.add_class_arguments(Study, skip={"model"})
+    help_ = "LightningModule that is trained, in place of our Classifier with the network --net, as in nsgd fit"
+    parser.add_subclass_arguments(pl.LightningModule, "model", required=False, instantiate=False, help=help_)
+    argv = _with_study(argv)
+    parsed, study = _study(parser, argv)
     console = Console()
     with progress_bar(console) as update:
         if parsed.run is not None:
@@ -71,10 +73,29 @@ def run_compare_command(argv: list[str]) -> int:
     return 1 if died else 0
 
 
-def _data_first(argv: list[str]) -> list[str]:
-    """The class of the data before its options, which are read as those of the class so far."""
-    at = next((i for i, word in enumerate(argv[:-1]) if word == "--data"), None)
-    return argv if at is None else [*argv[at : at + 2], *argv[:at], *argv[at + 2 :]]
+def _study(parser: _Parser, argv: list[str]) -> tuple[Namespace, Study]:
+    """A command line, and the study that it means; what its model takes from the data is filled in."""
+    given = given_options(argv)
+    own, kind = own_model(given), model_class(given)
+    data = None if own is None else OWN_DATA[own].__name__
+    parser.set_defaults({"data": data and {"class_path": data}})
+    if given.get("model") and kind is not None:
+        link_to_data(parser, kind, given)
+    named = {"data": given.get("data") or data, "model": given.get("model")}
+    parsed = _parsed(parser, argv, "nsgd compare", {option: str(name) for option, name in named.items() if name})
+    values = parser.instantiate_classes(parsed)
+    if values.data is not None and not values.data.hparams and "init_args" in parsed.data:
+        values.data.save_hyperparameters(parsed.data.init_args.as_dict())  # of a class that keeps none itself
+    options = {field.name: values[field.name] for field in fields(Study)}
+    return parsed, Study(**{**options, "model": values.model and values.model.as_dict()})
+
+
+def _classes_first(argv: list[str]) -> list[str]:
+    """The classes of data and model before their options, which are read as those of the class so far."""
+    for option in ("--model", "--data"):
+        at = next((i for i, word in enumerate(argv[:-1]) if word == option), None)
+        argv = argv if at is None else [*argv[at : at + 2], *argv[:at], *argv[at + 2 :]]
+    return argv
 
 
 def _with_study(argv: list[str]) -> list[str]:
@@ -84,9 +105,9 @@ def _with_study(argv: list[str]) -> list[str]:
         if not own.exists() and not Path(argv[0]).is_file():
             names = ", ".join(sorted(path.stem for path in own.parent.glob("*.yaml")))
             raise ValueError(f"expected STUDY to be {names}, or a YAML file, got {argv[0]!r}, which is neither")
-        return ["--config", str(own if own.exists() else argv[0]), *_data_first(argv[1:])]
-    if any(word.split("=")[0] in ("--data", "--net", "--config") for word in argv):
-        return argv if "--config" in argv else _data_first(argv)
+        return ["--config", str(own if own.exists() else argv[0]), *_classes_first(argv[1:])]
+    if any(word.split("=")[0] in ("--data", "--net", "--model", "--config") for word in argv):
+        return argv if "--config" in argv else _classes_first(argv)
     return ["--config", str(Path(__file__).parent / "studies" / "digits.yaml"), *argv]
 
 

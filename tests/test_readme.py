@@ -70,7 +70,9 @@ def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
         main([command, "--help", "all"])
     text = capsys.readouterr().out
     assert flags
-    of_a_class = {"--data.path", "--data.augment", "--optimizer.lr", "--model.net", "--damp.gamma", "--damp.k"}
+    of_a_class = {"--data.path", "--data.augment", "--optimizer.lr", "--model.net", "--damp.gamma", "--damp.k"} | {
+        "--model.width"
+    }
     for flag in flags - of_a_class:  # these belong to the class that is chosen
         assert flag in text, flag
 

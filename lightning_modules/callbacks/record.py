@@ -21,13 +21,20 @@ class RecordSteps(pl.Callback):
 
     Args:
         on_step: Called with the step and its loss after each.
+        scores: What is noted of a validation, by the names that the module logs them under.
         measurements: Callbacks whose seconds are left out; they come before this one in the trainer's list.
     """
 
-    def __init__(self, on_step: Callable[[int, float], None], measurements: Sequence[Measurement] = ()) -> None:
-        self._measurements = measurements
+    def __init__(
+        self,
+        on_step: Callable[[int, float], None],
+        scores: Sequence[str] = (),
+        measurements: Sequence[Measurement] = (),
+    ) -> None:
+        self._scores, self._measurements = scores, measurements
         self.rows: list[dict[str, Any]] = []
         self._on_step = on_step
+        self.validating = 0.0  # seconds
         self._began = 0.0
         self._paused_at = 0.0
 
@@ -64,7 +71,9 @@ class RecordSteps(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the validation results on the last step's row, and let the clock go on."""
-        self._began += time.perf_counter() - self._paused_at
-        for name in ("val_loss", "val_accuracy"):
+        spent = time.perf_counter() - self._paused_at
+        self._began += spent
+        self.validating += spent
+        for name in self._scores:
             if self.rows and name in trainer.callback_metrics:
                 self.rows[-1][name] = float(trainer.callback_metrics[name])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
 
-from lightning_modules.averages import ReadOuts
+from lightning_modules.averages import ReadOuts, calibration_batches
 from lightning_modules.paths import unused
-from lightning_modules.training_samples import in_batches, training_samples
+
+_OTHERWISE = "take WriteAverages out"
 
 
 class WriteAverages(ReadOuts):
@@ -19,7 +18,7 @@ class WriteAverages(ReadOuts):
     ``averages/last.ckpt``, ``ema.ckpt``, ``swa.ckpt`` and ``two-point.ckpt`` in the logger's folder, or in
     ``default_root_dir``, are what ``Trainer.validate``, ``test`` and ``predict`` take as ``ckpt_path``; an average that
     never began has no file. Training and the weights that it ends with stay bit-identical. BatchNorm statistics of each
-    come from one sample of the training set, in batches of at most 128, which the module's ``forward`` has to take.
+    come from one sample of the training set, in batches of at most 128, by the module's own training loss.
 
     Args:
         ema_decay: Decay of the exponential moving average, updated every step; (1 + t) / (10 + t) while that is less.
@@ -29,7 +28,7 @@ class WriteAverages(ReadOuts):
 
     Raises:
         ValueError: If an option is out of range; when training starts, if there is BatchNorm, and no data set with a
-            length to draw samples from, or a ``forward`` that does not take them.
+            length to draw samples from, or a training loss that does not take them.
     """
 
     def __init__(
@@ -48,33 +47,24 @@ class WriteAverages(ReadOuts):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check, before anything is trained, that BatchNorm statistics can be taken."""
         super().on_train_start(trainer, pl_module)
-        batches = self._batches(trainer, pl_module, 2)
+        batches = calibration_batches(trainer, pl_module, 2, otherwise=_OTHERWISE)
         if batches is None:
             return
         try:
             with self.applied("last", pl_module, batches):
                 pass
-        except Exception as error:  # of any kind: a forward may hold anything
+        except Exception as error:  # of any kind: a training_step may hold anything
             raise ValueError(
-                "WriteAverages expected the module to run on the first part of a batch, module(batch[0]), for the "
-                f"statistics of BatchNorm, got {type(error).__name__}: {error}; give the module a "
-                "forward that takes it, or take WriteAverages out"
+                "WriteAverages expected the module to have a training loss for two samples of its training set, for "
+                f"the statistics of BatchNorm, got {type(error).__name__}: {error}; {_OTHERWISE}"
             ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the checkpoints."""
         folder = trainer.strategy.broadcast(unused(Path(trainer.log_dir or trainer.default_root_dir) / "averages"))
-        batches = self._batches(trainer, pl_module, self.calibration)
+        batches = calibration_batches(trainer, pl_module, self.calibration, otherwise=_OTHERWISE)
         for name in self.available:
             path = folder / f"{name}.ckpt"
             with self.applied(name, pl_module, batches):
                 trainer.save_checkpoint(path, weights_only=True)
             self.paths[name] = path
-
-    def _batches(self, trainer: pl.Trainer, module: pl.LightningModule, count: int) -> list[Any] | None:
-        """Training samples for BatchNorm statistics, the same for each read-out; None without BatchNorm."""
-        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-            return None
-        otherwise = "take WriteAverages out"
-        parts = in_batches(128)
-        return [b for b, _ in training_samples(trainer, module, count, seed=0, parts=parts, otherwise=otherwise)]

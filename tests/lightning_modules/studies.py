@@ -10,8 +10,11 @@ from typing import Any
 from lightning_modules import Digits
 from lightning_modules.compare import run_study
 from lightning_modules.methods import NSGDOptions
+from lightning_modules.score import Score
 from lightning_modules.study import Study
 
+ACCURACY = Score("val_accuracy", "max")
+MEASURES = ("test_accuracy", "val_accuracy", "train_loss")  # of our classifier
 OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16)
 
 

@@ -143,7 +143,7 @@ def test_weights_buffers_and_modes_are_put_back(make_trainer, random_state, name
     before = snapshot(module, random_state)
 
     def batches() -> Any:
-        yield classes().tensors[0]
+        yield classes().tensors
         if where == "calibration":
             raise RuntimeError("as planned")
 
@@ -178,9 +178,9 @@ def test_batchnorm_statistics_are_those_of_the_calibration_batches(make_trainer)
 
     module = Plain(SGD)
     make_trainer(max_epochs=4, callbacks=[read_outs]).fit(module, loader(samples=80))
-    x = classes(64, seed=9).tensors[0]
+    x, y = classes(64, seed=9).tensors
     batches = [x[:16], x[16:32], x[32:48]]
-    with read_outs.applied("swa", module, batches):
+    with read_outs.applied("swa", module, list(zip(batches, y.split(16), strict=False))):
         first, bn, _, _, last, bn_last = module.net
         hidden = [first(b) for b in batches]
         scaled = [(h - h.mean(0)) / (h.var(0, unbiased=False) + bn.eps).sqrt() * bn.weight + bn.bias for h in hidden]

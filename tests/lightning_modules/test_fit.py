@@ -71,9 +71,16 @@ class WithData(Net):
     val_dataloader = test_dataloader = train_dataloader
 
 
-class Awkward(WithData):
+class Formless(WithData):
     def forward(self, x, y):
-        return self.net(x) + y
+        raise NotImplementedError
+
+
+class Picky(WithData):
+    def training_step(self, batch, batch_idx):
+        if len(batch[0]) < 8:
+            raise RuntimeError("eight or nothing")
+        return super().training_step(batch, batch_idx)
 
 
 class Needs(Net):
@@ -274,10 +281,20 @@ def test_writing_averages_leaves_training_bit_identical(own):
 
 
 def test_averages_that_cannot_be_calibrated_are_refused_before_training(own, capsys):
-    args = ["fit", "--model", f"{own}.Awkward", *QUIET, "--trainer.callbacks+", "WriteAverages"]
+    args = ["fit", "--model", f"{own}.Picky", *QUIET, "--trainer.callbacks+", "WriteAverages"]
     assert main(args) == 2
-    assert "WriteAverages expected the module to run on the first part of a batch" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "WriteAverages expected the module to have a training loss for two samples of its training set" in said
+    assert "got RuntimeError: eight or nothing; take WriteAverages out" in said
     assert not list(Path().rglob("*.ckpt"))
+
+
+def test_averages_of_a_module_without_forward_are_those_of_one_with_it(own):
+    for model in ("WithData", "Formless"):
+        fit("--model", f"{own}.{model}", "--trainer.callbacks+", "WriteAverages", epochs=3)
+    for name in ("last", "ema", "swa", "two-point"):
+        one, other = (torch.load(logs(v) / "averages" / f"{name}.ckpt", weights_only=True) for v in (0, 1))
+        assert all(torch.equal(other["state_dict"][key], value) for key, value in one["state_dict"].items())
 
 
 @pytest.mark.parametrize("calibration", [1, 0])

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from matplotlib.axes import Axes
 from rich.console import Console
+from studies import MEASURES
 
 from lightning_modules import Digits
 from lightning_modules.compare import run_study
@@ -107,7 +108,7 @@ def write_study(folder: Path, runs: Mapping[str, Sequence[Result | None]], **con
     (folder / "settled.yaml").write_text(yaml.safe_dump({"settings": settings, "target": None}, sort_keys=False))
     for name, rows in {"results": results, "times": times, "deaths": deaths}.items():
         write_csv(folder / f"{name}.csv", rows)
-    write_csv(folder / "summary.csv", summarise(results, [*runs]))
+    write_csv(folder / "summary.csv", summarise(results, [*runs], MEASURES))
     return folder
 
 
@@ -594,7 +595,7 @@ def test_the_weights_of_random_directions_are_no_curvature_and_adamw_has_no_limi
     shutil.rmtree(folder / "runs" / "damped-adamw-0")
     rows = [row for row in read_csv(folder / "results.csv") if row["method"] == "random"]
     write_csv(folder / "results.csv", rows)
-    write_csv(folder / "summary.csv", summarise(rows, methods))
+    write_csv(folder / "summary.csv", summarise(rows, methods, MEASURES))
     assert "eigenvalues" not in study_figures(read_folder(folder))
 
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from studies import ACCURACY, MEASURES
 
 from lightning_modules.statistics import holm, stable_range, summarise, times_to_target
 
 
 def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return summarise(rows, list(dict.fromkeys(row["method"] for row in rows)))
+    return summarise(rows, list(dict.fromkeys(row["method"] for row in rows)), MEASURES)
 
 
 def rows_of(values: dict[str, list[float]], seeds: list[int] | None = None) -> list[dict[str, Any]]:
@@ -99,8 +100,8 @@ def test_a_seed_whose_run_died_drops_out_of_the_pairs():
     assert (found["n"], found["pairs"]) == (2, 2)
     assert found["difference"] == pytest.approx(0.75)
     gone = [row for row in rows if row["method"] == "sgd"]
-    assert [e["method"] for e in summarise(gone, ["sgd", "nsgd"]) if e["read_out"] == "last"] == ["sgd"] * 3
-    nobody = entry(summarise([row for row in rows if row["method"] == "nsgd"], ["sgd", "nsgd"]), "nsgd")
+    assert [e["method"] for e in summarise(gone, ["sgd", "nsgd"], MEASURES) if e["read_out"] == "last"] == ["sgd"] * 3
+    nobody = entry(summarise([row for row in rows if row["method"] == "nsgd"], ["sgd", "nsgd"], MEASURES), "nsgd")
     assert nobody["pairs"] == 0
     assert math.isnan(nobody["p"])
 
@@ -145,7 +146,7 @@ def steps_of(*accuracies: float | None) -> list[dict[str, Any]]:
 
 def test_a_target_is_reached_at_the_first_validation_that_has_it_and_a_dead_run_misses():
     metrics = {"sgd": {0: steps_of(None, 0.4, None, 0.5), 1: steps_of(None, 0.3)}, "nsgd": {0: steps_of(0.6, 0.2)}}
-    rows = times_to_target(metrics, range(2), 0.5)
+    rows = times_to_target(metrics, range(2), 0.5, ACCURACY)
     assert [(r["method"], r["seed"], r["reached"], r["step"]) for r in rows] == [
         ("sgd", 0, 1, 4),
         ("sgd", 1, 0, math.inf),
@@ -154,7 +155,7 @@ def test_a_target_is_reached_at_the_first_validation_that_has_it_and_a_dead_run_
     ]
     assert rows[0]["gradients"] == 6.0
     as_logged = {"sgd": {0: steps_of(float(np.float32(900 / 2000)))}}  # a little below 0.45
-    assert times_to_target(as_logged, range(1), 0.45)[0]["reached"] == 1
+    assert times_to_target(as_logged, range(1), 0.45, ACCURACY)[0]["reached"] == 1
     assert rows[1]["seconds"] == math.inf
 
 

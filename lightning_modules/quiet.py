@@ -1,0 +1,46 @@
+"""Lightning without its notes, bars and warnings, where another program's output matters."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    """A trainer on the CPU that writes nothing of its own accord."""
+    return pl.Trainer(
+        **options,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def ignore_lightning_noise() -> None:
+    """Silence two warnings: on worker processes, which would slow indexed tensors down, and on Lightning's own code."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated.*")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave the terminal to the progress bar: none of Lightning's notes on hardware, workers and epochs."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            ignore_lightning_noise()
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,62 @@
+"""What the weights of a run are worth, in each read-out: by the module's own validation and test, and training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_modules.averages import ReadOut, ReadOuts, calibration_batches
+from lightning_modules.batch_loss import batch_losses
+from lightning_modules.quiet import quiet, quiet_trainer
+from lightning_modules.training_samples import in_batches, training_samples
+
+EVALUATED = 5000  # training samples, at most, that the training loss is taken on
+_CALIBRATION = 2000  # training samples that BatchNorm statistics are recalibrated on
+_BATCH = 500
+
+Scores = dict[str, float]
+
+
+def score_read_outs(
+    trainer: pl.Trainer, read_outs: ReadOuts, wanted: Sequence[ReadOut], *, stages: Sequence[str]
+) -> Iterator[tuple[ReadOut, Scores]]:
+    """Scores of each wanted read-out of a run that has ended.
+
+    Args:
+        trainer: The run's.
+        read_outs: What was gathered along it.
+        wanted: Read-outs.
+        stages: "val", "test", or both; what the module logs there, under its own names, is what it scores.
+
+    Yields:
+        A read-out, and its training loss on the same samples for all, without dropout or augmentation, and scores.
+    """
+    module: pl.LightningModule = trainer.lightning_module
+    data = getattr(trainer, "datamodule", None)
+    otherwise = "give the study a data set with a length"
+    samples = training_samples(trainer, module, EVALUATED, seed=0, parts=in_batches(_BATCH), otherwise=otherwise)
+    calibration = calibration_batches(trainer, module, _CALIBRATION, otherwise=otherwise)
+    for name in wanted:
+        with read_outs.applied(name, module, calibration):
+            scores = {"train_loss": _mean_loss(module, samples)}
+            for stage in stages:
+                scores |= scores_of(module, data, stage)
+        yield name, scores
+
+
+def scores_of(module: pl.LightningModule, data: pl.LightningDataModule | None, stage: str, **limits: Any) -> Scores:
+    """What a module logs in "val" or in "test", by name."""
+    with quiet():
+        judge = quiet_trainer(**limits)
+        evaluate = judge.validate if stage == "val" else judge.test
+        found = evaluate(module, datamodule=data, verbose=False)
+    return {name: float(value) for loader in found for name, value in loader.items()}
+
+
+def _mean_loss(module: pl.LightningModule, samples: Sequence[tuple[Any, int]]) -> float:
+    with batch_losses(module) as loss, torch.no_grad():
+        total = sum(float(loss(batch, i)) * count for i, (batch, count) in enumerate(samples))
+    return total / sum(count for _, count in samples)
