@@ -14,6 +14,8 @@ from lightning_modules.score import Score
 
 COSTS = ("step", "gradients", "seconds")
 
+_ROUNDING = 1e-6  # relative: modules log in float32, so that one image more is not the same difference everywhere
+
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -64,7 +66,8 @@ def _estimate(own: Mapping[int, float], base: Mapping[int, float], is_base: bool
         return {**entry, "difference": math.nan, "difference_half_width": math.nan, "pairs": 0, "p": math.nan}
     paired = np.array([own[seed] - base[seed] for seed in shared])
     difference, half = interval(paired)
-    found = {"difference": difference, "difference_half_width": half, "pairs": len(shared), "p": p_value(paired)}
+    p = p_value(paired, rounding=_ROUNDING * max(abs(value) for seed in shared for value in (own[seed], base[seed])))
+    found = {"difference": difference, "difference_half_width": half, "pairs": len(shared), "p": p}
     return {**entry, **found}
 
 
@@ -76,12 +79,17 @@ def interval(values: Numbers) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
-def p_value(differences: Numbers) -> float:
-    """Of the t-test that paired differences have mean 0; NaN where it is not defined."""
+def p_value(differences: Numbers, *, rounding: float = 0.0) -> float:
+    """Of the t-test that paired differences have mean 0; NaN where it is not defined.
+
+    Args:
+        differences: One for each pair.
+        rounding: A spread that is no more than that of rounded values, of which the t-statistic would make a lot.
+    """
     if len(differences) < 2 or not np.isfinite(differences).all():
         return math.nan
-    if np.ptp(differences) <= 1e-9 * np.abs(differences).max():  # no spread: the t-statistic is not defined
-        return 1.0 if differences[0] == 0 else math.nan
+    if np.ptp(differences) <= max(rounding, 1e-9 * np.abs(differences).max()):
+        return 1.0 if abs(differences[0]) <= rounding else math.nan
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -115,7 +123,7 @@ def times_to_target(
         for seed in seeds:
             validated = [row for row in runs.get(seed, []) if score.monitor in row]
             # Lightning's scores are float32, which may lie just below the share of images that they stand for.
-            least = score.sign * target - 1e-6 * max(1.0, abs(target))
+            least = score.sign * target - _ROUNDING * max(1.0, abs(target))
             reached = next((row for row in validated if score.sign * row[score.monitor] >= least), None)
             costs = {name: math.inf if reached is None else float(reached[name]) for name in COSTS}
             rows.append({"method": method, "seed": seed, "reached": int(reached is not None), **costs})

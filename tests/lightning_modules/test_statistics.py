@@ -171,3 +171,14 @@ def test_a_target_is_reached_at_the_first_validation_that_has_it_and_a_dead_run_
 def test_the_stable_range_is_the_longest_unbroken_one_that_learns(losses, found):
     rows = [{"lr": lr, "train_loss": loss} for lr, loss in zip((0.1, 0.2, 0.4, 0.8), losses, strict=True)]
     assert stable_range(rows[::-1], 2.3) == found
+
+
+@pytest.mark.parametrize(("steps", "p"), [([1, 1, 1], math.nan), ([0, 0, 0], 1.0), ([1, 2, 1], 0.0572)])
+def test_float32_accuracies_are_no_closer_than_their_rounding(steps, p):
+    """One image of 360 more for each seed: differences of equal counts differ in the eighth digit."""
+    base = [349, 350, 352]
+    values = {"sgd": base, "nsgd": [b + step for b, step in zip(base, steps, strict=True)]}
+    rows = rows_of({m: [float(np.float32(count / 360)) for count in counts] for m, counts in values.items()})
+    found = entry(summary_of(rows), "nsgd")
+    assert found["p"] == pytest.approx(p, abs=1e-4, nan_ok=True)
+    assert found["difference"] == pytest.approx(np.mean(steps) / 360, abs=1e-6)
