@@ -39,8 +39,8 @@ class Study:
     """Train every method with every seed, and compare the weights and their averages.
 
     Args:
-        data: Digits, HuggingFace with ``--data.path``, Characters, or a LightningDataModule of your own; null where the
-            module has data loaders of its own.
+        data: Digits, HuggingFace with ``--data.path``, Characters, or a LightningDataModule of your own, whose setup
+            splits alike whenever it is called; null where the module has data loaders of its own.
         model: LightningModule that is trained, as in nsgd fit; null for our Classifier with ``net`` and ``sizes``. Each
             method's optimizer takes the place of its own, and of its schedules.
         monitor: What is compared beside the training loss: the name that the module logs it under in validation, with
@@ -226,7 +226,7 @@ class Study:
         if not is_overridden(name, self.data):
             return None
         self.data.prepare_data()
-        self.data.setup({"train": "fit", "val": "validate", "test": "test"}[stage])
+        self.data.setup("test" if stage == "test" else "fit")  # many split nothing but at "fit"
         return getattr(self.data, name)()
 
     @cached_property

@@ -68,7 +68,8 @@ class Data(pl.LightningDataModule):
         self.batch, self.count = batch, count
 
     def setup(self, stage):
-        self.train, self.held_out = samples(self.count, 0), samples(30, 1)
+        if stage in ("fit", "test"):  # as many do, nothing for "validate"
+            self.train, self.held_out = samples(self.count, 0), samples(30, 1)
 
     def train_dataloader(self):
         return DataLoader(self.train, self.batch, shuffle=True)
