@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.profiler import profile
 
-from lightning_modules.nets import make_net, resnet, vision_transformer
+from lightning_modules.nets import make_net, resnet
 from lightning_modules.rows import write_csv
+from lightning_modules.transformers import vision_transformer
 from nsgd.hessian import flatten, loss_hessian, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

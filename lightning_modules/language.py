@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules.data import EpochBatches
-from lightning_modules.nets import causal_transformer
+from lightning_modules.transformers import causal_transformer
 from nsgd import NSGD
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, T) int64, and the token after each of them (B, T) int64

@@ -33,12 +33,10 @@ class Section:
     Attributes:
         heading: Above it.
         paragraphs: Of text.
-        table: Below them, with a title, a header and rows of text.
     """
 
     heading: str
     paragraphs: Sequence[str]
-    table: Mapping[str, Any] | None = None
 
 
 def new_figure(columns: int) -> tuple[Figure, list[Axes]]:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
-from lightning_modules.nets import NETS, causal_transformer, make_net, mlp, resnet, vision_transformer
+from lightning_modules.nets import NETS, make_net, mlp, resnet
+from lightning_modules.transformers import causal_transformer, vision_transformer
 from nsgd import sample_losses, top_eigenpairs
 from nsgd.samples import gradient_moment
 
