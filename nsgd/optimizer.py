@@ -226,7 +226,7 @@ def _damped_class(base: type[Optimizer]) -> type[Optimizer]:
 
 def _reduce(self: Damped, _: Any) -> Any:
     # The class is made at run time, so a pickle holds its base class, by name, and makes it again.
-    return _blank, (type(self).__mro__[2],), self.__getstate__()
+    return _blank, (type(self).__bases__[1],), self.__getstate__()
 
 
 def _blank(base: type[Optimizer]) -> Optimizer:
