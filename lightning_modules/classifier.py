@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.nets import make_net
-from nsgd import NSGD
+from lightning_modules.stages import Stage, Stages
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float, labels (B,)
 
 
-class Classifier(pl.LightningModule):
+class Classifier(Stages):
     """Cross-entropy on images, with accuracy logged as ``train_``, ``val_`` and ``test_accuracy``.
 
     Without an optimizer from the command line it trains with NSGD at its defaults.
@@ -63,7 +62,8 @@ class Classifier(pl.LightningModule):
         loss: Tensor = self.loss(self(images), labels)
         return loss
 
-    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+    def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
+        """The mean loss of the batch, logged with its accuracy."""
         images, labels = batch
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
@@ -76,22 +76,6 @@ class Classifier(pl.LightningModule):
         )
         return loss
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch."""
-        return self._evaluate(batch, "train")
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch."""
-        return self._evaluate(batch, "test")
-
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities (B, classes)."""
         return torch.softmax(self(batch[0]), dim=1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """NSGD at its defaults."""
-        return NSGD(self.parameters(), lr=self.lr)

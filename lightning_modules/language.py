@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules.data import EpochBatches
+from lightning_modules.stages import Stage, Stages
 from lightning_modules.transformers import causal_transformer
-from nsgd import NSGD
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, T) int64, and the token after each of them (B, T) int64
 
@@ -20,7 +20,7 @@ _UNKNOWN = 0  # token of a character that the training text does not hold
 _BOUNDS = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}  # shares of the text
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(Stages):
     """A causal transformer that predicts the next character.
 
     Mean cross-entropy in nats per character is logged as ``train_``, ``val_`` and ``test_loss``. Without an optimizer
@@ -52,28 +52,13 @@ class LanguageModel(pl.LightningModule):
         logits: Tensor = self.net(tokens)
         return logits
 
-    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+    def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
+        """The mean loss of the batch, logged."""
         tokens, targets = batch
         loss = functional.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
         on_step = stage == "train"
         self.log(f"{stage}_loss", loss, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=len(tokens))
         return loss
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch."""
-        return self._evaluate(batch, "train")
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch."""
-        return self._evaluate(batch, "test")
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """NSGD at its defaults."""
-        return NSGD(self.parameters(), lr=self.lr)
 
 
 class Characters(pl.LightningDataModule):

@@ -29,8 +29,8 @@ from lightning_modules.methods import (
 )
 from lightning_modules.score import Mode, Score
 from lightning_modules.scoring import scores_of
+from lightning_modules.stages import Stage
 
-Stage = Literal["train", "val", "test"]
 Ranges = dict[str, list[float]]  # lowest and highest value of a hyperparameter
 
 
