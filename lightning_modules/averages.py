@@ -7,7 +7,7 @@ is read out with BatchNorm statistics recalibrated on the same batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -44,6 +44,7 @@ class ReadOuts(pl.Callback):
         self._averages: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
         self._seen = 0  # optimizer steps
+        self._training: list[bool] | None = None  # modes of all modules in the last of them
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,6 +54,7 @@ class ReadOuts(pl.Callback):
         if step == self._seen:
             return
         self._seen = step
+        self._training = [m.training for m in pl_module.modules()]
         # Without a warm-up a short run would read out its initial weights.
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         self._update("ema", pl_module, get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
@@ -106,7 +108,7 @@ class ReadOuts(pl.Callback):
                     _assign(params, values)
                 module.eval()
                 if calibration is not None:
-                    _recalibrate(module, calibration)
+                    _recalibrate(module, calibration, self._training)
                 yield module
             finally:
                 _assign(params, last)
@@ -149,20 +151,25 @@ def _norms(module: torch.nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
 
 
-def _recalibrate(module: pl.LightningModule, batches: Iterable[Any]) -> None:
+def _recalibrate(module: pl.LightningModule, batches: Iterable[Any], training: Sequence[bool] | None) -> None:
     """Take BatchNorm statistics anew, as the mean over batches, like ``torch.optim.swa_utils.update_bn``.
 
-    By the training loss, which any module has, and not by ``forward``, which need not be what it trains with.
+    By the training loss, which any module has, and not by ``forward``, which need not be what it trains with. Layers
+    that training leaves alone, frozen in eval mode or in another network, keep theirs.
     """
     norms = [m for m in _norms(module) if m.track_running_stats]
-    with batch_losses(module) as loss, torch.no_grad():  # puts buffers and momenta back
+    with batch_losses(module) as loss, torch.no_grad():  # puts buffers, modes and momenta back
         for m in norms:
             m.reset_running_stats()
             m.momentum = None  # the mean over all batches
         module.train()
+        if training is not None:
+            for m, mode in zip(module.modules(), training, strict=True):
+                m.training = mode
         for i, batch in enumerate(batches):
             loss(batch, i)
         found = [dict(m.named_buffers(recurse=False)) for m in norms]
     for m, statistics in zip(norms, found, strict=True):
-        for name, value in statistics.items():
-            getattr(m, name).copy_(value)
+        if statistics["num_batches_tracked"] > 0:
+            for name, value in statistics.items():
+                getattr(m, name).copy_(value)

@@ -31,9 +31,8 @@ def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Te
 def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Tensor]]:
     """A function from a batch and its index to its training loss; on leaving, nothing is left behind.
 
-    The loss is ``module.curvature_loss(batch)`` where the module defines that, else its ``training_step`` with ``log``
-    and loggers muted. Buffers, modes, random state, metric states and the module's own attributes (counters, lists of
-    outputs) are as before afterwards. It runs under the trainer's precision.
+    The loss is ``module.curvature_loss(batch)``, or ``(batch, batch_idx)``, where the module defines that, else its
+    ``training_step``; all under :func:`unnoticed` and the trainer's precision.
 
     Args:
         module: Any LightningModule. One with manual optimization needs ``curvature_loss``, since its
@@ -52,15 +51,31 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
 
     def loss_of(batch: Any, batch_idx: int) -> Tensor:
         with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
-            output = run_step(module.training_step, batch, batch_idx) if own is None else own(batch)
+            if own is None:
+                output = run_step(module.training_step, batch, batch_idx)
+            elif "batch_idx" in inspect.signature(own).parameters:
+                output = own(batch, batch_idx)
+            else:
+                output = own(batch)
         return loss_in(output, module)
 
-    guards = (torch.inference_mode(False), torch.enable_grad(), _shelved(module), _no_loggers(trainer))
+    with unnoticed(module):
+        yield loss_of
+
+
+@contextmanager
+def unnoticed(module: pl.LightningModule) -> Iterator[None]:
+    """Steps of a module that leave nothing behind: ``log`` and loggers are muted inside.
+
+    Buffers, modes, random state, metric states and the module's own attributes (counters, lists of outputs) are as
+    before afterwards.
+    """
+    guards = (torch.inference_mode(False), torch.enable_grad(), _shelved(module), _no_loggers(module._trainer))
     with ExitStack() as stack:
         for guard in (*guards, untouched(module, device=module.device)):
             stack.enter_context(guard)
         vars(module).update(log=_muted, log_dict=_muted)
-        yield loss_of
+        yield
 
 
 def run_step(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:

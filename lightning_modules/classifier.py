@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.nets import make_net
-from lightning_modules.stages import Stage, Stages
+from lightning_modules.stages import Split, Stages
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float, labels (B,)
 
@@ -62,7 +62,7 @@ class Classifier(Stages):
         loss: Tensor = self.loss(self(images), labels)
         return loss
 
-    def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
+    def evaluate(self, batch: Batch, stage: Split) -> Tensor:
         """The mean loss of the batch, logged with its accuracy."""
         images, labels = batch
         logits = self(images)

@@ -81,6 +81,9 @@ def _said(error: Exception) -> str | None:
             "the checkpoint is of another network or data set; give the options that it was trained with, for example "
             "--config lightning_logs/version_0/config.yaml"
         )
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if isinstance(error, ValueError) and raised_in.parts[-3:-1] == ("torch", "optim"):  # such as "Invalid ...: -1.0"
+        return f"the optimizer refuses an option: {error}; give another value"
     return None if (ours := _ours(error)) is None else str(ours)
 
 

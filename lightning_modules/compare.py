@@ -35,8 +35,8 @@ def claim(study: Study, out: Path) -> None:
     claim_folder(out, {"config.yaml": yaml.safe_load(yaml.safe_dump(study.resolved()))}, packages=_PACKAGES)
 
 
-def run_one(study: Study, out: Path, number: int, progress: Update) -> None:
-    """Make one run of a study, whatever becomes of the others.
+def run_one(study: Study, out: Path, number: int, progress: Update) -> str:
+    """Make one run of a study, whatever becomes of the others; returns its name.
 
     Raises:
         ValueError: If there is no such run, or it needs others first.
@@ -49,6 +49,7 @@ def run_one(study: Study, out: Path, number: int, progress: Update) -> None:
     if not run.finished(out):
         steps = steps_of(study, out, run)
         make_run(study, out, run, lambda step, loss: progress(run.name, step, steps, f"loss {loss:.3f}"))
+    return run.name
 
 
 def run_study(
@@ -156,10 +157,15 @@ def command_of(out: Path, run: Run) -> list[str]:
 
 
 def _forecast(study: Study, out: Path, left: Sequence[Run], jobs: int, launcher: Launcher, start: float) -> str:
-    seconds = (predicted_seconds(study, out, left) + start * len(left)) / (jobs if launcher == "local" else 1)
-    long = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} minutes"
     where = "on one core of this machine each, one after the other" if launcher == "ray" else f"{jobs} at a time"
-    return f"{len(left)} runs to make, {where}: about {long if seconds > 90 else f'{seconds:.0f} seconds'}"
+    to_make = f"{len(left)} run{'s' if len(left) > 1 else ''} to make, {where}"
+    try:
+        seconds = predicted_seconds(study, out, left) + start * len(left)
+    except Exception as error:  # of a module of the user's: the run that meets it dies, and says so
+        return f"{to_make}: no time is predicted, for a first step ended with {type(error).__name__}: {error}"
+    seconds = max(1.0, seconds / (jobs if launcher == "local" else 1))
+    long = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{round(seconds / 60)} minutes"
+    return f"{to_make}: about {long if seconds > 90 else 'a second' if seconds < 1.5 else f'{seconds:.0f} seconds'}"
 
 
 class _Counter:

@@ -33,6 +33,9 @@ def one_sentence(
     if found := re.search(r"unrecognized arguments: ([^\s=]+)", said):
         return f"expected an option of {command}, got {found[1]}; {_meant(found[1], options) or _LIST.format(command)}"
     if found := re.search(r"Option '([^']+)' is not accepted", said):
+        if not key:  # of a file
+            name, known = found[1], [option.lstrip("-") for option in options]
+            return f"expected an option of {command}, got {name}; {_meant(name, known) or _LIST.format(command)}"
         name = (classes or {}).get(key)
         if name is None:
             return f"expected --{key} CLASS before an option of it, got --{key}.{found[1]}; name the class"

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from lightning_modules import Characters, Classifier, Digits, LanguageModel
 
 OWN_DATA: dict[type, type] = {Classifier: Digits, LanguageModel: Characters}  # where no --data is given
-_FROM_DATA = ("input_shape", "num_classes", "vocabulary")
+FROM_DATA = ("input_shape", "num_classes", "vocabulary")
 
 
 def own_model(given: Mapping[str, Any]) -> type | None:
@@ -44,7 +44,7 @@ def link_to_data(parser: ArgumentParser, kind: type, given: Collection[str]) -> 
         kind: Class of the model.
         given: Names of the options that are given by hand, as "model.num_classes".
     """
-    for name in _FROM_DATA:
+    for name in FROM_DATA:
         parameter = _parameter(kind, name)
         # A link takes the option away, so there is none where it is given by hand.
         if parameter is not None and f"model.{name}" not in given:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules.data import EpochBatches
-from lightning_modules.stages import Stage, Stages
+from lightning_modules.stages import Split, Stages
 from lightning_modules.transformers import causal_transformer
 
 Batch = tuple[Tensor, Tensor]  # tokens (B, T) int64, and the token after each of them (B, T) int64
@@ -52,7 +52,7 @@ class LanguageModel(Stages):
         logits: Tensor = self.net(tokens)
         return logits
 
-    def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
+    def evaluate(self, batch: Batch, stage: Split) -> Tensor:
         """The mean loss of the batch, logged."""
         tokens, targets = batch
         loss = functional.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())

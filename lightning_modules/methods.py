@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.sharpness_aware import sharpness_aware
@@ -171,7 +172,7 @@ def make_optimizer(
 def prepare(
     module: pl.LightningModule, method: Method, settings: Mapping[str, float], options: NSGDOptions, *, seed: int = 0
 ) -> None:
-    """Have a LightningModule trained by a method, in place of its own optimizers and schedules.
+    """Have a LightningModule trained by a method, in place of its own optimizers, schedules and callbacks.
 
     Args:
         module: With automatic optimization.
@@ -181,13 +182,20 @@ def prepare(
         seed: Of directions that are drawn at random.
 
     Raises:
-        ValueError: If an option is out of range, or the module takes its own optimizer steps.
+        ValueError: If an option is out of range, or the module takes its own optimizer steps, or changes those of its
+            optimizer, for the methods would not be comparable.
     """
+    if is_overridden("optimizer_step", module):
+        raise ValueError(
+            f"expected a module whose optimizer steps are plain, got {type(module).__name__}, which overrides "
+            "optimizer_step; a study compares what optimizers do, so leave it out"
+        )
     if not module.automatic_optimization:
         raise ValueError(
             f"expected a module with automatic optimization, whose optimizer a study can choose, got "
             f"{type(module).__name__}, which takes its own optimizer steps"
         )
+    module.configure_callbacks = lambda: []  # type: ignore[method-assign]  # such as one that stops early
     if method == "sam":
         sharpness_aware(module, **{name: settings[name] for name in RECIPES[method].defaults})
         return

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers.logger import DummyLogger
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:
-    """A trainer on the CPU that writes nothing of its own accord."""
+    """A trainer on the CPU that writes nothing of its own accord; modules find a logger that takes everything."""
     return pl.Trainer(
         **options,
         accelerator="cpu",
-        logger=False,
+        logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -25,8 +26,9 @@ def quiet_trainer(**options: Any) -> pl.Trainer:
 
 
 def ignore_lightning_noise() -> None:
-    """Silence two warnings: on worker processes, which would slow indexed tensors down, and on Lightning's own code."""
+    """Silence warnings on worker processes, which slow indexed tensors down, on short runs, and on Lightning's code."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated.*")
 
 

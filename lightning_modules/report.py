@@ -16,7 +16,6 @@ from lightning_modules.report_tables import (
     TEXT_COLUMNS,
     main_tables,
     minus,
-    score_header,
     settings_table,
 )
 from lightning_modules.report_words import caption, shortfalls, summary, title
@@ -57,7 +56,7 @@ def print_table(folder: Path, console: Console) -> None:
         console,
         main_tables(files),
         text_columns=TEXT_COLUMNS,
-        wrapped=("method", TEST, minus(files), PRODUCTS, score_header(files)),
+        wrapped=("method", TEST, minus(files), PRODUCTS, files.score.validation.header),
     )
     console.print(caption(files), markup=False, highlight=False)
 

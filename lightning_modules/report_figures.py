@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lightning_modules.methods import Method
 from lightning_modules.page import new_figure
 from lightning_modules.report_files import Files, label
-from lightning_modules.report_tables import score_header
+from lightning_modules.report_tables import upper
 from lightning_modules.rows import Rows
 from lightning_modules.score import Measure
 from lightning_modules.trajectory_report import measurement_figures
@@ -48,17 +48,17 @@ def study_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption."""
     band = "Lines are means over the seeds, bands reach from the lowest to the highest."
     loss = _against_costs(files, _epoch_losses, "training loss, mean of each epoch", log=True)
-    measure, header = files.score.validation, score_header(files)
-    score = _against_costs(files, lambda run: _scores(run, measure), header, log=False)
+    measure = files.score.validation
+    score = _against_costs(files, lambda run: _scores(run, measure), measure.header, log=False)
     figures = {
         "training-loss": (loss, f"Training loss against the three axes of cost. {band}"),
-        measure.label.replace(" ", "-"): (score, f"{_upper(measure.label)} after each epoch. {band}"),
+        measure.label.replace(" ", "-"): (score, f"{upper(measure.label)} after each epoch. {band}"),
     }
     if files.sweep:
         words = _SENSITIVITY.format(score=measure.label, above=_ABOVE)
         figures["learning-rates"] = (_sensitivity(files), words)
     if any("lr" in row for row in files.tuning):
-        criterion = _upper(files.criterion.label)
+        criterion = upper(files.criterion.label)
         words = f"{criterion} of every trial against its learning rate; other settings may differ too."
         figures["trials"] = (_trials(files), f"{words} What diverged is not drawn.")
     if refreshed := _refreshed(files):
@@ -87,10 +87,6 @@ def _scores(run: Rows, measure: Measure) -> list[Point]:
     return [(row, measure.factor * row[measure.column]) for row in run if measure.column in row]
 
 
-def _upper(label: str) -> str:
-    return label[0].upper() + label[1:]
-
-
 def _against_costs(files: Files, points: Callable[[Rows], list[Point]], ylabel: str, *, log: bool) -> Figure:
     figure, panels = new_figure(len(AXES))
     for method, runs in files.metrics.items():
@@ -104,7 +100,7 @@ def _against_costs(files: Files, points: Callable[[Rows], list[Point]], ylabel: 
             _plot(axes, method, x, y.mean(0), marker="o" if length == 1 else "")
             axes.fill_between(x, y.min(0), y.max(0), color=STYLES[method][0], alpha=0.15, linewidth=0)
     for axes, name in zip(panels, AXES.values(), strict=True):
-        axes.set(xlabel=name, yscale="log" if log and _has_finite(axes) else "linear")
+        axes.set(xlabel=name, yscale="log" if log and _has_logarithm(axes) else "linear")
     panels[0].set_ylabel(ylabel)
     _legend(panels[0])
     return figure
@@ -115,9 +111,11 @@ def _plot(axes: Axes, method: Method, x: Any, y: Any, *, marker: str, linewidth:
     axes.plot(x, y, style, color=color, label=label(method), marker=marker, markersize=4, linewidth=linewidth)
 
 
-def _has_finite(axes: Axes) -> bool:
-    """Whether there is anything to draw: a method that diverged has no curve from there on."""
-    return any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in axes.get_lines())
+def _has_logarithm(axes: Axes) -> bool:
+    """Whether there is anything to draw, for a method that diverged has no curve from there on, and all above 0."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()] or [np.empty(0)])
+    finite = values[np.isfinite(values)]
+    return bool(len(finite) and (finite > 0).all())
 
 
 def _legend(axes: Axes) -> None:
@@ -140,12 +138,12 @@ def _sensitivity(files: Files) -> Figure:
             _plot(scores, method, rates, values, marker="o")
     for axes in (losses, scores):
         axes.set(xlabel="learning rate", xscale="log")
-    losses.set(ylabel="final training loss", yscale="log" if _has_finite(losses) else "linear")
+    losses.set(ylabel="final training loss", yscale="log" if _has_logarithm(losses) else "linear")
     starts = [row["start_loss"] for row in files.sweep if "start_loss" in row]
     if starts and math.isfinite(starts[0]):
         losses.axhline(starts[0], color="black", linestyle=":", linewidth=1, label="before training")
         losses.set_ylim(top=min(losses.get_ylim()[1], _ABOVE * starts[0]))
-    scores.set_ylabel(f"final {score_header(files)}")
+    scores.set_ylabel(f"final {files.score.validation.header}")
     _legend(losses)
     return figure
 
@@ -158,7 +156,7 @@ def _trials(files: Files) -> Figure:
         if rows:
             values = [measure.factor * r[measure.column] for r in rows]
             _plot(axes, method, [r["lr"] for r in rows], values, marker="o", linewidth=0.8)
-    yscale = "log" if measure.lower_is_better and _has_finite(axes) else "linear"
+    yscale = "log" if measure.lower_is_better and _has_logarithm(axes) else "linear"
     axes.set(xlabel="learning rate", ylabel=measure.label, xscale="log", yscale=yscale)
     _legend(axes)
     return figure

@@ -57,7 +57,9 @@ class Files:
     @property
     def score(self) -> Score:
         """What is compared beside the training loss."""
-        return Score(self.config["monitor"], self.config["mode"])
+        name = self.config["monitor"]
+        shares = all(abs(row.get(name, 0.0)) <= 1 for row in (*self.results, *self.tuning, *self.sweep))
+        return Score(name, self.config["mode"], shares=shares)
 
     @property
     def measures(self) -> list[Measure]:

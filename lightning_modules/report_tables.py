@@ -43,6 +43,11 @@ def settings_table(files: Files) -> Table:
     return _tuning(files) if files.tuning else _given(files)
 
 
+def upper(words: str) -> str:
+    """With a capital at the beginning."""
+    return words[0].upper() + words[1:]
+
+
 def minus(files: Files) -> str:
     """Header of the differences."""
     return f"minus {label(files.base)}"
@@ -55,7 +60,9 @@ def estimate(value: float, half: float, factor: float, digits: int, sign: str = 
     """A value with the half-width of its interval, where it has one; "diverged" where it is not finite."""
     if not math.isfinite(value):
         return "diverged"
-    kind = f".{digits}f" if abs(value * factor) < 1e4 else ".2e"
+    size = abs(value * factor)
+    small = digits > 1 and 0 < size < 5 * 10.0**-digits and not size < 1e-9  # a few digits would say 0
+    kind = ".2e" if small or size >= 1e4 else f".{digits}f"
     text = f"{value * factor:{sign}{kind}}"
     return text if math.isnan(half) else f"{text} ± {half * factor:{kind}}"
 
@@ -113,7 +120,7 @@ def _scores(files: Files, measure: Measure) -> Table:
         rows.append(row)
         above = name
     return {
-        "title": measure.title,
+        "title": upper(measure.header),
         "header": ["weights", "method", "mean", *([minus(files), TEST] if compared else [])],
         "rows": rows,
     }
@@ -183,7 +190,7 @@ def _sensitivity(files: Files) -> Table:
             rows.append([label(method), *_stability(own), *_best_rate(own, files)])
     return {
         "title": f"Learning rates that lower the loss, and the best by {files.criterion.label} with what it gives",
-        "header": ["method", "stable from", "to", "decades", "best", "training loss", score_header(files)],
+        "header": ["method", "stable from", "to", "decades", "best", "training loss", files.score.validation.header],
         "rows": rows,
     }
 
@@ -206,12 +213,6 @@ def _best_rate(rows: Sequence[Mapping[str, Any]], files: Files) -> list[str]:
         return [_MISSING] * 3
     measure = files.score.validation
     return [f"{best['lr']:g}", _printed(best["train_loss"], TRAIN_LOSS), _printed(best[measure.column], measure)]
-
-
-def score_header(files: Files) -> str:
-    """Of a column with the score in validation."""
-    measure = files.score.validation
-    return f"{measure.label}{measure.unit and ', ' + measure.unit.strip()}"
 
 
 def _printed(value: float, measure: Measure) -> str:

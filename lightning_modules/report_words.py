@@ -16,6 +16,7 @@ from lightning_modules.report_tables import (
     difference_of,
     mean_of,
     shown_measures,
+    upper,
     verdict,
 )
 from lightning_modules.score import Measure
@@ -43,8 +44,15 @@ def _data(files: Files) -> str:
     data = files.config["data"]
     if data is None:
         return "the module's own data"
-    path = Path(data["init_args"].get("path") or _class(data))
+    path = Path(str(_of_data(files, "path") or _class(data)))
     return path.name if path.is_absolute() else str(path)
+
+
+def _of_data(files: Files, name: str) -> Any:
+    """An option of our own data; of other classes it may mean anything."""
+    data = files.config["data"]
+    ours = data is not None and data["class_path"].startswith("lightning_modules.")
+    return (data.get("init_args") or {}).get(name) if ours else None
 
 
 def _count(number: int, noun: str) -> str:
@@ -66,7 +74,7 @@ def summary(files: Files) -> list[str]:
 def _compared(files: Files) -> str:
     config = files.config
     seeds = "one seed" if config["seeds"] == 1 else f"{config['seeds']} paired seeds"
-    limit = (config["data"] or {"init_args": {}})["init_args"].get("limit")
+    limit = _of_data(files, "limit")
     data = f"{limit:,} images of {_data(files)}" if limit else _data(files)
     kind = "the network" if config["model"] is None else "the module"
     trials = _count(config["tune"], "quasi-random trial")
@@ -132,7 +140,7 @@ def _cost(files: Files) -> str:
         reached = _and([_reached(files, method) for method in shown])
         said.append(f"{aim(files, files.target)} was reached in {reached}")
     sentence = "; ".join(said)
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    return f"{upper(sentence)}."
 
 
 def _reached(files: Files, method: Method) -> str:
@@ -185,7 +193,7 @@ def _not_better(files: Files, method: Method, measure: Measure) -> str:
             reason = ", ".join(part for part in (size, p) if part)
             kinds.setdefault(kind, []).append(READ_OUTS[entry["read_out"]] + (f" ({reason})" if reason else ""))
     said = "; ".join(f"{kind} with the {_and(places)} weights" for kind, places in kinds.items())
-    return f"{name[0].upper()}{name[1:]}: {said}." if said else ""
+    return f"{upper(name)}: {said}." if said else ""
 
 
 def _shortfall(entry: dict[str, Any], measure: Measure, base: str) -> str:
@@ -218,7 +226,7 @@ def _slower(files: Files, method: Method) -> str:
     aimed, said = aim(files, files.target), ""
     if math.isinf(own["step"]) or reached < base_reached:
         reference = f"with {label(files.base)} in {base_reached} of {base_runs}"
-        said = f"{aimed[0].upper()}{aimed[1:]} was reached in {reached} of {runs} runs, {reference}."
+        said = f"{upper(aimed)} was reached in {reached} of {runs} runs, {reference}."
     names = {"step": "steps", "gradients": "gradients", "seconds": "seconds"}
     more = [
         f"{names[name]} (median {amount(own[name])} against {amount(base[name])})"
@@ -241,13 +249,18 @@ def caption(files: Files) -> str:
         if config["tune"]
         else "given, not tuned"
     )
-    batch = (config["data"] or {"init_args": {}})["init_args"].get("batch_size")
+    batch = _of_data(files, "batch_size")
     size = "" if batch is None else f"; batch size {batch}"
+    own = (
+        ""
+        if config["model"] is None
+        else (" Each method's optimizer took the place of the module's own and of its schedules and callbacks.")
+    )
     return (
         f"{_intervals(files)}. Learning rates: {rates} ({tuned}){size}; threads: {config['threads']}. "
         "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
         "those of training without validation and measurements. Averages are read-outs of the same runs; training "
-        f"losses are taken on at most {EVALUATED:,} samples, what is validated and tested on all.{_lost(files)}"
+        f"losses are taken on at most {EVALUATED:,} samples, what is validated and tested on all.{own}{_lost(files)}"
     )
 
 
@@ -257,9 +270,11 @@ def _intervals(files: Files) -> str:
     means = f"Means over {files.config['seeds']} paired seeds ± half of the 95 % t-interval"
     if all(math.isnan(entry["p_holm"]) for entry in files.summary):
         return means
+    untested = any(math.isnan(entry["p_holm"]) for entry in files.summary if entry["method"] != files.base)
+    why = "; there is no test where the difference is the same for every seed, or a run diverged" if untested else ""
     return (
         f"{means}; p-values of paired t-tests, corrected by Holm's method for the methods compared with "
-        f"{label(files.base)} at the same read-out and measure"
+        f"{label(files.base)} at the same read-out and measure{why}"
     )
 
 
@@ -267,6 +282,6 @@ def _lost(files: Files) -> str:
     """What died, and for how many seeds the loss of the last weights is not finite."""
     counts = {m: sum(not math.isfinite(row["train_loss"]) for row in files.last(m)) for m in files.methods}
     diverged = ", ".join(f"{label(m)} {n} of {len(files.last(m))}" for m, n in counts.items() if n)
-    chance = "; their accuracy is that of chance" if files.score.is_share else ""
+    chance = "; their accuracy is that of chance" if files.config["model"] is None else ""
     said = f" Runs that diverged: {diverged}{chance}." if diverged else ""
     return said + (f" Runs that died, and are left out: {', '.join(files.deaths)}." if files.deaths else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from lightning_modules.methods import RECIPES, Method, Settings, damping_of, pre
 from lightning_modules.quiet import quiet, quiet_trainer
 from lightning_modules.rows import Rows, read_csv, write_csv, write_yaml
 from lightning_modules.scoring import EVALUATED, score_read_outs
+from lightning_modules.stages import Split
 from lightning_modules.study import Study
 from lightning_modules.tuning import chosen_settings, sweep_rates, trial_row, trial_settings
 
@@ -179,7 +180,9 @@ def _train(
     refresh: list[pl.Callback] = [] if directions is None else [directions.callback()]
     with quiet():
         trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks])
-        trainer.fit(module, datamodule=study.data)
+        trainer.fit(module, datamodule=study.fresh_data())
+    if trainer.global_step != steps:
+        raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
     return trainer
 
 
@@ -188,13 +191,13 @@ def _results(
 ) -> Rows:
     """One row for each read-out; the test data are seen by the study itself alone, once."""
     counted = run.stage == "study"
-    stages = ["val", "test"] if counted and study.is_tested else ["val"]
+    stages: list[Split] = ["val", "test"] if counted and study.is_tested else ["val"]
     wanted: Sequence[ReadOut] = read_outs.available if counted else ["last"]
     counts = {name: last[name] for name in ("step", "gradients", "refreshes", "hvps")}
     own = {"method": run.method, "seed": run.seed}
     return [
         {**own, "read_out": name, "lr": settings["lr"], **scores, **counts}
-        for name, scores in score_read_outs(trainer, read_outs, wanted, stages=stages)
+        for name, scores in score_read_outs(trainer, read_outs, wanted, score=study.score, stages=stages)
     ]
 
 
@@ -224,5 +227,10 @@ def predicted_seconds(study: Study, out: Path, runs: Sequence[Run]) -> float:
 
 
 def _batches(loader: Any) -> int:
-    """Batches of a loader; of several, or of unknown length, none."""
-    return len(loader) if isinstance(loader, Sized) else 0
+    """Batches of a loader, or of several together; of unknown length, none."""
+    if isinstance(loader, list | tuple):
+        return sum(_batches(one) for one in loader)
+    try:
+        return len(loader)
+    except TypeError:
+        return 0

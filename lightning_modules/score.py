@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Mode = Literal["min", "max"]
+
+_VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|eval|dev)(?![a-z])")
+_SUFFIX = re.compile(r"(/dataloader_idx_\d+|_epoch|_step)$")  # that Lightning gives to names
+_ACCURACY = {"acc", "accuracy"}
+_LESS = {"loss", "error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "nll", "wer", "cer"}
+_MORE = _ACCURACY | {"auc", "auroc", "f1", "iou", "miou", "map", "r2", "precision", "recall", "dice", "bleu", "psnr"}
+# Columns of results and steps that are the study's own.
+_TAKEN = {"method", "seed", "read_out", "lr", "train_loss", "step", "epoch", "loss", "gradients", "seconds"}
+_TAKEN |= {"refreshes", "hvps", "alignment", "overlap", "trial", "start_loss"}
+
+
+def better(monitor: str) -> Mode:
+    """Whether less or more of a quantity is better, by the words of its name.
+
+    Raises:
+        ValueError: If they do not tell.
+    """
+    words = set(_words(monitor))
+    if words & _MORE:
+        return "max"
+    if words & _LESS:
+        return "min"
+    raise ValueError(f"expected --mode min or max with --monitor {monitor}, whose name does not tell, got none")
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", _SUFFIX.sub("", name.lower()))
 
 
 @dataclass(frozen=True)
@@ -30,28 +58,48 @@ class Measure:
         return value if self.lower_is_better else -value
 
     @property
-    def title(self) -> str:
-        """Of a table or an axis."""
-        return f"{self.label[0].upper()}{self.label[1:]}{self.unit and ', ' + self.unit.strip()}"
+    def header(self) -> str:
+        """Of a column or an axis."""
+        return f"{self.label}{self.unit and ', ' + self.unit.strip()}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A quantity by the name that a module logs it under in validation, and whether less of it or more is better."""
+    """A quantity by the name that a module logs it under in validation, and whether less of it or more is better.
+
+    Attributes:
+        monitor: The name.
+        mode: What is better.
+        shares: Whether an accuracy is a share of 1, which is printed in per cent, and not in per cent already.
+    """
 
     monitor: str
     mode: Mode
+    shares: bool = True
+
+    def __post_init__(self) -> None:
+        if self.monitor in _TAKEN:
+            raise ValueError(
+                f"expected --monitor to be logged in validation under a name of its own, got {self.monitor!r}, which "
+                "the study's files use; log it as val_... too"
+            )
 
     @property
     def tested(self) -> str:
-        """Its name in a test: that of validation with "test" in place of the first "valid" or "val"."""
-        stage = next((stage for stage in ("validation", "valid", "val") if stage in self.monitor), "")
-        return self.monitor.replace(stage, "test", 1) if stage else f"test_{self.monitor}"
+        """Its name in a test: that of validation with "test" in place of the word for validation."""
+        name, count = _VALIDATION.subn("test", self.monitor, count=1)
+        return name if count else f"test_{name}"
+
+    @property
+    def as_logged_in_a_test(self) -> list[str]:
+        """Names that it may be logged under in a test, the likeliest first; of one loader they have no number."""
+        names = [self.tested, self.monitor]
+        return list(dict.fromkeys([*names, *(_SUFFIX.sub("", name) for name in names)]))
 
     @property
     def is_share(self) -> bool:
         """Whether it is an accuracy, which is printed in per cent."""
-        return self.monitor.endswith(("accuracy", "acc"))
+        return self.shares and bool(_ACCURACY & set(_words(self.monitor)))
 
     @property
     def validation(self) -> Measure:
@@ -65,7 +113,8 @@ class Score:
 
     def criterion(self, columns: Collection[str]) -> Measure:
         """What the settings of a method are chosen by: the validation loss, or this where none is logged."""
-        return _VAL_LOSS if _VAL_LOSS.column in columns else self.validation
+        own = self.monitor == _VAL_LOSS.column or _VAL_LOSS.column not in columns
+        return self.validation if own else _VAL_LOSS
 
     def measures(self, columns: Collection[str]) -> list[Measure]:
         """What results are compared by, the main one first: in test where that was made, in validation, and the loss.
@@ -77,8 +126,8 @@ class Score:
         return [measure for measure in every if measure.column in columns]
 
     def _measure(self, column: str) -> Measure:
-        words = column.replace("_", " ").replace("/", " ").split()
-        words = [{"val": "validation", "valid": "validation", "acc": "accuracy"}.get(word, word) for word in words]
+        name = _VALIDATION.sub("validation", _SUFFIX.sub("", column), count=1)
+        words = [{"acc": "accuracy"}.get(word, word) for word in re.split(r"[_/\s]+", name)]
         share = (100, 1, " %", " points") if self.is_share else ()
         return Measure(column, " ".join(words), self.mode == "min", *share)
 

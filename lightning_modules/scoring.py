@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +11,8 @@ import torch
 from lightning_modules.averages import ReadOut, ReadOuts, calibration_batches
 from lightning_modules.batch_loss import batch_losses
 from lightning_modules.quiet import quiet, quiet_trainer
+from lightning_modules.score import Score
+from lightning_modules.stages import Split
 from lightning_modules.training_samples import in_batches, training_samples
 
 EVALUATED = 5000  # training samples, at most, that the training loss is taken on
@@ -21,7 +23,7 @@ Scores = dict[str, float]
 
 
 def score_read_outs(
-    trainer: pl.Trainer, read_outs: ReadOuts, wanted: Sequence[ReadOut], *, stages: Sequence[str]
+    trainer: pl.Trainer, read_outs: ReadOuts, wanted: Sequence[ReadOut], *, score: Score, stages: Sequence[Split]
 ) -> Iterator[tuple[ReadOut, Scores]]:
     """Scores of each wanted read-out of a run that has ended.
 
@@ -29,7 +31,8 @@ def score_read_outs(
         trainer: The run's.
         read_outs: What was gathered along it.
         wanted: Read-outs.
-        stages: "val", "test", or both; what the module logs there, under its own names, is what it scores.
+        score: What is compared.
+        stages: "val", "test", or both.
 
     Yields:
         A read-out, and its training loss on the same samples for all, without dropout or augmentation, and scores.
@@ -43,17 +46,34 @@ def score_read_outs(
         with read_outs.applied(name, module, calibration):
             scores = {"train_loss": _mean_loss(module, samples)}
             for stage in stages:
-                scores |= scores_of(module, data, stage)
+                scores |= wanted_scores(logged_scores(module, data, stage), stage, score)
         yield name, scores
 
 
-def scores_of(module: pl.LightningModule, data: pl.LightningDataModule | None, stage: str, **limits: Any) -> Scores:
-    """What a module logs in "val" or in "test", by name."""
-    with quiet():
-        judge = quiet_trainer(**limits)
-        evaluate = judge.validate if stage == "val" else judge.test
-        found = evaluate(module, datamodule=data, verbose=False)
-    return {name: float(value) for loader in found for name, value in loader.items()}
+def logged_scores(
+    module: pl.LightningModule, data: pl.LightningDataModule | None, stage: Split, **limits: Any
+) -> Scores:
+    """All that a module logs in "val" or in "test", by name; its trainer is the one that it had afterwards."""
+    had = module._trainer
+    try:
+        with quiet():
+            judge = quiet_trainer(**limits)
+            evaluate = judge.validate if stage == "val" else judge.test
+            evaluate(module, datamodule=data, verbose=False)
+    finally:
+        module.trainer = had
+        if data is not None:
+            data.trainer = had
+    return {name: float(value) for name, value in judge.callback_metrics.items()}
+
+
+def wanted_scores(logged: Mapping[str, float], stage: Split, score: Score) -> Scores:
+    """The loss and the score of a stage among what was logged there, under their names in results; what there is."""
+    if stage == "val":
+        return {name: logged[name] for name in dict.fromkeys(("val_loss", score.monitor)) if name in logged}
+    tested = next((logged[name] for name in score.as_logged_in_a_test if name in logged), None)
+    loss = {"test_loss": logged["test_loss"]} if "test_loss" in logged else {}
+    return loss if tested is None else {**loss, score.tested: tested}
 
 
 def _mean_loss(module: pl.LightningModule, samples: Sequence[tuple[Any, int]]) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_modules.batch_loss import batch_losses, loss_in, run_step
+from lightning_modules.batch_loss import loss_in, run_step, unnoticed
 from lightning_modules.classifier import Classifier
 from nsgd.guard import RandomState, untouched
 
@@ -21,23 +21,14 @@ class _Steps(pl.LightningModule):
 
     gradients_per_step: ClassVar[int] = 2
 
-    lr: float
-    rho: float
-    momentum: float
-    weight_decay: float
+    _sam: dict[str, float]  # lr, rho, momentum and weight_decay, apart from attributes that the module may have
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SAM over SGD."""
         from pytorch_optimizer import SAM  # here, since it brings a hundred optimizers and takes 0.4 s to import
 
-        return SAM(
-            self.parameters(),
-            torch.optim.SGD,
-            rho=self.rho,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
+        options: dict[str, Any] = dict(self._sam)
+        return SAM(self.parameters(), torch.optim.SGD, **options)
 
     def on_fit_start(self) -> None:
         """Refuse what would train otherwise than it says."""
@@ -66,26 +57,21 @@ class _Steps(pl.LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss_in(output, self))
 
-        own = getattr(super(), "curvature_loss", None)
+        has_own = hasattr(super(), "curvature_loss")  # which leaves metrics and logs alone by itself
 
         def gradient_at_perturbed_weights() -> None:
-            if own is not None:  # leaves metrics and logs alone by itself
-                with untouched(self, device=self.device):
-                    drawn.restore()  # the same dropout
-                    self.manual_backward(own(batch))
-            else:
-                with batch_losses(self) as loss:
-                    drawn.restore()
-                    self.manual_backward(loss(batch, batch_idx))
+            with untouched(self, device=self.device) if has_own else unnoticed(self):
+                drawn.restore()  # the same dropout
+                self.manual_backward(self.curvature_loss(batch, batch_idx))
 
         optimizer.step(gradient_at_perturbed_weights)  # one for trainer.global_step
         self._step_schedulers(batch_idx)
         return output
 
-    def curvature_loss(self, batch: Any) -> Tensor:
+    def curvature_loss(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """The loss of a batch and nothing else; callbacks measure with it, as ``training_step`` takes steps."""
         own = getattr(super(), "curvature_loss", None)
-        return loss_in(run_step(super().training_step, batch, 0) if own is None else own(batch), self)
+        return loss_in(run_step(super().training_step, batch, batch_idx) if own is None else own(batch), self)
 
     def _step_schedulers(self, batch_idx: int) -> None:
         for config in self.trainer.lr_scheduler_configs:
@@ -131,6 +117,7 @@ class SharpnessAware(_Steps, Classifier):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(net, input_shape, num_classes, lr, sizes=sizes)
+        self.rho, self.momentum, self.weight_decay = rho, momentum, weight_decay
         _begin(self, lr=lr, rho=rho, momentum=momentum, weight_decay=weight_decay)
 
 
@@ -159,13 +146,13 @@ def sharpness_aware(
         )
     kind = type(module)
     module.__class__ = type(f"SharpnessAware{kind.__name__}", (_Steps, kind), {"__module__": __name__})
-    _begin(module, lr=lr, rho=rho, momentum=momentum, weight_decay=weight_decay)
+    _begin(cast(_Steps, module), lr=lr, rho=rho, momentum=momentum, weight_decay=weight_decay)
     return module
 
 
-def _begin(module: Any, **options: float) -> None:
+def _begin(module: _Steps, **options: float) -> None:
     for name, value in options.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
     module.automatic_optimization = False
-    vars(module).update(options)
+    module._sam = options

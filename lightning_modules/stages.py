@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsgd import NSGD
 
-Stage = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test"]
 
 
 class Stages(pl.LightningModule, ABC):
@@ -20,7 +20,7 @@ class Stages(pl.LightningModule, ABC):
     lr: float
 
     @abstractmethod
-    def evaluate(self, batch: Any, stage: Stage) -> Tensor:
+    def evaluate(self, batch: Any, stage: Split) -> Tensor:
         """The mean loss of a batch; what is logged has the stage before its name."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -123,7 +123,7 @@ def times_to_target(
         for seed in seeds:
             validated = [row for row in runs.get(seed, []) if score.monitor in row]
             # Lightning's scores are float32, which may lie just below the share of images that they stand for.
-            least = score.sign * target - _ROUNDING * max(1.0, abs(target))
+            least = score.sign * target - _ROUNDING * abs(target)
             reached = next((row for row in validated if score.sign * row[score.monitor] >= least), None)
             costs = {name: math.inf if reached is None else float(reached[name]) for name in COSTS}
             rows.append({"method": method, "seed": seed, "reached": int(reached is not None), **costs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules.callbacks import make_measurements
 from lightning_modules.classifier import Classifier
@@ -27,9 +29,9 @@ from lightning_modules.methods import (
     prepare,
     tuned_as,
 )
-from lightning_modules.score import Mode, Score
-from lightning_modules.scoring import scores_of
-from lightning_modules.stages import Stage
+from lightning_modules.score import Mode, Score, better
+from lightning_modules.scoring import logged_scores, wanted_scores
+from lightning_modules.stages import Split
 
 Ranges = dict[str, list[float]]  # lowest and highest value of a hyperparameter
 
@@ -39,13 +41,13 @@ class Study:
     """Train every method with every seed, and compare the weights and their averages.
 
     Args:
-        data: Digits, HuggingFace with ``--data.path``, Characters, or a LightningDataModule of your own, whose setup
-            splits alike whenever it is called; null where the module has data loaders of its own.
+        data: Digits, HuggingFace with ``--data.path``, Characters, or a LightningDataModule of your own; null where the
+            module has data loaders of its own.
         model: LightningModule that is trained, as in nsgd fit; null for our Classifier with ``net`` and ``sizes``. Each
-            method's optimizer takes the place of its own, and of its schedules.
+            method's optimizer takes the place of its own, of its schedules and of its callbacks.
         monitor: What is compared beside the training loss: the name that the module logs it under in validation, with
             "test" in place of "val" in its test; null for val_accuracy, or with a model of its own val_loss.
-        mode: Whether less of it (min) or more (max) is better; null for max where it is an accuracy, else min.
+        mode: Whether less of it (min) or more (max) is better; null where its name tells, as loss, error, accuracy do.
         net: Name of the network, or module:name of a function of your own from (channels, height, width) and the number
             of classes to a torch module; nsgd compare --help lists the names.
         sizes: Sizes that differ from the network's own, for example {widths: [16, 32], kernel_size: 3}.
@@ -68,6 +70,8 @@ class Study:
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
             averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
         nsgd: Options of NSGD.
+        data_config: Class path and options of the data as a file has them; null for those that they save as
+            hyperparameters.
     """
 
     data: pl.LightningDataModule | None = field(default_factory=Digits)
@@ -89,16 +93,18 @@ class Study:
     threads: int = 1
     measure: list[str] = field(default_factory=list)
     nsgd: NSGDOptions = field(default_factory=NSGDOptions)
+    data_config: dict[str, Any] | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain values; as a file it is a study of its own."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("data", "nsgd")}
+        apart = {"data", "data_config", "nsgd"} | ({"net", "sizes"} if self.model is not None else set())
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         score = {"monitor": self.score.monitor, "mode": self.score.mode}
         return {"data": self._data(), **plain, **score, "nsgd": asdict(self.nsgd)}
 
     def _data(self) -> dict[str, Any] | None:
-        if self.data is None:
-            return None
+        if self.data is None or self.data_config is not None:
+            return self.data_config
         kind = type(self.data)
         # Of a class of the user's, hparams also hold the options of its base, which it need not take.
         taken = signature(kind).parameters
@@ -110,7 +116,7 @@ class Study:
     def score(self) -> Score:
         """What is compared beside the training loss."""
         monitor = self.monitor or ("val_accuracy" if self.model is None else "val_loss")
-        return Score(monitor, self.mode or ("max" if Score(monitor, "max").is_share else "min"))
+        return Score(monitor, self.mode or better(monitor))
 
     def check(self) -> None:
         """Raise a ValueError for what cannot run, before anything does."""
@@ -126,12 +132,14 @@ class Study:
             raise ValueError(f"expected sweep to be lr or null, got {self.sweep!r}")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise ValueError(f"expected lr >= 0 and finite, got {self.lr}")
-        if self.target is not None and self.score.is_share and not 0 < self.target < 1:
+        if self.target is not None and self.model is None and self.score.is_share and not 0 < self.target < 1:
             raise ValueError(f"expected target to be an accuracy between 0 and 1, got {self.target}")
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"expected target to be finite, got {self.target}")
         if self.mode not in (None, "min", "max"):
             raise ValueError(f"expected mode to be min, max or null, got {self.mode!r}")
+        if self.model is not None and self.sizes is not None:
+            raise ValueError(f"expected no sizes with a model, whose options are its own, got {self.sizes}")
         if self.lr is not None and self.tune and any("lr" in self.ranges(tuned_as(m)) for m in self.methods):
             raise ValueError(
                 f"expected no lr with tune, whose trials look for it, got {self.lr}; leave one of them out"
@@ -157,7 +165,9 @@ class Study:
             largest = {name: ends[1] for name, ends in self.ranges(tuned_as(method)).items()} if self.tune else {}
             module = self.module()
             prepare(module, method, {**self.given(method), **largest}, self.nsgd)
-            module.configure_optimizers()
+            module.configure_model()
+            if not is_overridden("setup", module):  # which may make layers, from the data
+                module.configure_optimizers()
             if RECIPES[method].damping is not None:
                 solver = "random" if method == "random" else self.nsgd.solver
                 self.nsgd.callback().check_samples([solver], module)
@@ -168,17 +178,24 @@ class Study:
 
     def _check_scores(self) -> None:
         """Validate, and test, on one batch: what is to be compared has to be logged there."""
-        stages: dict[Stage, str] = {"val": self.score.monitor, "test": self.score.tested}
+        module, data = self.module(), self.fresh_data()
+        kind = type(module).__name__
+        if not is_overridden("validation_step", module) or self.loader_of("val") is None:
+            raise ValueError(
+                f"expected {kind} to have a validation_step, and its data a val_dataloader, got none; a study compares "
+                "what is logged there"
+            )
+        stages: dict[Split, str] = {
+            "val": self.score.monitor,
+            **({"test": self.score.tested} if self.is_tested else {}),
+        }
         for stage, name in stages.items():
-            if stage == "test" and not self.is_tested:
-                continue
-            limits = {f"limit_{stage}_batches": 1}
-            logged = scores_of(self.module(), self.data, stage, **limits) if self.loader_of(stage) is not None else {}
-            if name not in logged:
-                where = "validation" if stage == "val" else "its test"
+            logged = logged_scores(module, data, stage, **{f"limit_{stage}_batches": 1})
+            if name not in wanted_scores(logged, stage, self.score):
+                mend = "name what it logs there with --monitor" if stage == "val" else "log it there as well"
                 raise ValueError(
-                    f"expected {type(self.module()).__name__} to log {name} in {where}, got "
-                    f"{', '.join(logged) or 'nothing'}; name what it logs in validation with --monitor"
+                    f"expected {kind} to log {name} in {'validation' if stage == 'val' else 'its test'}, got "
+                    f"{', '.join(logged) or 'nothing'}; {mend}"
                 )
 
     def _check_more(self) -> None:
@@ -217,17 +234,30 @@ class Study:
         shape, classes = self.data.input_shape, self.data.num_classes  # type: ignore[union-attr]
         return Classifier(self.net, shape, classes, sizes=self.sizes)
 
-    def loader_of(self, stage: Stage) -> Any:
+    def loader_of(self, stage: Split) -> Any:
         """The loader of a stage, of the data or of the module; None where there is none."""
         name = f"{stage}_dataloader"
+        source: Any = self.fresh_data()
+        if source is None:
+            source = self.module()
+            source.prepare_data()
+            source.setup("test" if stage == "test" else "fit")
+        return getattr(source, name)() if is_overridden(name, source) else None
+
+    def fresh_data(self) -> pl.LightningDataModule | None:
+        """The data as they are before any run, set up once for all stages; None where the module has its own.
+
+        Each run has a copy, so that it finds generators and the like as the others do. And they are not set up again
+        for its validation and test, where many split anew, at random, and mix what was trained on with what was not.
+        """
         if self.data is None:
-            module = self.module()
-            return getattr(module, name)() if is_overridden(name, module) else None
-        if not is_overridden(name, self.data):
             return None
-        self.data.prepare_data()
-        self.data.setup("test" if stage == "test" else "fit")  # many split nothing but at "fit"
-        return getattr(self.data, name)()
+        data = copy.deepcopy(self.data)
+        data.prepare_data()
+        for stage in ("fit", "validate", *(["test"] if is_overridden("test_dataloader", data) else [])):
+            data.setup(stage)
+        vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
+        return data
 
     @cached_property
     def is_tested(self) -> bool:
@@ -254,13 +284,13 @@ class Study:
         loader = self.loader_of("train")
         if loader is None:
             raise ValueError("expected data with a train_dataloader, got none; give --data, or the model one")
-        try:
-            return self.epochs * len(loader)
-        except TypeError as error:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            what = "an IterableDataset" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
             raise ValueError(
-                f"expected a train_dataloader with a length, got {type(loader).__name__} without one: a study needs to "
-                "know its steps beforehand"
-            ) from error
+                f"expected a train_dataloader that is a DataLoader over a data set with a length, got {what}: a study "
+                "needs to know its steps beforehand, and takes the training loss of samples"
+            )
+        return self.epochs * len(loader)
 
 
 def _made(config: Mapping[str, Any]) -> pl.LightningModule:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from lightning_modules import HuggingFace  # noqa: F401 (a name for --data)
+from lightning_modules import Characters
 from lightning_modules.compare import run_one, run_study
 from lightning_modules.complaints import BadOption, one_sentence
+from lightning_modules.data import ImageData
 from lightning_modules.escape import EscapeStudy, run_escape
 from lightning_modules.escape_report import print_escape, write_escape
-from lightning_modules.from_data import OWN_DATA, link_to_data, model_class, own_model
+from lightning_modules.from_data import FROM_DATA, OWN_DATA, link_to_data, model_class, own_model
 from lightning_modules.given_options import given_options
 from lightning_modules.launch import Launcher
 from lightning_modules.progress import progress_bar
@@ -27,6 +29,11 @@ _DESCRIPTION = "Train every method with every seed, and compare."
 
 
 class _Parser(ArgumentParser):
+    """Takes options by their full names only, and leaves it to the caller to say what is wrong."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadOption(message) from ex
 
@@ -52,20 +59,21 @@ def run_compare_command(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     parser.add_argument("--launcher", type=Launcher, default="local", help="local, or ray for tasks of a Ray cluster")
     parser.add_argument("--run", type=int, help="make this run of the study alone, by its number from 0 on")
-    parser.add_class_arguments(Study, skip={"model"})
+    parser.add_class_arguments(Study, skip={"model", "data_config"})
     help_ = "LightningModule that is trained, in place of our Classifier with the network --net, as in nsgd fit"
     parser.add_subclass_arguments(pl.LightningModule, "model", required=False, instantiate=False, help=help_)
-    argv = _with_study(argv)
+    argv = _with_study(_in_two_words(argv))
     parsed, study = _study(parser, argv)
     console = Console()
+
+    def say(words: str) -> None:
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
+
     with progress_bar(console) as update:
         if parsed.run is not None:
-            run_one(study, parsed.out, parsed.run, update)
+            name = run_one(study, parsed.out, parsed.run, update)
+            say(f"{parsed.out / name} is finished; without --run the same command makes the others, and the report")
             return 0
-
-        def say(words: str) -> None:
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
-
         died = run_study(study, parsed.out, update, jobs=parsed.jobs, launcher=parsed.launcher, say=say)
     report = write_report(parsed.out)
     print_table(parsed.out, console)
@@ -84,10 +92,21 @@ def _study(parser: _Parser, argv: list[str]) -> tuple[Namespace, Study]:
     named = {"data": given.get("data") or data, "model": given.get("model")}
     parsed = _parsed(parser, argv, "nsgd compare", {option: str(name) for option, name in named.items() if name})
     values = parser.instantiate_classes(parsed)
-    if values.data is not None and not values.data.hparams and "init_args" in parsed.data:
-        values.data.save_hyperparameters(parsed.data.init_args.as_dict())  # of a class that keeps none itself
-    options = {field.name: values[field.name] for field in fields(Study)}
-    return parsed, Study(**{**options, "model": values.model and values.model.as_dict()})
+    plain = yaml.safe_load(parser.dump(parsed))  # as a file has it, without what is linked
+    model = plain.get("model")
+    if model is not None:
+        linked = {name: value for name, value in (values.model.get("init_args") or {}).items() if name in FROM_DATA}
+        model = {**model, "init_args": {**linked, **(model.get("init_args") or {})}}
+    # Ours say what they were made with, in a form that does for any folder; other classes need not.
+    config = None if isinstance(values.data, ImageData | Characters | None) else plain["data"]
+    options = {f.name: values[f.name] for f in fields(Study) if f.name not in ("model", "data_config")}
+    return parsed, Study(**options, model=model, data_config=config)
+
+
+def _in_two_words(argv: list[str]) -> list[str]:
+    """Options that are looked for here, as --config FILE where they came as --config=FILE."""
+    words = [word.split("=", 1) if word.startswith(("--config=", "--data=", "--model=")) else [word] for word in argv]
+    return [part for parts in words for part in parts]
 
 
 def _classes_first(argv: list[str]) -> list[str]:
@@ -104,7 +123,9 @@ def _with_study(argv: list[str]) -> list[str]:
         own = Path(__file__).parent / "studies" / f"{argv[0]}.yaml"
         if not own.exists() and not Path(argv[0]).is_file():
             names = ", ".join(sorted(path.stem for path in own.parent.glob("*.yaml")))
-            raise ValueError(f"expected STUDY to be {names}, or a YAML file, got {argv[0]!r}, which is neither")
+            is_file = Path(argv[0]).suffix in (".yaml", ".yml")
+            which = "which does not exist" if is_file else "which is neither"
+            raise ValueError(f"expected STUDY to be {names}, or a YAML file, got {argv[0]!r}, {which}")
         return ["--config", str(own if own.exists() else argv[0]), *_classes_first(argv[1:])]
     if any(word.split("=")[0] in ("--data", "--net", "--model", "--config") for word in argv):
         return argv if "--config" in argv else _classes_first(argv)

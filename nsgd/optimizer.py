@@ -24,9 +24,9 @@ class NSGD(Damped, SGD):
 
     The directions are cheapest from the gradients of single samples: ``optimizer.backward(loss,
     curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x[:32], y[:32], module=model),
-    batch_fraction=32 / len(x))``. A refresh then costs one gradient of those 32, takes no second derivatives, and is
-    averaged with all before it. From a loss alone, or a closure, they are the top eigenvectors of its Hessian, found by
-    up to 2k + 2 Hessian-vector products, each worth two gradients. The basis takes k times the memory of the
+    batch_fraction=len(x[:32]) / len(x))``. A refresh then costs one gradient of those 32, takes no second derivatives,
+    and is averaged with all before it. From a loss alone, or a closure, they are the top eigenvectors of its Hessian,
+    found by up to 2k + 2 Hessian-vector products, each worth two gradients. The basis takes k times the memory of the
     parameters.
 
     Args:

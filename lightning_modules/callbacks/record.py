@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,8 @@ class RecordSteps(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the step."""
-        step, loss = trainer.global_step, float(outputs["loss"])
+        # A training_step may pass a batch over, and has no loss then.
+        step, loss = trainer.global_step, float(outputs["loss"]) if outputs and "loss" in outputs else math.nan
         optimizer = trainer.optimizers[0]
         row: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "loss": loss}
         refreshes = optimizer.refreshes if isinstance(optimizer, Damped) else 0

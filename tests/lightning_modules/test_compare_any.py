@@ -20,15 +20,16 @@ from lightning_modules.compare import run_study
 from lightning_modules.methods import NSGDOptions
 from lightning_modules.rows import read_csv
 from lightning_modules.runs import plan_runs
-from lightning_modules.score import Score
+from lightning_modules.score import Score, better
 from lightning_modules.statistics import times_to_target
 from lightning_modules.study import Study
 
-MODULE = """
+MODULE = '''
+from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
 def samples(count, seed):
     x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
@@ -91,6 +92,105 @@ class Manual(Mine):
         super().__init__()
         self.automatic_optimization = False
 
+class Normless(Mine):
+    def __init__(self, dropout: float = 0.0):
+        super().__init__(dropout=dropout)
+        self.body[1] = nn.Identity()
+
+class Frozen(Mine):
+    """Its BatchNorm stays as it was pretrained, and a second network has one that training never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.BatchNorm1d(1)
+        for norm in (self.body[1], self.teacher):
+            norm.running_mean.fill_(3.0)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body[1].eval()
+        return self
+
+    def judge(self, batch, stage):
+        super().judge(batch, stage)
+        self.log(f"{stage}_loss", self.body[1].running_mean.mean() + 10 * self.teacher.running_mean.mean())
+
+class Named(Mine):
+    """With attributes that SAM's options are called too, a loss that goes by the batch's number, and a logger."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.momentum, self.rho = 0.996, "mine"
+
+    @property
+    def lr(self):
+        return 1e-9
+
+    def training_step(self, batch, batch_idx):
+        assert (self.momentum, self.rho) == (0.996, "mine")
+        self.logger.experiment.add_scalar("x", 1.0)
+        self.log("rate", self.optimizers().param_groups[0]["lr"])
+        factor = (1 + batch_idx) * (1 + self.trainer.current_epoch)
+        return factor * nn.functional.mse_loss(self.body(batch[0]), batch[1])
+
+class Both(Mine):
+    """The same name in validation and test, and names that are the study's own."""
+
+    def judge(self, batch, stage):
+        self.log("acc", {"val": 0.25, "test": 0.75}[stage], logger=False)
+        self.log_dict({"train_loss": 777.0, "lr": 5.0, "seed": 9.0})
+
+    def test_step(self, batch, batch_idx):
+        self.judge(batch, "test")
+
+class Stopping(Mine):
+    def configure_callbacks(self):
+        return [pl.callbacks.EarlyStopping("val/error", min_delta=1e9, patience=0), pl.callbacks.LearningRateMonitor()]
+
+class WarmUp(Mine):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+
+class Skips(Mine):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 1 else super().training_step(batch)
+
+class OwnSetup(Mine):
+    def prepare_data(self):
+        self.prepared = True
+
+    def setup(self, stage):
+        self.data = samples(50, 0), samples(30, 1)
+
+    def train_dataloader(self):
+        return DataLoader(self.data[0], 10, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.data[1], 8)
+
+class Typed(Mine):
+    def __init__(self, path: Path = Path("a"), activation: type[nn.Module] = nn.ReLU, more: nn.Module | None = None):
+        super().__init__()
+        assert isinstance(path, Path) and activation is nn.Sigmoid and isinstance(more, nn.Identity)
+
+class SplitsAnew(Data):
+    """At every setup, without a generator of its own."""
+
+    def setup(self, stage):
+        self.train, self.held_out = random_split(samples(80, 0), [50, 30])
+
+class Drawing(Data):
+    """A generator of its own, made once, and half of its options saved."""
+
+    def __init__(self, batch: int = 10, count: int = 50):
+        super().__init__(batch, count)
+        self.save_hyperparameters("batch")
+        self.generator = torch.Generator().manual_seed(5)
+
+    def train_dataloader(self):
+        return DataLoader(self.train, self.batch, shuffle=True, generator=self.generator)
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from samples(50, 0)
@@ -101,7 +201,7 @@ class Endless(Data):
 
 class Empty(pl.LightningDataModule):
     pass
-"""
+'''
 _numbers = itertools.count()
 
 
@@ -143,6 +243,11 @@ def ran(folder: Path, chosen: Study) -> Path:
         ("val/f1", "test/f1", "validation f1", False),
         ("validation_loss", "test_loss", "validation loss", False),
         ("perplexity", "test_perplexity", "perplexity", False),
+        ("val_acc_epoch", "test_acc_epoch", "validation accuracy", True),
+        ("val_acc/dataloader_idx_0", "test_acc/dataloader_idx_0", "validation accuracy", True),
+        ("eval_loss", "test_loss", "validation loss", False),
+        ("value_loss", "test_value_loss", "value loss", False),
+        ("retrieval_map", "test_retrieval_map", "retrieval map", False),
     ],
 )
 def test_a_score_is_called_by_what_it_is(monitor, tested, label, share):
@@ -152,7 +257,35 @@ def test_a_score_is_called_by_what_it_is(monitor, tested, label, share):
     assert [m.column for m in score.measures({tested, monitor, "train_loss"})] == [tested, monitor, "train_loss"]
     assert score.criterion(["val_loss"]).column == "val_loss"
     assert score.criterion([monitor]).column == monitor
-    assert score.validation.title == label.capitalize() + (", %" if share else "")
+    assert score.validation.header == label + (", %" if share else "")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [("val_acc_epoch", "max"), ("val_auroc", "max"), ("valid/F1", "max"), ("val_loss", "min"), ("eval_rmse", "min")],
+)
+def test_a_name_tells_what_is_better(monitor, mode):
+    assert better(monitor) == mode
+
+
+def test_a_name_that_does_not_tell_asks_for_the_mode():
+    with pytest.raises(ValueError, match="expected --mode min or max with --monitor val_energy"):
+        better("val_energy")
+
+
+@pytest.mark.parametrize("name", ["loss", "train_loss", "lr", "seed", "step"])
+def test_a_name_that_the_studys_files_use_is_refused(name):
+    with pytest.raises(ValueError, match="logged in validation under a name of its own"):
+        Score(name, "min")
+
+
+def test_the_loss_that_is_monitored_is_also_the_criterion():
+    assert not Score("val_loss", "max").criterion(["val_loss"]).lower_is_better
+    assert Score("val_acc", "max").criterion(["val_loss", "val_acc"]).lower_is_better
+
+
+def test_an_accuracy_in_per_cent_is_left_so():
+    assert Score("val_acc", "max", shares=False).validation.header == "validation accuracy"
 
 
 def test_the_best_row_is_the_least_bad():
@@ -200,7 +333,6 @@ def test_scores_are_the_modules_own_and_the_training_loss_is_without_dropout(own
     for name, part in (("train_loss", train), ("val/error", held_out)):
         x, y = part.tensors
         assert last[name] == pytest.approx(nn.functional.mse_loss(net(x), y).item(), rel=1e-4)
-    assert last["val/r2"] == pytest.approx(1 - last["val/error"] / 7, rel=1e-4)
     measures = [row["measure"] for row in read_csv(folder / "summary.csv") if row["read_out"] == "last"]
     assert measures == ["val/error", "train_loss"]  # there is no test_step
     assert [row["val/error"] for row in read_csv(folder / "runs" / "sgd-0" / "metrics.csv") if "val/error" in row]
@@ -262,6 +394,93 @@ def test_a_module_with_loaders_of_its_own_needs_no_data(own, tmp_path):
     assert yaml.safe_load((alone / "config.yaml").read_text())["data"] is None
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
+def test_layers_that_training_leaves_alone_keep_their_statistics(own, tmp_path):
+    folder = ran(tmp_path / "out", study(own, "Frozen", methods=["sgd"]))
+    assert {row["val_loss"] for row in read_csv(folder / "results.csv")} == {33.0}  # in each read-out
+
+
+def test_sam_leaves_attributes_of_the_module_alone_and_takes_the_losses_of_its_step(own, tmp_path):
+    settings = {"sam": {"rho": 0.0, "momentum": 0.0}}
+    folder = ran(tmp_path / "out", study(own, "Named", methods=["sgd", "sam"], settings=settings))
+    sgd, sam = (read_csv(folder / "runs" / f"{m}-0" / "metrics.csv") for m in ("sgd", "sam"))
+    assert [row["loss"] for row in sam] == [row["loss"] for row in sgd]
+    assert sgd[-1]["loss"] != sgd[0]["loss"]
+    rows = {(row["method"], row["read_out"]): row for row in read_csv(folder / "results.csv")}
+    for read_out in ("last", "ema", "swa", "two-point"):
+        assert rows["sgd", read_out]["train_loss"] == rows["sam", read_out]["train_loss"]
+    # All read-outs at the same epoch: the average of the last steps is near the last one, not half of it.
+    assert rows["sgd", "two-point"]["train_loss"] == pytest.approx(rows["sgd", "last"]["train_loss"], rel=0.3)
+
+
+def test_names_of_validation_test_and_the_study_do_not_get_mixed_up(own, tmp_path):
+    (row, *_) = read_csv(ran(tmp_path / "out", study(own, "Both", methods=["sgd"], monitor="acc")) / "results.csv")
+    assert (row["acc"], row["test_acc"], row["seed"], row["lr"]) == (0.25, 0.75, 0, 0.05)
+    assert row["train_loss"] < 100
+
+
+def test_callbacks_of_the_module_do_not_end_its_runs(own, tmp_path):
+    rows = read_csv(ran(tmp_path / "out", study(own, "Stopping", methods=["sgd"], epochs=3)) / "results.csv")
+    assert [row["step"] for row in rows] == [15] * 4
+
+
+def test_a_batch_that_is_passed_over_has_no_loss(own, tmp_path):
+    folder = ran(tmp_path / "out", study(own, "Skips", methods=["sgd"]))
+    losses = [row["loss"] for row in read_csv(folder / "runs" / "sgd-0" / "metrics.csv")]
+    assert [math.isnan(loss) for loss in losses] == [False, True, False, False, False] * 2
+
+
+def test_a_module_that_sets_up_its_own_loaders_is_set_up(own, tmp_path):
+    rows = read_csv(ran(tmp_path / "out", study(own, "OwnSetup", data=None, methods=["sgd"])) / "results.csv")
+    assert rows == read_csv(ran(tmp_path / "with", study(own, methods=["sgd"])) / "results.csv")
+
+
+def test_data_that_split_at_random_whenever_they_are_set_up_are_split_once_for_a_run(own, tmp_path):
+    """The last weights score what the last validation in training said: on the same samples."""
+    data = __import__(own).SplitsAnew()
+    config = {"class_path": f"{own}.SplitsAnew"}
+    folder = ran(tmp_path / "out", study(own, "Normless", data=data, data_config=config, methods=["sgd"]))
+    steps = read_csv(folder / "runs" / "sgd-0" / "metrics.csv")
+    assert read_csv(folder / "results.csv")[0]["val/error"] == steps[-1]["val/error"]
+
+
+def test_every_run_finds_the_data_as_the_first_one_did(own, tmp_path):
+    """A generator that a data module makes once goes on from run to run otherwise."""
+    data = __import__(own).Drawing()
+    config, options = {"class_path": f"{own}.Drawing"}, NSGDOptions(k=2, gamma=1.0, samples=8, group_size=4)
+    folder = ran(tmp_path / "out", study(own, data=data, data_config=config, nsgd=options))
+    sgd, nsgd = (read_csv(folder / "runs" / f"{m}-0" / "metrics.csv") for m in ("sgd", "nsgd"))
+    assert [row["loss"] for row in nsgd] == [row["loss"] for row in sgd]
+
+
+def test_a_run_that_something_ends_early_dies(own, tmp_path, monkeypatch):
+    class Stop(pl.Callback):
+        seconds = 0.0
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 3
+
+    monkeypatch.setattr("lightning_modules.runs.make_measurements", lambda *_, **__: [Stop()])
+    said: list[str] = []
+    with pytest.raises(ValueError, match="no run of the study survived"):
+        run_study(study(own, methods=["sgd"]), tmp_path / "out", silent, say=said.append)
+    assert any("expected 10 steps, 3 were made" in words for words in said)
+
+
+def test_a_module_that_breaks_is_said_and_does_not_end_the_study_of_others(own, tmp_path, monkeypatch):
+    def broken(self: Any, batch: Any) -> Any:
+        raise ZeroDivisionError("as planned")
+
+    chosen = study(own, methods=["sgd"])
+    monkeypatch.setattr(__import__(own).Mine, "training_step", broken)
+    said: list[str] = []
+    with pytest.raises(ValueError, match="no run of the study survived"):
+        run_study(chosen, tmp_path / "out", silent, say=said.append)
+    assert said[0] == (
+        "1 run to make, 1 at a time: no time is predicted, for a first step ended with ZeroDivisionError: as planned"
+    )
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 MINE = ["--model", "{}.Mine", "--data", "{}.Data"]
@@ -305,6 +524,48 @@ def test_a_language_model_takes_its_vocabulary_from_its_data(own, capsys):
     assert yaml.safe_load(Path("a/config.yaml").read_text())["model"]["init_args"]["vocabulary"] == 29
 
 
+def test_options_of_any_type_reach_every_process(own):
+    """Paths, classes and modules in modules; and all options of data that saved some of them only."""
+    typed = ["--model.path", "b", "--model.activation", "torch.nn.Sigmoid", "--model.more", "torch.nn.Identity"]
+    args = ["--model", f"{own}.Typed", *typed, "--data", f"{own}.Drawing", "--data.count", "20", *SMALL]
+    args += ["--monitor", "val/error"]
+    assert main(["compare", *args, "--out", "one"]) == 0
+    assert main(["compare", *args, "--out", "two", "--jobs", "2"]) == 0
+    assert results("one") == results("two")
+    assert read_csv(Path("one/results.csv"))[0]["step"] == 4
+
+
+def printed_config(args: list[str], capsys: Any) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *args, "--print_config"])
+    assert not ended.value.code
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_options_come_after_a_config_however_it_is_given(own, capsys):
+    written = {"model": {"class_path": f"{own}.Mine"}, "data": {"class_path": f"{own}.Data"}, "epochs": 3}
+    Path("study.yaml").write_text(yaml.safe_dump(written))
+    for config in (["study.yaml"], ["--config", "study.yaml"], ["--config=study.yaml"]):
+        found = printed_config([*config, f"--model={own}.Tested", "--model.width=5"], capsys)
+        assert found["model"]["class_path"] == f"{own}.Tested"
+        assert (found["model"]["init_args"]["width"], found["epochs"]) == (5, 3)
+
+
+def test_a_misspelt_name_in_a_file_and_a_file_that_is_not_there(capsys, own):
+    Path("study.yaml").write_text("monitr: val_acc\n")
+    assert main(["compare", "study.yaml"]) == 2
+    assert "expected an option of nsgd compare, got monitr; did you mean monitor?" in capsys.readouterr().err
+    assert main(["compare", "nothing.yaml"]) == 2
+    assert "got 'nothing.yaml', which does not exist" in capsys.readouterr().err
+
+
+def test_a_run_by_its_number_says_where_it_lies_and_what_is_next(own, capsys):
+    args = ["compare", *(word.format(own) for word in MINE), *SMALL, "--monitor", "val/error", "--out", "out"]
+    assert main([*args, "--run", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "out/runs/nsgd-momentum-0 is finished; without --run the same command makes the others" in said
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -315,9 +576,14 @@ def test_a_language_model_takes_its_vocabulary_from_its_data(own, capsys):
         ([*MINE, "--model.depth", "3"], "expected an option of {}.Mine, got --model.depth"),
         ([*MINE, "--model.width", "wide"], "expected --model.width to be a whole number, got 'wide'"),
         (["--model", "{}.Manual", "--data", "{}.Data"], "got Manual, which takes its own optimizer steps"),
+        (["--model", "{}.WarmUp", "--data", "{}.Data"], "got WarmUp, which overrides optimizer_step"),
+        ([*MINE, "--monitor", "loss"], "expected --monitor to be logged in validation under a name of its own"),
+        ([*MINE, "--monitor", "energy"], "expected --mode min or max with --monitor energy"),
+        ([*MINE, "--sizes", "{{depth: 3}}"], "expected no sizes with a model, whose options are its own"),
+        ([*MINE, "--seed", "3"], "expected an option of nsgd compare, got --seed; did you mean --seeds?"),
         (["--model", "{}.Mine"], "expected data with a train_dataloader, got none; give --data, or the model one"),
         (["--model", "{}.Mine", "--data", "{}.Empty"], "expected data with a train_dataloader, got none"),
-        (["--model", "{}.Mine", "--data", "{}.Endless"], "expected a train_dataloader with a length, got DataLoader"),
+        (["--model", "{}.Mine", "--data", "{}.Endless"], "over a data set with a length, got an IterableDataset"),
         (["--data", "{}.Data"], "expected data with input_shape and num_classes for the network mlp, got Data"),
         (["--model", "{}.Nothing"], "expected --model to be a class that can be imported and made"),
         (["--model", "LanguageModel", "--data", "Digits"], "expected --model.vocabulary, as Digits has no vocabulary"),
