@@ -50,12 +50,13 @@ def one_sentence(
         kind = re.search(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>", said)
         wanted = kind[1] if kind else "class of its kind"
         return f"expected --{key} to be a {wanted}, got {found[1]!r}, which is none"
+    if found := re.search(r"argument (--[\w.]+): expected one argument", said):
+        return f"expected a value after {found[1]}, got none; give one, or '{{}}' for the defaults of a mapping"
     choices = re.findall(r"Expected a typing\.Literal\[(.+?)\](?:\.| -| Given)", said)
     plain = [_PLAIN[name] for name in re.findall(r"Expected an? <class '(\w+)'>", said) if name in _PLAIN]
     if choices or plain:
-        return (
-            f"expected --{key} to be {' or '.join([*choices, *plain])}, got {_got(said)!r}; {command} --help says more"
-        )
+        way = f"give its options as --{key}.OPTION VALUE" if plain == ["a mapping"] else f"{command} --help says more"
+        return f"expected --{key} to be {' or '.join([*choices, *plain])}, got {_got(said)!r}; {way}"
     if found := re.search(r"Expected a dot import path string: (\S+)", said):
         return (
             f"expected --{key} to be a class by its import path, such as module.Class, or a known one by its name, "

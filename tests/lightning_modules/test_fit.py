@@ -330,7 +330,12 @@ def test_one_sample_calibrates_nothing(calibration):
         (["--optimizer.lr", "0.1"], "expected --optimizer CLASS before an option of it"),
         (["--lr_scheduler", "StepLR"], "expected --lr_scheduler.step_size, which StepLR needs"),
         (["--damp.gama", "0.1"], "expected options of --damp among k, gamma"),
-        (["--damp", "3"], "expected --damp to be a mapping, got '3'"),
+        (["--damp", "3"], "expected --damp to be a mapping, got '3'; give its options as --damp.OPTION VALUE"),
+        (["--damp", "--trainer.max_epochs", "1"], "expected a value after --damp, got none; give one, or '{}' for the"),
+        (
+            ["--optimizer", "AdamW", "--optimizer.lr", "-1"],
+            "the optimizer refuses an option: Invalid learning rate: -1",
+        ),
         (["--data", "HuggingFace"], "expected --data.path, which HuggingFace needs, got none"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--config", "OWN.py"], "expected a config in YAML"),
