@@ -124,7 +124,7 @@ class Damped(Refreshing):
     def _count_step(self) -> None:
         first = self.param_groups[0]
         first["steps"] += 1
-        many = first["warmup_steps"] + 5  # the first refresh was due at once; a gradient scaler may skip a few steps
+        many = first["warmup_steps"] + 10  # the first refresh was due at once; a gradient scaler may skip a few steps
         if first["attempted_at"] < 0 and first["steps"] >= many and self._has_effect:
             self._warn_once(
                 "plain",

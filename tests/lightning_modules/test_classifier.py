@@ -7,7 +7,7 @@ import torch
 from strangers import Memory
 from torch.nn import functional as F
 
-from lightning_modules import Classifier, Digits
+from lightning_modules import Classifier, Digits, RefreshDirections
 from nsgd import NSGD
 
 
@@ -26,7 +26,7 @@ def test_validation_and_test_results_are_those_of_a_plain_loop(make_trainer):
 
 def test_training_accuracy_and_loss_are_logged_and_the_default_optimizer_is_nsgd(make_trainer):
     logger, module = Memory(), Classifier(lr=0.05)
-    trainer = make_trainer(logger=logger)
+    trainer = make_trainer(logger=logger, callbacks=[RefreshDirections()])
     trainer.fit(module, datamodule=Digits(batch_size=100))
     assert type(trainer.optimizers[0]) is NSGD
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
