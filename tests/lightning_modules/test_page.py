@@ -69,7 +69,6 @@ def write_example(path: Path, **options: Any) -> Path:
             Section(
                 "Where NSGD did not help",
                 ["Refreshes cost more than they gained.", "So it was with both averages."],
-                {"title": "Losses", "header": ["method", "loss"], "rows": [["SGD", "0.2"], ["NSGD", "0.3"]]},
             )
         ],
         "links": {"NSGD, seed 0": "runs/nsgd 0/metrics.csv"},
@@ -189,7 +188,7 @@ def test_words_are_shown_as_they_are(browser, tmp_path, words):
     table = {"title": words, "header": [words, "n"], "rows": [[words, "1"], ["", "2"]]}
     options: dict[str, Any] = {
         **{"title": words, "summary": [words], "tables": [table], "text_columns": [words], "caption": words},
-        **{"sections": [Section(words, [words], table)], "links": {words: words}, "appendix": {words: words}},
+        **{"sections": [Section(words, [words])], "links": {words: words}, "appendix": {words: words}},
         "figures": {"figure": (figure, words)},
     }
     page = opened(browser, write_example(tmp_path / "report.html", **options))
@@ -291,7 +290,7 @@ def test_the_page_says_what_it_was_given_in_order(browser, pages):
     ]
     assert page.locator(".summary li").count() == 2
     assert page.locator("html").get_attribute("lang") == "en"
-    assert page.locator("thead th[scope=col]").count() == len(HEADER) + 2
+    assert page.locator("thead th[scope=col]").count() == len(HEADER)
     labels = [svg.get_attribute("aria-label") for svg in page.get_by_role("img").all()]
     assert labels[:2] == [
         "Training loss, panel 1 of 3: training loss, mean of each epoch against optimizer steps; SGD, NSGD, Bulk-SGD",
