@@ -10,14 +10,7 @@ from rich.console import Console
 from lightning_modules.page import Section, print_tables, write_page
 from lightning_modules.report_figures import study_figures
 from lightning_modules.report_files import Files, label, read_folder
-from lightning_modules.report_tables import (
-    PRODUCTS,
-    TEST,
-    TEXT_COLUMNS,
-    main_tables,
-    minus,
-    settings_table,
-)
+from lightning_modules.report_tables import PRODUCTS, TEST, TEXT_COLUMNS, main_tables, minus, settings_table
 from lightning_modules.report_words import caption, shortfalls, summary, title
 
 _TABLES = (

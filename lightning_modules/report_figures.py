@@ -143,7 +143,7 @@ def _sensitivity(files: Files) -> Figure:
     if starts and math.isfinite(starts[0]):
         losses.axhline(starts[0], color="black", linestyle=":", linewidth=1, label="before training")
         losses.set_ylim(top=min(losses.get_ylim()[1], _ABOVE * starts[0]))
-    scores.set_ylabel(f"final {files.score.validation.header}")
+    scores.set_ylabel(f"final {measure.header}")
     _legend(losses)
     return figure
 

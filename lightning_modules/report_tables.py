@@ -61,7 +61,7 @@ def estimate(value: float, half: float, factor: float, digits: int, sign: str = 
     if not math.isfinite(value):
         return "diverged"
     size = abs(value * factor)
-    small = digits > 1 and 0 < size < 5 * 10.0**-digits and not size < 1e-9  # a few digits would say 0
+    small = digits > 1 and 1e-9 <= size < 5 * 10.0**-digits  # a few digits would say 0
     kind = ".2e" if small or size >= 1e4 else f".{digits}f"
     text = f"{value * factor:{sign}{kind}}"
     return text if math.isnan(half) else f"{text} ± {half * factor:{kind}}"

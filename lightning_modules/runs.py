@@ -154,14 +154,10 @@ def make_run(study: Study, out: Path, run: Run, on_step: OnStep) -> None:
     )
     measured = study.measure if run.stage == "study" and run.seed == 0 else []
     measurements = make_measurements(measured, folder=folder)
-    record, read_outs = RecordSteps(on_step, _noted(study), measurements), ReadOuts()
+    record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts()
     trainer = _train(study, run.method, settings, run.seed, steps, measurements, [read_outs, record])
     write_csv(folder / "metrics.csv", record.rows)
     write_csv(folder / "results.csv", _results(study, run, settings, trainer, read_outs, record.rows[-1]))
-
-
-def _noted(study: Study) -> list[str]:
-    return list(dict.fromkeys(("val_loss", study.score.monitor)))
 
 
 def _train(

@@ -85,6 +85,11 @@ class Score:
             )
 
     @property
+    def validated(self) -> list[str]:
+        """Names of what is kept of a validation: the loss, where one is logged, and this."""
+        return list(dict.fromkeys((_VAL_LOSS.column, self.monitor)))
+
+    @property
     def tested(self) -> str:
         """Its name in a test: that of validation with "test" in place of the word for validation."""
         name, count = _VALIDATION.subn("test", self.monitor, count=1)

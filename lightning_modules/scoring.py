@@ -70,7 +70,7 @@ def logged_scores(
 def wanted_scores(logged: Mapping[str, float], stage: Split, score: Score) -> Scores:
     """The loss and the score of a stage among what was logged there, under their names in results; what there is."""
     if stage == "val":
-        return {name: logged[name] for name in dict.fromkeys(("val_loss", score.monitor)) if name in logged}
+        return {name: logged[name] for name in score.validated if name in logged}
     tested = next((logged[name] for name in score.as_logged_in_a_test if name in logged), None)
     loss = {"test_loss": logged["test_loss"]} if "test_loss" in logged else {}
     return loss if tested is None else {**loss, score.tested: tested}

@@ -237,12 +237,18 @@ class Study:
     def loader_of(self, stage: Split) -> Any:
         """The loader of a stage, of the data or of the module; None where there is none."""
         name = f"{stage}_dataloader"
-        source: Any = self.fresh_data()
-        if source is None:
-            source = self.module()
-            source.prepare_data()
-            source.setup("test" if stage == "test" else "fit")
-        return getattr(source, name)() if is_overridden(name, source) else None
+        return getattr(self._source, name)() if is_overridden(name, self._source) else None
+
+    @cached_property
+    def _source(self) -> Any:
+        """The data, or the module with loaders of its own, set up once to look at the loaders, which no run takes."""
+        if (data := self.fresh_data()) is not None:
+            return data
+        module = self.module()
+        module.prepare_data()
+        for stage in ("fit", *(["test"] if is_overridden("test_dataloader", module) else [])):
+            module.setup(stage)
+        return module
 
     def fresh_data(self) -> pl.LightningDataModule | None:
         """The data as they are before any run, set up once for all stages; None where the module has its own.

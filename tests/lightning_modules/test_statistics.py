@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from studies import ACCURACY, MEASURES
 
+from lightning_modules.score import Score
 from lightning_modules.statistics import holm, stable_range, summarise, times_to_target
 
 
@@ -182,3 +183,15 @@ def test_float32_accuracies_are_no_closer_than_their_rounding(steps, p):
     found = entry(summary_of(rows), "nsgd")
     assert found["p"] == pytest.approx(p, abs=1e-4, nan_ok=True)
     assert found["difference"] == pytest.approx(np.mean(steps) / 360, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "reached"), [("min", [3, 2]), ("max", [1, 1])])
+def test_a_target_is_met_from_the_side_of_the_better(mode, reached):
+    losses = {"sgd": {0: [0.9, 0.7, 0.5]}, "nsgd": {0: [0.8, 0.5, math.nan]}}
+    metrics = {
+        m: {seed: [{"step": i, "gradients": i, "seconds": i, "val_x": v} for i, v in enumerate(run, 1)]}
+        for m, runs in losses.items()
+        for seed, run in runs.items()
+    }
+    found = times_to_target(metrics, range(1), 0.5, Score("val_x", mode))
+    assert [row["step"] for row in found] == reached
