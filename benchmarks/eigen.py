@@ -37,8 +37,8 @@ from lightning_modules.nets import resnet
 from lightning_modules.rows import read_csv, write_csv
 from lightning_modules.transformers import vision_transformer
 from nsgd import Eigenpairs, sample_losses, top_eigenpairs
-from nsgd.low_rank import low_rank
-from nsgd.samples import gradient_moment
+from nsgd.curvature.low_rank import low_rank
+from nsgd.directions.samples import gradient_moment
 
 Found = tuple[Tensor, Tensor, float]  # eigenvalues (k,), eigenvectors (k, P), gradients of work
 Key = tuple[str, int, int, int, str]  # network, step, seed, k, solver

@@ -26,9 +26,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_modules.rows import write_csv
 from nsgd import NSGD, Eigenpairs, sample_losses, top_eigenpairs
-from nsgd.hessian import Losses, loss_hessian
-from nsgd.samples import gradient_moment
-from nsgd.tracking import Average, Estimate, follow
+from nsgd.curvature.hessian import Losses, loss_hessian
+from nsgd.directions.running_average import Average, Estimate, follow
+from nsgd.directions.samples import gradient_moment
 
 K, KEPT, EXACT, GAMMA = 10, 20, 20, 0.1  # directions that are judged, that averages keep, that are known exactly
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from lightning_modules.batch_loss import batch_losses
 from lightning_modules.training_samples import in_batches, training_samples
-from nsgd.guard import untouched
+from nsgd.curvature.guard import untouched
 
 ReadOut = Literal["last", "ema", "swa", "two-point"]
 READ_OUTS: tuple[ReadOut, ...] = get_args(ReadOut)

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from nsgd.guard import untouched
+from nsgd.curvature.guard import untouched
 
 
 def batch_loss(module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:

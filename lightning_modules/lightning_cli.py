@@ -28,7 +28,7 @@ from lightning_modules.progress import progress_bar
 from lightning_modules.quiet import ignore_lightning_noise
 from lightning_modules.trajectory_report import write_measurements
 from nsgd import damp
-from nsgd.damping import Damped
+from nsgd.damping.step import Damped
 
 _LOADERS = {
     "fit": "train_dataloader",

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.sharpness_aware import sharpness_aware
 from nsgd import NSGD, damp
-from nsgd.low_rank import Which
+from nsgd.curvature.low_rank import Which
 from nsgd.options import Estimator
 
 Method = Literal[

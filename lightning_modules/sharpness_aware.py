@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.batch_loss import loss_in, run_step, unnoticed
 from lightning_modules.classifier import Classifier
-from nsgd.guard import RandomState, untouched
+from nsgd.curvature.guard import RandomState, untouched
 
 
 class _Steps(pl.LightningModule):

@@ -75,7 +75,7 @@ Train every method with every seed from the same weights on the same batches, an
   --sweep lr            also draw final loss and score against 9 learning rates (--sweep_points) of each method
   --target X            value of what is monitored whose cost is compared
   --measure LIST        measure along the first seeds: sharpness, valley, quadratic, averaging, or all
-  --nsgd.OPTION VALUE   options of NSGD, as --nsgd.k 20 --nsgd.gamma 0.1 --nsgd.samples 32
+  --nsgd.OPTION VALUE   options of NSGD, as --nsgd.k 20 --nsgd.gamma 0.1 --nsgd.directions.samples 32
   --run N               make this run of the study alone, by its number from 0 on
   --launcher ray        make the runs as tasks of a Ray cluster
   --print_config        print all options as a YAML file, and do nothing

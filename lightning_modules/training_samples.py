@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from nsgd.guard import untouched
+from nsgd.curvature.guard import untouched
 
 
 def training_samples(

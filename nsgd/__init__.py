@@ -1,10 +1,10 @@
 """NSGD, Nudged SGD (Jastrzębski et al., ICLR 2019): SGD that steps less along the sharpest directions of the loss."""
 
-from nsgd.eigen import Eigenpairs as Eigenpairs
-from nsgd.eigen import top_eigenpairs as top_eigenpairs
+from nsgd.curvature.eigen import Eigenpairs as Eigenpairs
+from nsgd.curvature.eigen import top_eigenpairs as top_eigenpairs
+from nsgd.directions.samples import sample_losses as sample_losses
 from nsgd.optimizer import NSGD as NSGD
 from nsgd.optimizer import damp as damp
-from nsgd.samples import sample_losses as sample_losses
 
 __all__ = ["NSGD", "Eigenpairs", "damp", "sample_losses", "top_eigenpairs"]
 __version__ = "0.1.0"

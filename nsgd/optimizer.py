@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from nsgd.damping import Damped
-from nsgd.hessian import Closure
-from nsgd.low_rank import Which
+from nsgd.curvature.hessian import Closure
+from nsgd.curvature.low_rank import Which
+from nsgd.damping.step import Damped
 from nsgd.options import Estimator, damping_options
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
-from nsgd.low_rank import Which
+from nsgd.curvature.low_rank import Which
 
 # Options that one optimizer has once; gamma, bulk_scale and curvature may differ from group to group.
 SHARED = ("k", "refresh_every", "overhead", "decay", "which", "solver", "warmup_steps", "save_basis", "seed")

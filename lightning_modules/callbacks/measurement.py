@@ -19,7 +19,7 @@ from lightning_modules.batch_loss import batch_losses, batch_size_of
 from lightning_modules.paths import unused
 from lightning_modules.rows import Rows, write_csv
 from lightning_modules.training_samples import in_batches, seed_generators, training_samples
-from nsgd.hessian import Closure, Losses
+from nsgd.curvature.hessian import Closure, Losses
 from nsgd.trajectory.sharpness import own_batch
 
 LossOf = Callable[[Any, int], Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_modules.callbacks.measurement import Measurement
-from nsgd.damping import Damped
+from nsgd.damping.step import Damped
 
 
 class RecordSteps(pl.Callback):

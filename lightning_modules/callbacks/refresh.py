@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
 from lightning_modules.training_samples import in_batches, training_samples
-from nsgd.damping import Damped
+from nsgd.damping.step import Damped
+from nsgd.directions.samples import SampleLosses
 from nsgd.options import Estimator
-from nsgd.samples import SampleLosses
 
 _MOST_GROUPS = 64
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_modules.callbacks.measurement import FORWARD, LossOf, Measurement, Parts
-from nsgd.damping import Damped
-from nsgd.eigen import top_eigenpairs
-from nsgd.hessian import LossHessian, loss_hessian
+from nsgd.curvature.eigen import top_eigenpairs
+from nsgd.curvature.hessian import LossHessian, loss_hessian
+from nsgd.damping.step import Damped
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch
 from nsgd.trajectory.sharpness import (

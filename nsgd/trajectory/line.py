@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nsgd.guard import RandomState, untouched
-from nsgd.hessian import Closure, check_params, split
+from nsgd.curvature.guard import RandomState, untouched
+from nsgd.curvature.hessian import Closure, check_params, split
 
 
 @contextmanager

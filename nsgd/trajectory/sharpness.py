@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.eigen import Eigenpairs, top_eigenpairs
-from nsgd.guard import full_precision
-from nsgd.hessian import HVP, Closure, check_params, loss_hessian, vector_dtype
+from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
+from nsgd.curvature.guard import full_precision
+from nsgd.curvature.hessian import HVP, Closure, check_params, loss_hessian, vector_dtype
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch
 
@@ -45,7 +45,7 @@ def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor,
     """A batch's gradient (P,), and its loss along it: a gradient and a product, worth three gradients.
 
     Raises:
-        ValueError: As :func:`nsgd.hessian.loss_hessian`.
+        ValueError: As :func:`nsgd.curvature.hessian.loss_hessian`.
         FloatingPointError: If the loss or its gradient is NaN or infinite.
     """
     values: list[Tensor] = []

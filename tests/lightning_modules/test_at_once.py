@@ -19,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules import RefreshDirections
 from lightning_modules.callbacks import refresh
-from nsgd import NSGD, samples
+from nsgd import NSGD
+from nsgd.directions import samples
 
 SETTINGS = {"lr": 0.05, "momentum": 0.9}
 

@@ -21,7 +21,7 @@ from lightning_modules.rows import read_csv
 
 TINY = [
     *("--data.batch_size", "50", "--data.limit", "300", "--epochs", "1", "--seeds", "2", "--lr", "0.2"),
-    *("--nsgd.k", "2", "--nsgd.refresh_every", "2", "--nsgd.samples", "16", "--methods", "[sgd,nsgd]"),
+    *("--nsgd.k", "2", "--nsgd.refresh_every", "2", "--nsgd.directions.samples", "16", "--methods", "[sgd,nsgd]"),
 ]
 SHORT = [
     *("--trainer.max_epochs", "2", "--data.batch_size", "100"),
@@ -75,7 +75,7 @@ def test_help_names_every_command(capsys, args):
                 "--lr",
                 "--threads",
                 "--nsgd.k",
-                "--nsgd.samples",
+                "--nsgd.directions.samples",
                 "--tune",
                 "--help all",
             ],
@@ -326,7 +326,7 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd.group_size", "0"], "expected group_size of at least 1, or None for the default, got 0"),
         (["--nsgd.group_size", "1.5"], "group_size"),
         (["--nsgd.solver", "power"], "'auto', 'gradients', 'lanczos', 'arpack'"),
-        (["--nsgd.samples", "0"], "expected samples of at least 1"),
+        (["--nsgd.directions.samples", "0"], "expected samples of at least 1"),
         (["--methods", "[sgd,adam]"], "adam"),
         (["--methods", "[]"], "methods"),
         (["--seeds", "0"], "expected seeds of at least 1, got 0"),

@@ -411,7 +411,7 @@ def test_a_module_that_breaks_is_said_and_does_not_end_the_study_of_others(own, 
 # -- the command -----------------------------------------------------------------------------------------------------
 
 MINE = ["--model", "{}.Mine", "--data", "{}.Data"]
-SMALL = ["--methods", "[sgd-momentum,nsgd-momentum]", "--seeds", "2", "--epochs", "2", "--nsgd.samples", "8"]
+SMALL = ["--methods", "[sgd-momentum,nsgd-momentum]", "--seeds", "2", "--epochs", "2", "--nsgd.directions.samples", "8"]
 
 
 def results(folder: str) -> list[bytes]:

@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 from lightning_modules.nets import NETS, make_net, mlp, resnet
 from lightning_modules.transformers import causal_transformer, vision_transformer
 from nsgd import sample_losses, top_eigenpairs
-from nsgd.samples import gradient_moment
+from nsgd.directions.samples import gradient_moment
 
 
 def conv(inputs: int, outputs: int, size: int) -> int:

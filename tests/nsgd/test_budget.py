@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from nsgd import NSGD, damp
-from nsgd.alarm import Alarm, OnHost
+from nsgd.directions.alarm import Alarm, OnHost
 
 INSIDE, OUTSIDE = torch.eye(3, dtype=torch.float64)[:2]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nsgd import NSGD, damp
-from nsgd.guard import untouched
+from nsgd.curvature.guard import untouched
 
 
 def quadratic(*params):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
-from nsgd.guard import full_precision, untouched
-from nsgd.hessian import loss_hessian
-from nsgd.samples import gradient_moment
+from nsgd.curvature.guard import full_precision, untouched
+from nsgd.curvature.hessian import loss_hessian
+from nsgd.directions.samples import gradient_moment
 
 
 def dense(hvp, size):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsgd import sample_losses, top_eigenpairs
-from nsgd.low_rank import low_rank
-from nsgd.samples import gradient_moment
+from nsgd.curvature.low_rank import low_rank
+from nsgd.directions.samples import gradient_moment
 
 SIZE = 30
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from nsgd import NSGD, damp, sample_losses
-from nsgd.random_basis import random_basis
+from nsgd.directions.random_basis import random_basis
 
 MAKERS = {
     "nsgd": lambda params, **options: NSGD(params, lr=0.1, momentum=0.9, solver="random", **options),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nsgd import NSGD, tracking
+from nsgd import NSGD
+from nsgd.directions import running_average as tracking
 
 SIZE = 30
 EYE = torch.eye(SIZE, dtype=torch.float64)

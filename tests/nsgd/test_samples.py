@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
 from nsgd import NSGD, sample_losses
-from nsgd.samples import gradient_moment
+from nsgd.directions.samples import gradient_moment
 
 SAMPLES = 10
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the largest entry: the order of summation differs

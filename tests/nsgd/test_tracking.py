@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from nsgd import sample_losses
-from nsgd.low_rank import low_rank, squared_lengths
-from nsgd.samples import gradient_moment
-from nsgd.tracking import average
+from nsgd.curvature.low_rank import low_rank, squared_lengths
+from nsgd.directions.running_average import average
+from nsgd.directions.samples import gradient_moment
 
 # Eigenvalues and residuals against the largest eigenvalue. Their squares are what is computed: in float32 the Gram
 # matrix of some tens of vectors is good to about 1e-6, and residuals to the root of what was rounded away.

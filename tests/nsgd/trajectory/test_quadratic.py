@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nsgd.hessian import loss_hessian
+from nsgd.curvature.hessian import loss_hessian
 from nsgd.trajectory.averaging import stationary_variance
 from nsgd.trajectory.line import losses_along, vertex
 from nsgd.trajectory.quadratic import OwnBatch, held_out_loss, held_out_rate, r_squared

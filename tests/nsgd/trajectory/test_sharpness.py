@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nsgd.hessian import loss_hessian
+from nsgd.curvature.hessian import loss_hessian
 from nsgd.trajectory.line import vertex
 from nsgd.trajectory.sharpness import (
     MULTIPLES,

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsgd.guard import full_precision
+from nsgd.curvature.guard import full_precision
 
 Which = Literal["LA", "LM", "SA"]
 

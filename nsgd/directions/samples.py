@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from nsgd.guard import untouched
-from nsgd.hessian import Closure, Losses, check_finite, checked_pairs, flatten, gradient_of, vector_dtype
+from nsgd.curvature.guard import untouched
+from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, flatten, gradient_of, vector_dtype
 
 
 class SampleLosses(list[tuple[Closure, int]]):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsgd.low_rank import Which, low_rank, squared_lengths
+from nsgd.curvature.low_rank import Which, low_rank, squared_lengths
 
 Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P): a sum of weighted outer products
 

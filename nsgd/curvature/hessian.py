@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.guard import RandomState, untouched
+from nsgd.curvature.guard import RandomState, untouched
 
 HVP = Callable[[Tensor], Tensor]
 Closure = Callable[[], Tensor]

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nsgd.guard import full_precision
-from nsgd.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
-from nsgd.low_rank import Which, low_rank, wanted
+from nsgd.curvature.guard import full_precision
+from nsgd.curvature.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
+from nsgd.curvature.low_rank import Which, low_rank, wanted
 
 Solver = Literal["lanczos", "arpack", "nystrom"]
 
@@ -69,14 +69,14 @@ def top_eigenpairs(
 
     Args:
         loss_or_hvp: A loss with its graph; pairs of closure and sample count (see
-            :func:`nsgd.hessian.loss_hessian`); or a callable from (P,) to (P,), the product itself.
+            :func:`nsgd.curvature.hessian.loss_hessian`); or a callable from (P,) to (P,), the product itself.
         params: The parameters. P is the number of their entries; dtype and device of the result follow them.
         k: Number of pairs.
         which: "LA" for the largest eigenvalues, "SA" for the smallest, "LM" for the largest in absolute value.
             Whatever the choice, they are returned in descending order of their signed values.
         solver: "lanczos"; "arpack" for scipy's ``eigsh``; or "nystrom" for one sweep over a block that is known to be
             good, such as the last eigenvectors, or the top of a second moment of gradients
-            (:func:`nsgd.samples.gradient_moment`): k + 2 products do there what takes Lanczos about 2k.
+            (:func:`nsgd.directions.samples.gradient_moment`): k + 2 products do there what takes Lanczos about 2k.
         start: Starting vector (P,), or a basis (j, P) whose sum is taken; for Nyström the block itself, j at least k.
             Default: the gradient where a loss is given, otherwise a vector drawn from ``seed``.
         max_hvps: Products allowed; when they are used up the best pairs so far are returned with

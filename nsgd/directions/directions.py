@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nsgd.alarm import Alarm
-from nsgd.eigen import Eigenpairs, Solver, top_eigenpairs
-from nsgd.hessian import Closure, Losses, is_finite, loss_hessian, split, vector_dtype
-from nsgd.low_rank import Which
+from nsgd.curvature.eigen import Eigenpairs, Solver, top_eigenpairs
+from nsgd.curvature.hessian import Closure, Losses, is_finite, loss_hessian, split, vector_dtype
+from nsgd.curvature.low_rank import Which
+from nsgd.damping.rule import cosines, rows
+from nsgd.directions.alarm import Alarm
+from nsgd.directions.random_basis import random_basis
+from nsgd.directions.running_average import Average, follow
+from nsgd.directions.samples import gradient_moment
 from nsgd.options import Estimator
-from nsgd.random_basis import random_basis
-from nsgd.rule import cosines, rows
-from nsgd.samples import gradient_moment
-from nsgd.tracking import Average, follow
 
 # Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.77 to
 # 0.94 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
@@ -31,7 +31,7 @@ _DECAY = 0.95
 
 
 class Refreshing(Optimizer):
-    """The part of a damped optimizer that follows the sharpest directions; :class:`nsgd.damping.Damped` uses them.
+    """The part of a damped optimizer that follows the sharpest directions; :class:`nsgd.damping.step.Damped` uses them.
 
     The basis costs k P floats between refreshes; a refresh of m products needs (m + 2k + 3) P and the graph it takes
     them from, one from m gradients up to (3m + 5k) P, a random one 5k P.
@@ -108,7 +108,8 @@ class Refreshing(Optimizer):
 
         Args:
             loss: A loss with its graph, a closure that computes one, or pairs of closure and sample count
-                (see :func:`nsgd.hessian.loss_hessian`); for gradients, one pair for each of two or more groups.
+                (see :func:`nsgd.curvature.hessian.loss_hessian`); for gradients, one pair for each of two groups or
+                more.
             scale: What the loss was multiplied by (loss scale, 1 / accumulation); taken out of the eigenvalues.
             batch_fraction: Samples in the loss over samples in a training batch, for ``cost_gradients``.
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD
 
-from nsgd.alarm import Alarm, jump
-from nsgd.hessian import Closure, check_params
+from nsgd.curvature.hessian import Closure, check_params
+from nsgd.damping.rule import Move, correct, in_float32, project, sgd_moves
+from nsgd.directions.alarm import Alarm, jump
+from nsgd.directions.directions import Refreshing, basis_dtype, check_size
 from nsgd.options import COUNTERS, SHARED, check_options, damping_options
-from nsgd.refreshing import Refreshing, basis_dtype, check_size
-from nsgd.rule import Move, correct, in_float32, project, sgd_moves
 
 
 class Damped(Refreshing):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsgd.low_rank import low_rank
+from nsgd.curvature.low_rank import low_rank
 
 
 def random_basis(params: Sequence[Tensor], *, k: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.guard import full_precision
+from nsgd.curvature.guard import full_precision
 
 Move = tuple[Tensor, Tensor, float | Tensor]  # a parameter, a direction (*shape), and its factor in the step
 

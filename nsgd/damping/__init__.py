@@ -1,0 +1,1 @@
+"""What is done with the directions: the damped step of any torch optimizer."""
