@@ -81,10 +81,16 @@ def _said(error: Exception) -> str | None:
             "the checkpoint is of another network or data set; give the options that it was trained with, for example "
             "--config lightning_logs/version_0/config.yaml"
         )
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    raised_in = _raised_in(error)
     if isinstance(error, ValueError) and raised_in.parts[-3:-1] == ("torch", "optim"):  # such as "Invalid ...: -1.0"
         return f"the optimizer refuses an option: {error}; give another value"
     return None if (ours := _ours(error)) is None else str(ours)
+
+
+def _raised_in(error: BaseException) -> Path:
+    """The file that an exception comes from; none for one that was made and never raised, as some causes are."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename) if frames else Path()
 
 
 def _ours(error: BaseException | None) -> ValueError | None:
@@ -93,8 +99,9 @@ def _ours(error: BaseException | None) -> ValueError | None:
 
     packages = (Path(__file__).parent, Path(nsgd.__file__).parent)
     while isinstance(error, Exception):
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and any(raised_in.is_relative_to(package) for package in packages):
+        raised_in = _raised_in(error)
+        stripped = raised_in == Path()  # libraries that try again drop the frames of what they met
+        if isinstance(error, ValueError) and (stripped or any(raised_in.is_relative_to(p) for p in packages)):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub, which would be asked again and again
 
 Forward = Callable[..., Tensor]  # the model, or a functional call of it
 
