@@ -32,9 +32,9 @@ class Capped(NSGD):
         super().__init__(*args, **kwargs)
         self.cap = cap
 
-    def _gammas(self, group: dict[str, Any]) -> Tensor:
-        weights = torch.tensor(self.weights).to(self._last_step["coefficients"])
-        return (self.cap / (group["lr"] * weights.clamp(min=1e-12))).clamp(max=1)
+    def _gammas(self, gamma: float, coefficients: Tensor) -> Tensor:
+        weights = torch.tensor(self.weights).to(coefficients)
+        return (self.cap / (self.param_groups[0]["lr"] * weights.clamp(min=1e-12))).clamp(max=1)
 
 
 def rules(momentum: float) -> dict[str, Make]:
@@ -43,10 +43,10 @@ def rules(momentum: float) -> dict[str, Make]:
     ranks = {f"gamma = 0.1, k = {k}": {"k": k} for k in (10, 40) if momentum > 0}
 
     def nsgd(options: dict[str, Any]) -> Make:
-        return lambda params, lr: NSGD(params, lr=lr, momentum=momentum, **options)
+        return lambda params, lr: NSGD(params, lr=lr, momentum=momentum, solver="gradients", **options)
 
     def capped(cap: float) -> Make:
-        return lambda params, lr: Capped(params, lr=lr, momentum=momentum, cap=cap)
+        return lambda params, lr: Capped(params, lr=lr, momentum=momentum, cap=cap, solver="gradients")
 
     return {
         "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=momentum),

@@ -30,6 +30,7 @@ METHODS: dict[str, Make] = {
     "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr),
     "SGD, momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "NSGD, momentum": lambda params, lr: NSGD(params, lr=lr, momentum=0.9),
+    "NSGD by samples, momentum": lambda params, lr: NSGD(params, lr=lr, momentum=0.9, solver="gradients"),
 }
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
 CASES = (

@@ -27,8 +27,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lightning_modules.rows import write_csv
 from nsgd import NSGD, Eigenpairs, sample_losses, top_eigenpairs
 from nsgd.curvature.hessian import Losses, loss_hessian
+from nsgd.directions.directions import Directions
 from nsgd.directions.running_average import Average, Estimate, follow
 from nsgd.directions.samples import gradient_moment
+from nsgd.options import DampingOptions
 
 K, KEPT, EXACT, GAMMA = 10, 20, 20, 0.1  # directions that are judged, that averages keep, that are known exactly
 
@@ -137,6 +139,24 @@ class Tracker:
         self.now = follow(self.now, new, decay=self.decay, k=KEPT if self.decay else K)
 
 
+class FromTraining(Tracker):
+    """Differences of successive training gradients, as the optimizer follows them by default: at no gradient."""
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(f"differences of training gradients, decay {decay}", 1, decay, batch_gradient)
+        self.directions = Directions(DampingOptions(k=KEPT, step_decay=decay))
+
+    def follow(self, problem: Problem, batch: Tensor, step: int) -> None:
+        """Take in a step of the path."""
+        problem.model.zero_grad()
+        problem.loss(batch).backward()
+        self.directions.arrange([(0, p) for p in problem.params])
+        self.directions.note_gradients(None, None)
+        self.directions.counts.steps += 1
+        if self.directions.rank:
+            self.now = Average(self.directions.weights, self.directions.along(problem.params), 0, 0.0)
+
+
 def lanczos(products: int, samples: int) -> Callable[..., tuple[Estimate, float]]:
     """Lanczos from the gradient on the first samples of the batch."""
 
@@ -222,6 +242,7 @@ def trackers(batch: int) -> list[Tracker]:
         Tracker("averaged block sweep, 11 products on 32, every 20", 20, 0.8, block_sweep(32)),
         Tracker("one product on 16, every step", 1, 0, one_product(16)),
         Tracker("averaged gradient of the batch", 1, 0.98, batch_gradient),
+        *(FromTraining(decay) for decay in (0.95, 0.98, 0.99)),
         Tracker("averaged gradients, 32 classes' samples, every step", 1, 0.95, moment(32, None)),
         *(
             Tracker(f"averaged gradients of single samples, {n}, every {e}, decay {decay}", e, decay, moment(n))

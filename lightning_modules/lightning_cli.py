@@ -146,6 +146,9 @@ class _Commands(LightningCLI):
         names = [name for name in names if name != "escape"]
         self._measurements = make_measurements(names, overhead=self._chosen("measure_overhead"))
         self._callbacks[:0] = self._measurements
+        for callback in self._callbacks:
+            if isinstance(callback, _RefreshIfDamped):
+                callback.asked = any(name.startswith("refresh.") for name in self.given)
         if self._chosen("damp") is not None:
             self._callbacks.insert(0, _Damp(self._chosen("damp")))
 
@@ -216,11 +219,37 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class _RefreshIfDamped(RefreshDirections):
-    """The callback for a command that also takes optimizers without directions."""
+    """The callback for a command that also takes optimizers without directions, or with those of training gradients."""
+
+    asked = False  # whether the command line has options of it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if any(isinstance(optimizer, Damped) for optimizer in trainer.optimizers):
+        damped = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Damped)]
+        refreshed = [optimizer for optimizer in damped if _refreshes(optimizer)]
+        if self.asked and damped and not refreshed:
+            raise ValueError(
+                f"--refresh expected a solver that takes a second look at the loss, got {damped[0].options.solver!r}, "
+                "whose directions come from the gradients of training; add --optimizer.solver gradients (or lanczos), "
+                "with --damp --damp.solver gradients"
+            )
+        if refreshed:
             super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what directions from training's own gradients are like."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Damped) and optimizer.from_training_gradients and optimizer.refreshes:
+                self._log(trainer, optimizer, optimizer.alignment)
+
+    def _candidates(self, trainer: pl.Trainer) -> list[Any]:
+        return [o for o in super()._candidates(trainer) if not isinstance(o, Damped) or _refreshes(o)]
+
+
+def _refreshes(optimizer: Damped) -> bool:
+    return optimizer.options.solver not in ("auto", "differences")
 
 
 class _Damp(pl.Callback):

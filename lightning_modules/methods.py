@@ -23,6 +23,7 @@ Method = Literal[
     "nsgd-momentum",
     "bulk-sgd",
     "dom-sgd",
+    "nsgd-hessian",
     "random",
     "sgd-more",
     "sgd-momentum-more",
@@ -49,8 +50,8 @@ class NSGDOptions:
         source: "batch" for a slice of the running batch, "train" for a fresh sample of the training set.
         which: "LA", "LM" or "SA".
         bulk_scale: Factor on the step outside the directions.
-        solver: "gradients" (of groups), "lanczos", "arpack" or "random"; "auto" is "gradients" where the batch can be
-            cut.
+        solver: "auto" or "differences" takes the directions from the gradients that training leaves; "gradients" from
+            those of groups of samples, "lanczos" or "arpack" from Hessian-vector products, "random" draws them.
         warmup_steps: Steps before the first refresh.
     """
 
@@ -67,9 +68,10 @@ class NSGDOptions:
     solver: Estimator = "auto"
     warmup_steps: int = 0
 
-    def callback(self) -> RefreshDirections:
-        """The callback that refreshes with these options."""
-        return RefreshDirections(samples=self.samples, group_size=self.group_size, source=self.source)
+    def refresh(self) -> list[RefreshDirections]:
+        """The callback that refreshes with these options; none where training's own gradients do."""
+        callback = RefreshDirections(samples=self.samples, group_size=self.group_size, source=self.source)
+        return [] if self.solver in ("auto", "differences") else [callback]
 
     def damping(self) -> dict[str, Any]:
         """The options that the optimizer takes."""
@@ -105,6 +107,8 @@ RECIPES: dict[Method, Recipe] = {
     "nsgd-momentum": _sgd("NSGD with momentum", 0.9, damping={}),
     "bulk-sgd": _sgd("Bulk-SGD", damping={"gamma": 0.0, "bulk_scale": 1.0}),
     "dom-sgd": _sgd("Dom-SGD", damping={"gamma": 1.0, "bulk_scale": 0.0}),
+    # The 2019 paper's own directions.
+    "nsgd-hessian": _sgd("NSGD by Hessian eigenvectors", damping={"solver": "lanczos", "decay": None}),
     # The 2019 paper's own control: as many directions as NSGD's, that the curvature has no part in.
     "random": _sgd("random directions", damping={"solver": "random", "decay": None}),
     "sgd-more": _sgd("SGD given NSGD's gradients", more_of=("sgd", "nsgd")),

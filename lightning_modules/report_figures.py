@@ -26,6 +26,7 @@ STYLES: dict[Method, tuple[str, str]] = {
     "sgd-momentum-more": ("#cc79a7", "--"),
     "nsgd": ("#0072b2", "-"),
     "nsgd-momentum": ("#0072b2", "--"),
+    "nsgd-hessian": ("#0072b2", "-."),
     "bulk-sgd": ("#d55e00", "--"),
     "dom-sgd": ("#009e73", "-."),
     "random": ("#999999", ":"),
@@ -197,21 +198,40 @@ def _eigenvalues(files: Files, refreshed: dict[Method, Rows]) -> Figure:
         for i in range(k, 0, -1):
             values = [row.get(f"weight_{i}", math.nan) for row in rows]
             axes.plot(steps, values, color=color, alpha=1 if i == 1 else 0.35, linewidth=1.6 if i == 1 else 0.8)
-        lines = _limits(files, method)
+        lines = [] if _from_training(rows) else _limits(files, method)
         for name, level, style in lines:
             axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{name} = {level:.3g}")
         positive = all(value > 0 for row in rows for name, value in row.items() if name.startswith("weight_"))
         axes.set(xlabel="optimizer steps", yscale="log" if positive else "symlog", title=label(method))
         if lines:
             axes.legend(frameon=False, loc="lower left", fontsize=8)
-    panels[0].set_ylabel("estimated curvature at each refresh")
+    panels[0].set_ylabel("weights of the directions")
     return figure
+
+
+_MOMENTS = (
+    "Weights of the directions that come from the gradients which training leaves: second moments of the noise in a "
+    "batch's gradient. They rank the directions and fall with the loss, and are no eigenvalues, so that no limit of "
+    "stable steps is drawn. First seed; the strong line is the largest."
+)
+
+
+def _from_training(rows: Rows) -> bool:
+    """Whether directions came from training's own gradients: they cost none."""
+    return bool(rows[-1]["gradients"] == rows[-1]["step"])
+
+
+def _and_labels(methods: list[Method]) -> str:
+    return " and ".join(label(method) for method in methods)
 
 
 def _eigenvalues_caption(files: Files, refreshed: dict[Method, Rows]) -> str:
     options = files.config["nsgd"]
     source = "the running batch" if options["source"] == "batch" else "the training set"
     samples = options["samples"] or ("all" if options["source"] == "batch" else 2560)
+    from_training = [method for method, rows in refreshed.items() if _from_training(rows)]
+    if len(from_training) == len(refreshed):
+        return _MOMENTS
     kind = (
         "second moments of the gradients of small groups, which stand in for eigenvalues"
         if options["solver"] in ("auto", "gradients")
@@ -225,7 +245,8 @@ def _eigenvalues_caption(files: Files, refreshed: dict[Method, Rows]) -> str:
         if any(_limits(files, m) for m in refreshed)
         else ""
     )
-    return (
+    moments = f"{_and_labels(from_training)}: {_MOMENTS} The others: " if from_training else ""
+    return moments + (
         f"Curvature along the {k} directions as each refresh estimated it on {samples} samples of {source} "
         f"({kind}, averaged over refreshes), first seed; the strong line is the largest.{limits} Small samples "
         "overestimate the curvature of the whole training loss."

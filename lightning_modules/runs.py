@@ -173,7 +173,7 @@ def _train(
     module = study.module()
     prepare(module, method, settings, study.nsgd, seed=seed)
     directions = damping_of(method, settings, study.nsgd)
-    refresh: list[pl.Callback] = [] if directions is None else [directions.callback()]
+    refresh = [] if directions is None else directions.refresh()
     with quiet():
         trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks])
         trainer.fit(module, datamodule=study.fresh_data())

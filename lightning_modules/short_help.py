@@ -15,7 +15,7 @@ Train any LightningModule. Without options: a small network on handwritten digit
   --optimizer.OPTION V    its options, as --optimizer.lr 0.1 --optimizer.k 20 --optimizer.gamma 0.1
   --damp.OPTION VALUE     damp the optimizer, the model's own too, as --damp.gamma 0.1; at the defaults --damp '{}'
   --lr_scheduler CLASS    a schedule of torch for --optimizer, as StepLR --lr_scheduler.step_size 10
-  --refresh.samples N     samples that the directions come from (32)
+  --refresh.samples N     with --optimizer.solver gradients or lanczos: samples that the directions come from (32)
   --trainer.max_epochs N  epochs (20); --trainer.OPTION is an option of Lightning's Trainer
   --trainer.callbacks+ C  a callback, as WriteAverages, which writes checkpoints of EMA and SWA weights
   --trainer.logger CLASS  CSVLogger (default), TensorBoardLogger, WandbLogger, or false
@@ -67,15 +67,15 @@ Train every method with every seed from the same weights on the same batches, an
                         --mode min or max, whichever is better
   --net NAME            mlp, simple-cnn, simple-cnn-root, resnet-20, resnet-32, resnet-56, resnet-32-plain, vgg-11, vit,
                         or mymodule:make_net, from (channels, height, width) and the number of classes to a module
-  --methods LIST        any of sgd, sgd-momentum, nsgd, nsgd-momentum, bulk-sgd, dom-sgd, random, sgd-more,
-                        sgd-momentum-more, adamw, damped-adamw, sam; the others are compared with the first
+  --methods LIST        any of sgd, sgd-momentum, nsgd, nsgd-momentum, nsgd-hessian, bulk-sgd, dom-sgd, random,
+                        sgd-more, sgd-momentum-more, adamw, damped-adamw, sam; the others are compared with the first
   --seeds N --epochs N  paired seeds, and epochs of each run
   --lr X                one learning rate for all; --settings.nsgd '{lr: 0.2, gamma: 0.3}' for one method's
   --tune N              N quasi-random trials of each method first, by validation loss; --search gives ranges
   --sweep lr            also draw final loss and score against 9 learning rates (--sweep_points) of each method
   --target X            value of what is monitored whose cost is compared
   --measure LIST        measure along the first seeds: sharpness, valley, quadratic, averaging, or all
-  --nsgd.OPTION VALUE   options of NSGD, as --nsgd.k 20 --nsgd.gamma 0.1 --nsgd.directions.samples 32
+  --nsgd.OPTION VALUE   options of NSGD, as --nsgd.k 20 --nsgd.gamma 0.1 --nsgd.solver gradients
   --run N               make this run of the study alone, by its number from 0 on
   --launcher ray        make the runs as tasks of a Ray cluster
   --print_config        print all options as a YAML file, and do nothing

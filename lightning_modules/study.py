@@ -25,6 +25,7 @@ from lightning_modules.methods import (
     Method,
     NSGDOptions,
     Settings,
+    damping_of,
     hyperparameters,
     prepare,
     tuned_as,
@@ -169,8 +170,9 @@ class Study:
             if not is_overridden("setup", module):  # which may make layers, from the data
                 module.configure_optimizers()
             if RECIPES[method].damping is not None:
-                solver = "random" if method == "random" else self.nsgd.solver
-                self.nsgd.callback().check_samples([solver], module)
+                options = damping_of(method, self.given(method), self.nsgd) or self.nsgd
+                for callback in options.refresh():
+                    callback.check_samples([options.solver], module)
         if self.steps < 1:
             raise ValueError("expected a batch of training data at least, got none")
         if self.model is not None or self.monitor is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
@@ -12,22 +13,28 @@ from torch.optim.optimizer import ParamsT
 from nsgd.curvature.hessian import Closure
 from nsgd.curvature.low_rank import Which
 from nsgd.damping.step import Damped
-from nsgd.options import Estimator, damping_options
+from nsgd.options import DampingOptions, Estimator
 
 
 class NSGD(Damped, SGD):
     """Nudged SGD (Jastrzębski et al., ICLR 2019): a drop-in ``torch.optim.SGD``.
 
-    Call ``optimizer.backward(loss)`` in place of ``loss.backward()``: it estimates the sharpest directions of the loss
-    when that is due, and each step is scaled by ``gamma`` along them. Before the first directions, or with ``gamma=1``
-    and ``bulk_scale=1``, the step is bitwise that of ``torch.optim.SGD``.
+    One line of a training loop changes, the one that makes the optimizer. Each step is scaled by ``gamma`` along the
+    sharpest directions of the loss, which the optimizer learns from the gradients that it is given: the differences of
+    successive gradients lie along the Hessian's outlying eigenvectors. That takes no closure, no second look at the
+    loss and no gradient, and the step never waits for the device. These directions estimate the top eigenspace of the
+    Hessian: on a small CNN they overlap its exact top 10 eigenvectors by 0.67 to 0.80
+    (benchmarks/results/tracking.csv). For the eigenvectors themselves take ``solver="lanczos"``.
 
-    The directions are cheapest from the gradients of single samples: ``optimizer.backward(loss,
-    curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x[:32], y[:32], module=model),
-    batch_fraction=len(x[:32]) / len(x))``. A refresh then costs one gradient of those 32, takes no second derivatives,
-    and is averaged with all before it. From a loss alone, or a closure, they are the top eigenvectors of its Hessian,
-    found by up to 2k + 2 Hessian-vector products, each worth two gradients. The basis takes k times the memory of the
-    parameters.
+    Before the first directions, or with ``gamma=1`` and ``bulk_scale=1``, the step is bitwise that of
+    ``torch.optim.SGD``. Memory between steps, in multiples of the parameters: k for the basis, 13 for rows of
+    differences, the last gradients and the step.
+
+    Better directions come from single samples or from the Hessian, at the price of a second look at the loss: call
+    ``optimizer.backward(loss, curvature=...)`` in place of ``loss.backward()``. With
+    ``curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x[:32], y[:32], module=model)`` and
+    ``batch_fraction=len(x[:32]) / len(x)`` a refresh costs one gradient of those 32; from a loss or a closure it costs
+    up to 2k + 2 Hessian-vector products, each worth two gradients.
 
     Args:
         params: Parameters or parameter groups, as for any torch optimizer. A group may have its own ``gamma`` and
@@ -46,23 +53,29 @@ class NSGD(Damped, SGD):
             bore a rate at which one of two runs at 0.1 had a jump of the loss).
         gamma: Factor on the step along directions of positive curvature: 0 is Bulk-SGD, 1 is SGD, above 1 the
             paper's "overshoot".
-        refresh_every: Steps between two refreshes, or "auto": as soon as ``overhead`` pays for one (for 45 gradients of
-            the whole batch, by products at k = 10, that is every 450 steps: pass ``curvature``, or a number).
+        refresh_every: For samples and products: steps between two refreshes, or "auto": as soon as ``overhead`` pays
+            for one (for 45 gradients of the whole batch, by products at k = 10, that is every 450 steps).
         overhead: With "auto", what all refreshes together may cost, in gradients of a training batch a step; twice
             that after a step that left the directions with more than twice its usual length, as when a sharp one has
             escaped them.
-        decay: Share of the last directions in their running average with a new estimate; 0 takes each estimate alone.
-            None is 0.95 for gradients and 0 for products (benchmarks/results/tracking.csv).
+        decay: For samples and products: share of the last directions in their running average with a new estimate, a
+            refresh; 0 takes each estimate alone. None is 0.95 for samples and 0 for products
+            (benchmarks/results/tracking.csv).
+        step_decay: For differences: what an older one weighs in their running average, a step. 0.95 forgets too fast,
+            0.99 lags behind more and is a little better at small batches (benchmarks/results/tracking.csv).
         which: For products: "LA" for the largest eigenvalues, "LM" for the largest in absolute value (the paper's
             choice), "SA" for the smallest. A direction whose weight is not positive is never damped.
         bulk_scale: Factor on the step outside the directions; 0 with ``gamma=1`` is Dom-SGD.
-        solver: "gradients" of groups of samples; "lanczos", or "arpack", the paper's own, by products; "auto" is
-            "gradients" where two groups or more are given, else "lanczos". "random" is the paper's control: fresh
-            directions at each refresh, orthonormal, drawn without a look at the loss and at no gradient; "auto" draws
-            as often as "gradients" of what it is given would refresh.
-        warmup_steps: Steps before the first refresh.
-        save_basis: Whether ``state_dict`` holds the directions (k times the parameters). Without them a resumed
-            run refreshes at its first step.
+        solver: Where the directions come from. "differences" of training gradients. "gradients" of groups of samples;
+            "lanczos", or "arpack", the paper's own, by products. "auto" is "differences" until the first ``refresh``,
+            or ``backward`` with ``curvature``; from then on "gradients" where two groups or more are given, else
+            "lanczos". "random" is the paper's control: fresh directions at each refresh, orthonormal, drawn without a
+            look at the loss and at no gradient; as often as "gradients" of what it is given would refresh.
+        warmup_steps: Steps before the first difference is taken, or the first refresh.
+        save_basis: Whether ``state_dict`` holds the directions, k times the parameters, and what differences need, up
+            to 11 times. Without them a resumed run begins its directions anew.
+        basis_dtype: Precision of the basis, float32 by default (float64 for parameters in float64). ``torch.bfloat16``
+            halves its memory; on a CPU it is slower.
         seed: Draws the directions of solver "random".
 
     Raises:
@@ -87,24 +100,28 @@ class NSGD(Damped, SGD):
         refresh_every: int | Literal["auto"] = "auto",
         overhead: float = 0.1,
         decay: float | None = None,
+        step_decay: float = 0.98,
         which: Which = "LA",
         bulk_scale: float = 1.0,
         solver: Estimator = "auto",
         warmup_steps: int = 0,
         save_basis: bool = True,
+        basis_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        options: dict[str, Any] = damping_options(
+        options = DampingOptions(
             k=k,
             gamma=gamma,
             refresh_every=refresh_every,
             overhead=overhead,
             decay=decay,
+            step_decay=step_decay,
             which=which,
             bulk_scale=bulk_scale,
             solver=solver,
             warmup_steps=warmup_steps,
             save_basis=save_basis,
+            basis_dtype=basis_dtype,
             seed=seed,
         )
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
@@ -133,11 +150,13 @@ def damp(
     refresh_every: int | Literal["auto"] = "auto",
     overhead: float = 0.1,
     decay: float | None = None,
+    step_decay: float = 0.98,
     which: Which = "LA",
     bulk_scale: float = 1.0,
     solver: Estimator = "auto",
     warmup_steps: int = 0,
     save_basis: bool = True,
+    basis_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Damped:
     """Put the rule on any torch optimizer, in place: its step is scaled down along the sharpest directions.
@@ -146,15 +165,18 @@ def damp(
         optimizer: For example ``torch.optim.AdamW(model.parameters())``. Nothing of it changes but its class,
             which becomes a subclass of the one it had; schedulers, hooks and state stay.
         k: Number of directions.
-        gamma: Factor on the step along directions of positive curvature. A group may carry its own.
-        refresh_every: Steps between two refreshes, or "auto", as in :class:`nsgd.NSGD`.
+        gamma: Factor on the step along directions of positive curvature. A group may carry its own, as ``gamma``, or
+            ``nsgd_gamma`` where the optimizer has an option of that name.
+        refresh_every: For samples and products: steps between two refreshes, or "auto", as in :class:`nsgd.NSGD`.
         overhead: With "auto", gradients a step that refreshes may cost.
-        decay: Share of the last directions in their running average with a new estimate.
+        decay: For samples and products: share of the last directions in their running average, a refresh.
+        step_decay: For differences of training gradients: what an older one weighs in their average, a step.
         which: "LA", "LM" or "SA", for products.
         bulk_scale: Factor on the step outside the directions. A group may carry its own.
-        solver: "auto", "gradients", "lanczos", "arpack" or "random", as in :class:`nsgd.NSGD`.
-        warmup_steps: Steps before the first refresh.
+        solver: "auto", "differences", "gradients", "lanczos", "arpack" or "random", as in :class:`nsgd.NSGD`.
+        warmup_steps: Steps before the first difference is taken, or the first refresh.
         save_basis: Whether ``state_dict`` holds the directions.
+        basis_dtype: Precision of the basis.
         seed: Draws the directions of solver "random".
 
     Returns:
@@ -168,17 +190,19 @@ def damp(
         raise ValueError(f"expected a torch.optim.Optimizer, got a {type(optimizer).__name__}")
     if isinstance(optimizer, Damped):
         raise ValueError(f"expected an optimizer that is not damped yet, got a {type(optimizer).__name__}")
-    settings = damping_options(
+    settings = DampingOptions(
         k=k,
         gamma=gamma,
         refresh_every=refresh_every,
         overhead=overhead,
         decay=decay,
+        step_decay=step_decay,
         which=which,
         bulk_scale=bulk_scale,
         solver=solver,
         warmup_steps=warmup_steps,
         save_basis=save_basis,
+        basis_dtype=basis_dtype,
         seed=seed,
     )
     plain, found = optimizer.__class__, dict(vars(optimizer))

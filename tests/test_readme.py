@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
 
 
 def test_the_readme_has_the_blocks_that_the_tests_below_run():
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     for name in (
         "NSGD(",
         "damp(",
@@ -39,8 +39,8 @@ def test_a_code_block_runs(block, tmp_path, monkeypatch):
     torch.manual_seed(0)
     norm = nn.LayerNorm(16) if "sample_losses" in block else nn.BatchNorm1d(16)  # one sample has no batch statistics
     model = nn.Sequential(nn.Linear(6, 16), norm, nn.Tanh(), nn.Linear(16, 3))
-    data = torch.utils.data.TensorDataset(torch.randn(400, 6), torch.randint(0, 3, (400,)))
-    loader = torch.utils.data.DataLoader(data, batch_size=100)
+    data = torch.utils.data.TensorDataset(torch.randn(1200, 6), torch.randint(0, 3, (1200,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=24)
     x, y = next(iter(loader))
     names = {"model": model, "loader": loader, "loss_fn": nn.CrossEntropyLoss(), "x": x, "y": y}
     exec(compile(block, "README.md", "exec"), names)
@@ -48,6 +48,28 @@ def test_a_code_block_runs(block, tmp_path, monkeypatch):
     if optimizer is not None and "for " in block:
         assert optimizer.refreshes > 0
         assert len(optimizer.weights) == 20
+
+
+def test_the_first_block_is_a_loop_of_torch_with_one_line_changed_and_its_steps_are_damped():
+    """The same lines with torch's SGD in place of NSGD train as SGD does; with NSGD they end elsewhere."""
+    block = BLOCKS[0]
+    changed = block.replace("from nsgd import NSGD", "from torch.optim import SGD").replace("NSGD(", "SGD(")
+    differing = [pair for pair in zip(block.splitlines(), changed.splitlines(), strict=True) if pair[0] != pair[1]]
+    assert len(differing) == 2  # the import, and the line
+    assert "sample_losses" not in block
+    ends = []
+    for source in (block, changed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        x, y = torch.randn(1200, 6), torch.randint(0, 3, (1200,))
+        loader = list(zip(x.split(24), y.split(24), strict=True))
+        names = {"model": model, "loader": loader, "loss_fn": nn.CrossEntropyLoss()}
+        exec(compile(source, "README.md", "exec"), names)
+        ends.append((nn.utils.parameters_to_vector(model.parameters()).detach(), names["optimizer"]))
+    (damped, optimizer), (plain, _) = ends
+    assert len(optimizer.weights) == 20
+    assert 0 < optimizer.alignment <= 1
+    assert not torch.equal(damped, plain)
 
 
 def test_the_first_line_says_what_it_is_and_spells_the_acronym_out():
@@ -71,7 +93,8 @@ def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
     text = capsys.readouterr().out
     assert flags
     of_a_class = {"--data.path", "--data.augment", "--optimizer.lr", "--model.net", "--damp.gamma", "--damp.k"} | {
-        "--model.width"
+        "--model.width",
+        "--optimizer.solver",
     }
     for flag in flags - of_a_class:  # these belong to the class that is chosen
         assert flag in text, flag

@@ -19,7 +19,7 @@ from lightning_modules.nets import resnet
 from lightning_modules.rows import read_csv, write_csv
 from nsgd import NSGD, sample_losses
 
-SAMPLES = 32  # of the running batch, one by one, give the directions
+SAMPLES = 32  # of the running batch, one by one, give the directions where the solver is "gradients"
 TUNING_SEEDS = (1000, 1001)
 
 Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]  # parameters, learning rate
@@ -99,7 +99,7 @@ def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[
             started = time.process_time()
             optimizer.zero_grad()
             loss = loss_of(x, y)
-            if isinstance(optimizer, NSGD):
+            if isinstance(optimizer, NSGD) and optimizer.options.solver == "gradients":
                 groups = sample_losses(loss_of, x[:SAMPLES], y[:SAMPLES], module=model)
                 optimizer.backward(loss, curvature=groups, batch_fraction=SAMPLES / case.batch)
             else:

@@ -26,6 +26,9 @@ _MOST_GROUPS = 64
 class RefreshDirections(pl.Callback):
     """Refresh the directions of every damped optimizer when they are due; works with any LightningModule unmodified.
 
+    For directions from single samples or from products. By themselves, without this callback, NSGD and damped
+    optimizers take theirs from the gradients that training leaves.
+
     Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
     module's loggers, at most once in ``log_every_n_steps`` of the trainer, go the weights of the directions
     (``nsgd/weight_1`` ...), the eigenvalues where products found some (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with
@@ -82,8 +85,13 @@ class RefreshDirections(pl.Callback):
         names = ", ".join(type(o).__name__ for o in trainer.optimizers)
         if self.optimizer is not None and not 0 <= self.optimizer < len(trainer.optimizers):
             raise ValueError(f"expected optimizer to be an index into {len(trainer.optimizers)}, got {self.optimizer}")
-        solvers = [o.param_groups[0]["solver"] for o in self._candidates(trainer) if isinstance(o, Damped)]
+        solvers = [o.options.solver for o in self._candidates(trainer) if isinstance(o, Damped)]
         self.check_samples(solvers, pl_module)
+        if solvers and all(solver == "differences" for solver in solvers):
+            raise ValueError(
+                "RefreshDirections expected an optimizer whose directions come from a second look at the loss, got "
+                "solver='differences'; leave the callback out, or take solver='auto' or 'lanczos'"
+            )
         if not solvers:
             raise ValueError(
                 f"RefreshDirections expected an NSGD or damped optimizer, got {names}; return nsgd.NSGD(...) or "
@@ -102,10 +110,10 @@ class RefreshDirections(pl.Callback):
         """Let the batch go, and tell the progress bar what refreshes have cost for each step so far."""
         self._batch = None
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Damped) and optimizer.refreshes:
+            if isinstance(optimizer, Damped) and optimizer.refreshes and not optimizer.from_training_gradients:
                 # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
                 name = f"{_prefix(trainer, optimizer)}/cost_per_step"
-                steps = max(1, optimizer.param_groups[0]["steps"])  # none before the first, with accumulation
+                steps = max(1, optimizer.steps)  # none before the first, with accumulation
                 trainer.progress_bar_metrics[name] = optimizer.cost_gradients / steps
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -152,7 +160,7 @@ class RefreshDirections(pl.Callback):
     ) -> list[tuple[Any, int]] | None:
         """Batches to take the curvature of, with their sample counts: none for the running loss, None to pass over."""
         size = batch_size_of(self._batch)
-        solver = optimizer.param_groups[0]["solver"]
+        solver = optimizer.options.solver
         in_groups = solver in ("auto", "gradients")
         if self.source == "train":
             if size is None:
@@ -175,7 +183,8 @@ class RefreshDirections(pl.Callback):
             return []
         count = min(self.samples or size, size)
         ranges = self._groups(module, count)
-        if len(ranges) == 1 and (solver == "gradients" or (optimizer.weights and not optimizer.eigenvalues)):
+        averaged = not optimizer.from_training_gradients and optimizer.weights and not optimizer.eigenvalues
+        if len(ranges) == 1 and (solver == "gradients" or averaged):
             return None  # a short last batch: its products would drive out the average, and the next batch has groups
         if len(ranges) == 1 and count == size:
             self._tell_once(
@@ -195,7 +204,7 @@ class RefreshDirections(pl.Callback):
 
         if len(parts) == 1:
             return optimizer.refresh(partial(scaled, partial(batch_loss, module), parts[0][0]), **options)
-        if optimizer.param_groups[0]["solver"] not in ("auto", "gradients"):
+        if optimizer.options.solver not in ("auto", "gradients"):
             # A product needs the same loss every time.
             pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]
             return optimizer.refresh(pairs, **options)
@@ -231,7 +240,7 @@ class RefreshDirections(pl.Callback):
         self._logged[number] = step
         metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
         metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
-        cost = optimizer.cost_gradients / (optimizer.param_groups[0]["steps"] + 1)  # with the step that comes
+        cost = optimizer.cost_gradients / (optimizer.steps + 1)  # with the step that comes
         metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients, "cost_per_step": cost}
         metrics |= {"overlap": optimizer.overlap, "alignment": alignment}
         prefix = _prefix(trainer, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
+from nsgd.curvature.small import small_eigh
 
 Which = Literal["LA", "LM", "SA"]
 
 # Parts of a sum below this share of the largest are rounding error of its entries.
-_NEGLIGIBLE = {torch.float32: 1e-5, torch.float64: 1e-12}
+NEGLIGIBLE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 # Between these, float32 holds the squares of the largest entries and sums of a billion of them.
@@ -46,7 +48,7 @@ def low_rank(
     longest = float(gram.diagonal().max())
     if longest == 0:
         return torch.empty(0, dtype=torch.float64), parts[0][:0]
-    negligible = _NEGLIGIBLE[parts[0].dtype]
+    negligible = NEGLIGIBLE[parts[0].dtype]
     squares, mixing = torch.linalg.eigh(gram / longest)
     kept = squares > negligible * squares.max()
     lengths, mixing = squares[kept].sqrt(), mixing[:, kept]  # (r,), (m, r)
@@ -60,6 +62,26 @@ def low_rank(
     for cut, part in zip(cuts[1:], parts[1:], strict=True):
         rows.addmm_(cut, part)
     return values[chosen] * longest, _orthonormal(rows)
+
+
+def top_of_sum(gram: Tensor, weights: Tensor, k: int, *, negligible: float) -> tuple[Tensor, Tensor]:
+    """Top k eigenpairs of a sum of weighted outer products, from inner products alone, on the device; no host sync.
+
+    Args:
+        gram: Inner products of the vectors, (n, n).
+        weights: Of their outer products, (n,), none negative.
+        k: Number of pairs, at most n.
+        negligible: Share of the largest eigenvalue below which the rest is rounding error: zero, with a zero vector.
+
+    Returns:
+        Eigenvalues (k,), descending, and the mixture (k, n) of the vectors that gives orthonormal eigenvectors.
+    """
+    roots = weights.sqrt()
+    values, vectors = small_eigh(gram * roots[:, None] * roots)
+    values, vectors = values[:k], vectors[:, :k]
+    kept = values > negligible * values[0]
+    lengths = torch.where(kept, values, math.inf).sqrt()
+    return torch.where(kept, values, 0.0), (vectors / lengths).T * roots
 
 
 @full_precision
@@ -89,7 +111,7 @@ def _gram(parts: list[Tensor]) -> Tensor:
 def _orthonormal(rows: Tensor) -> Tensor:
     """The orthonormal rows closest to rows that are so but for rounding; themselves where that is close enough."""
     gram = (rows @ rows.T).cpu().double()
-    if float((gram - torch.eye(len(rows))).abs().max()) < _NEGLIGIBLE[rows.dtype]:
+    if float((gram - torch.eye(len(rows))).abs().max()) < NEGLIGIBLE[rows.dtype]:
         return rows
     squares, mixing = torch.linalg.eigh(gram)
     whitening: Tensor = ((mixing / squares.sqrt()) @ mixing.T).to(rows)

@@ -1,12 +1,13 @@
 """The arithmetic of a damped step, on blocks of parameters: measure what the optimizer did, and rescale it.
 
-step <- s * step + V (Gamma - s) V^T step        Gamma_i = gamma where eigenvalue i is positive, else 1
+    step <- s * step + V (Gamma - s) V^T step        Gamma_i = gamma where direction i is damped, else 1
+
+Each line of it takes a launch or two a block, however many parameters that has.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,80 +15,87 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
-
-Move = tuple[Tensor, Tensor, float | Tensor]  # a parameter, a direction (*shape), and its factor in the step
-
-
-@torch.no_grad()
-@full_precision
-def project(moves: Iterable[Move], directions: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Coefficients of a step in the basis, (k,), and its squared norm; one pass over the basis, no host sync.
-
-    Args:
-        moves: Parameters, each with what the step added to it: a factor times a direction.
-        directions: Parameter to its block of the basis, (k, *shape).
-    """
-    coefficients, squares = [], []
-    for p, direction, factor in moves:
-        flat = direction.to(directions[p].dtype).reshape(-1)
-        coefficients.append((rows(directions[p]) @ flat) * factor)  # (k,)
-        squares.append(torch.dot(flat, flat) * factor**2)
-    dtype = max((c.dtype for c in coefficients), key=lambda d: d.itemsize)
-    device = coefficients[0].device
-    total = torch.stack([c.to(device=device, dtype=dtype) for c in coefficients]).sum(0)
-    return _finite(total), torch.stack([s.to(device=device, dtype=dtype) for s in squares]).sum()
+from nsgd.directions.flat import Block, Span, like
 
 
 @torch.no_grad()
 @full_precision
-def correct(params: Iterable[Tensor], directions: Mapping[Tensor, Tensor], factors: Tensor) -> None:
-    """Add to parameters the vector with these coefficients in the basis; one pass over it, no host sync.
+def project(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    """Coefficients (k,) of the blocks' steps in the basis, and the squared norm; one pass over the basis, no host sync.
 
     Args:
-        params: Parameters that have taken their step.
-        directions: Parameter to its block of the basis, (k, *shape).
-        factors: Coefficients, (k,).
+        blocks: With the step in each one's ``step``. The results are where the first one is.
     """
-    for p in params:
-        # Not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
-        change = factors.to(directions[p]) @ rows(directions[p])
-        p.add_(change.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view_as(p))
+    coefficients, squared_norm = [], []
+    for block in blocks:
+        step, _ = block.step
+        coefficients.append(like(block.basis @ like(step, block.basis), blocks[0].step[0]))
+        squared_norm.append(like(torch.dot(step, step), blocks[0].step[0]))
+    total = sum(coefficients[1:], coefficients[0])
+    return torch.nan_to_num_(total, nan=0.0, posinf=0.0, neginf=0.0), sum(squared_norm[1:], squared_norm[0])
 
 
 @torch.no_grad()
-def sgd_moves(params: Iterable[Tensor], group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> Iterator[Move]:
-    """What the last step of ``torch.optim.SGD``, without Nesterov, added to each parameter, from what it left behind.
+@full_precision
+def correct(
+    block: Block, entries: slice, views: list[Tensor], params: list[Tensor], factors: Tensor, bulk_scale: float
+) -> None:
+    """Bring some parameters of a block from the base step to the damped one; one pass over the basis, no host sync.
 
-    With momentum that is the buffer, without it the gradient: no copy of the parameters is needed, nor of anything else
-    but for weight decay. The decayed parameter is the one before the step, p + lr d; solved for d. (Nesterov's
-    ``foreach`` changes gradients in place, other implementations do not.)
+    Args:
+        block: With the base step in its ``step``, which is overwritten by the change.
+        entries: Where the parameters lie in it.
+        views: Of its step, like the parameters.
+        params: Parameters that have taken the base step.
+        factors: Coefficients of the change in the basis, (k,).
+        bulk_scale: Factor on the step outside the basis.
     """
+    step, basis = block.step[0], block.basis
+    if entries != slice(0, block.size):
+        step, basis = step[entries], basis[:, entries]
+    if basis.dtype == step.dtype:
+        torch.addmv(step, basis.t(), like(factors, step), beta=bulk_scale - 1, out=step)
+    else:
+        step.mul_(bulk_scale - 1).add_(like(factors, basis) @ basis)
+    # Not finite in the basis or in the step adds nothing: training goes on as the base optimizer would.
+    step.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    torch._foreach_add_(params, views)
+
+
+@torch.no_grad()
+def sgd_step(
+    block: Block, span: Span, there: Sequence[bool], group: Mapping[str, Any], state: Mapping[Tensor, Any]
+) -> None:
+    """Write into ``step`` what ``torch.optim.SGD``, without Nesterov, has just added to the parameters of a group.
+
+    With momentum that is the buffer, without it the gradient. The decayed parameter is the one before the step,
+    p + lr d; solved for d. (Nesterov's ``foreach`` changes gradients in place, other implementations do not.)
+
+    Args:
+        block: The block.
+        span: The group's part of it.
+        there: For each parameter of the block whether it took the step; along the others ``step`` stays as it is.
+        group: The group's options.
+        state: The optimizer's.
+    """
+    flat, views = block.step
+    places = [i for i in range(span.params.start, span.params.stop) if there[i]]
+    if not places:
+        return
+    params, targets = [block.params[i] for i in places], [views[i] for i in places]
     decay, lr = group["weight_decay"], group["lr"]
-    for p in params:
-        if group["momentum"] != 0:
-            yield p, state[p]["momentum_buffer"], -lr
-            continue
-        gradient: Any = p.grad
-        direction: Tensor = -gradient if group["maximize"] else gradient
-        if decay == 0:
-            yield p, direction, -lr
-        else:
-            yield p, direction + decay * p, -lr / (1 - lr * decay)
-
-
-@full_precision
-def cosines(bases: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Inner products of two bases, (k, k), given as blocks (k, *shape) of each, parameter by parameter."""
-    return torch.stack([(rows(old) @ rows(new).T).cpu().double() for old, new in bases]).sum(0)
-
-
-def rows(block: Tensor) -> Tensor:
-    """A block (k, *shape) as (k, entries), also where the parameter is a scalar or empty."""
-    return block.reshape(len(block), math.prod(block.shape[1:]))
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+    if group["momentum"] != 0:
+        torch._foreach_copy_(targets, [state[p]["momentum_buffer"] for p in params])
+        factor = -lr
+    else:
+        gradients: list[Any] = [p.grad for p in params]
+        torch._foreach_copy_(targets, gradients)
+        if decay != 0:
+            torch._foreach_add_(targets, params, alpha=-decay if group["maximize"] else decay)
+        factor = -lr / (1 - lr * decay)
+        if group["maximize"]:
+            factor = -factor
+    (flat if span.entries == slice(0, block.size) else flat[span.entries]).mul_(factor)
 
 
 @contextmanager

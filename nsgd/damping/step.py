@@ -1,58 +1,69 @@
 """The rule of Nudged SGD on any torch optimizer: scale its step down along the sharpest directions.
 
-    step <- s * step + V (Gamma - s) V^T step        Gamma_i = gamma where eigenvalue i is positive, else 1
+    step <- s * step + V (Gamma - s) V^T step        Gamma_i = gamma where direction i is damped, else 1
 
-V holds the top k eigenvectors of the loss's Hessian, re-estimated now and then, and s is ``bulk_scale``
+V holds the top k directions of the loss's Hessian, followed through training, and s is ``bulk_scale``
 (Jastrzębski et al. 2019, section 5, with s = 1; gamma = 0 is Bulk-SGD and gamma = 1, s = 0 Dom-SGD of Song et al.
 2025). The optimizer's own step is measured and rescaled, so its momentum, weight decay and schedules stay its own.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS, SGD, Optimizer
 
-from nsgd.curvature.hessian import Closure, check_params
-from nsgd.damping.rule import Move, correct, in_float32, project, sgd_moves
-from nsgd.directions.alarm import Alarm, jump
-from nsgd.directions.directions import Refreshing, basis_dtype, check_size
-from nsgd.options import COUNTERS, SHARED, check_options, damping_options
+from nsgd.curvature.hessian import Closure, Losses, check_params
+from nsgd.damping import state
+from nsgd.damping.rule import correct, in_float32, project, sgd_step
+from nsgd.directions.alarm import jump
+from nsgd.directions.differences import chosen
+from nsgd.directions.directions import Directions, check_size
+from nsgd.directions.flat import Block
+from nsgd.options import PER_GROUP, DampingOptions, check_factors
 
 
-class Damped(Refreshing):
-    """What every damped optimizer has beside its base class: directions, the damped step, and their state.
+class Damped(Optimizer):
+    """What every damped optimizer has beside its base class: it holds ``Directions``, and its step is damped by them.
 
-    Mixed in before the base optimizer's class, by :class:`nsgd.NSGD` and :func:`nsgd.damp`.
+    Mixed in before the base optimizer's class, by :class:`nsgd.NSGD` and :func:`nsgd.damp`. All that it has of its own
+    lies in one object, so that wrappers which copy an optimizer's attributes share it.
     """
+
+    _directions: Directions
 
     # -- the damped step -------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """The base optimizer's step, damped. A closure is handed to the base optimizer, which calls it as it wants.
 
-        Never waits for the device. Costs two passes over the basis and, unless the base optimizer is
-        ``torch.optim.SGD`` without Nesterov and ``bulk_scale`` is 1, a copy of the parameters in it.
+        Never waits for the device. Costs two passes over the basis and a few over a vector as long as the parameters,
+        which holds the step; once in some steps, where directions come from training gradients, the fold of
+        :class:`nsgd.directions.differences.Differences`. A step at ``lr=0`` is the base optimizer's, and counts for
+        nothing: torch's checkpoints take one to make the state.
         """
-        damped: list[Tensor] = []
-        before: dict[Tensor, Tensor] = {}  # only where the step has to be measured
+        if all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups):
+            return self._base_step(closure)
+        prepared: list[tuple[Block, list[bool]]] | None = None  # blocks that are damped, and which parameters take part
+        measured = False
         with ExitStack() as stack:
 
             def prepare() -> None:
-                if damped:
+                nonlocal measured, prepared
+                if prepared is not None:  # a closure may be called more than once
                     return
-                self._last_step.pop("coefficients", None)
-                damped.extend(p for p in self._directions if p.requires_grad and p.grad is not None)
-                if damped and self._has_effect:
-                    stack.enter_context(in_float32(damped, self.state))
-                if not self._step_is_known(damped):
-                    before.update((p, p.detach().clone()) for p in damped)
+                prepared = self._before_step()
+                moving = [p for block, there in prepared for p in chosen(block.params, there)]
+                if moving and self._has_effect:
+                    stack.enter_context(in_float32(moving, self.state))
+                measured = bool(moving) and not self._step_is_known(moving)
+                for block, there in prepared if measured else ():
+                    with torch.no_grad():
+                        torch._foreach_copy_(chosen(block.step[1], there), chosen(block.params, there))
 
             if closure is None:
                 prepare()
@@ -60,32 +71,85 @@ class Damped(Refreshing):
             else:
                 # The directions may be refreshed inside the closure, so the step begins when it has run.
                 loss = self._base_step(_followed_by(closure, prepare))
-            if damped:
-                self._damp(damped, before)
-        self._count_step()
+            if prepared and any(any(there) for _, there in prepared):
+                self._damp(prepared, measured=measured)
+        self._directions.counts.steps += 1
         return loss
 
-    def _step_is_known(self, damped: list[Tensor]) -> bool:
-        """Whether the base step is that of ``torch.optim.SGD``, and nothing but its part in the basis is wanted."""
+    def _before_step(self) -> list[tuple[Block, list[bool]]]:
+        """Look at the gradients; the blocks with directions, and which of their parameters take the step."""
+        directions = self._directions
+        with torch.no_grad():
+            blocks = directions.arrange(self._curvature_params())
+            scale, skipped = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            directions.note_gradients(scale, skipped)
+            directions.last_step.pop("coefficients", None)
+            if not directions.rank:
+                return []
+            moving = [(block, [p.grad is not None for p in block.params]) for block in blocks]
+            for block, there in moving:
+                if not all(there):
+                    block.step[0].zero_()
+        return moving
+
+    def _step_is_known(self, moving: list[Tensor]) -> bool:
+        """Whether the base step is that of ``torch.optim.SGD``, and can be read from what it leaves behind."""
         plain = super().step.__func__ is SGD.step and type(self)._init_group is SGD._init_group  # type: ignore[attr-defined]
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        dense = all(p.grad is not None and p.grad.layout == torch.strided for p in damped)
-        simple = all(group["bulk_scale"] == 1 and not group.get("nesterov") for group in self.param_groups)
-        return plain and not scaled and dense and simple
+        if not plain or scaled:
+            return False
+        simple = all(not g.get("nesterov") and not isinstance(g["weight_decay"], Tensor) for g in self.param_groups)
+        return simple and all(p.grad is not None and p.grad.layout == torch.strided for p in moving)
 
-    def _sgd_moves(self, damped: list[Tensor]) -> Iterator[Move]:
-        wanted = set(damped)
-        for group in self.param_groups:
-            yield from sgd_moves((p for p in group["params"] if p in wanted), group, self.state)
+    def _damp(self, moving: list[tuple[Block, list[bool]]], *, measured: bool) -> None:
+        directions = self._directions
+        with torch.no_grad():
+            for block, there in moving:
+                if measured:
+                    torch._foreach_sub_(chosen(block.step[1], there), chosen(block.params, there))  # old - new
+                    block.step[0].neg_()
+                else:
+                    for span in block.spans:
+                        sgd_step(block, span, there, self.param_groups[span.group], self.state)
+            coefficients, squared_norm = project([block for block, _ in moving])
+            directions.last_step.update(coefficients=coefficients, squared_norm=squared_norm)
+            if directions.differences is None and directions.options.refresh_every == "auto":
+                last = directions.last_step.get("mean_square")
+                jumped, mean = jump(coefficients, squared_norm, self.param_groups[0]["lr"], last)
+                directions.last_step["mean_square"] = mean
+                directions.alarm.note(jumped)
+            for block, there in moving:
+                self._correct(block, there, coefficients)
 
-    def _project(self, moves: Iterable[Move]) -> None:
-        coefficients, squared_norm = project(moves, self._directions)
-        known = self.param_groups[0]["mean_square"]
-        last = self._last_step.get("mean_square", None if math.isnan(known) else squared_norm.new_tensor(known))
-        jumped, mean = jump(coefficients, squared_norm, self.param_groups[0].get("lr", 1.0), last)
-        self._last_step.update(coefficients=coefficients, squared_norm=squared_norm, mean_square=mean)
-        if self.param_groups[0]["refresh_every"] == "auto":
-            self._alarm.note(jumped)
+    def _correct(self, block: Block, there: list[bool], coefficients: Tensor) -> None:
+        """Damp the step of a block, all groups of one factor at once."""
+        first = 0
+        factors = [self._factors(self.param_groups[span.group]) for span in block.spans]
+        for last in range(len(block.spans)):
+            if last + 1 < len(block.spans) and factors[last + 1] == factors[first]:
+                continue
+            spans, factor = block.spans[first : last + 1], factors[first]
+            first = last + 1
+            if factor is None:
+                continue
+            gamma, bulk_scale = factor
+            entries = slice(spans[0].entries.start, spans[-1].entries.stop)
+            members = slice(spans[0].params.start, spans[-1].params.stop)
+            views, params = (chosen(items[members], there[members]) for items in (block.step[1], block.params))
+            if params:
+                change = coefficients * (self._gammas(gamma, coefficients) - bulk_scale)
+                correct(block, entries, views, params, change, bulk_scale)
+
+    def _gammas(self, gamma: float, coefficients: Tensor) -> float | Tensor:
+        """Factors on the step along the directions: gamma, or (k,), 1 where a direction is not damped."""
+        damped = self._directions.damped
+        return gamma if damped is None else torch.ones_like(coefficients).masked_fill_(damped, gamma)
+
+    def _factors(self, group: dict[str, Any]) -> tuple[float, float] | None:
+        """Gamma and bulk scale of a group; None where the step stays as it is."""
+        gamma, bulk_scale = group[self._key("gamma")], group[self._key("bulk_scale")]
+        at_rest = not isinstance(group["lr"], Tensor) and group["lr"] == 0  # the base step moves nothing there
+        return None if at_rest or (gamma == 1 and bulk_scale == 1) else (gamma, bulk_scale)
 
     def _base_step(self, closure: Closure | None) -> Any:
         step: Callable[..., Any] = super().step.__func__  # type: ignore[attr-defined]
@@ -95,160 +159,247 @@ class Damped(Refreshing):
 
     @property
     def _has_effect(self) -> bool:
-        return any(g["curvature"] and (g["gamma"] != 1 or g["bulk_scale"] != 1) for g in self.param_groups)
+        factors = ((g[self._key("gamma")], g[self._key("bulk_scale")]) for g in self._curvature_groups())
+        return any(factor != (1, 1) for factor in factors)
 
-    def _damp(self, damped: list[Tensor], before: dict[Tensor, Tensor]) -> None:
-        with torch.no_grad():
-            moves = {p: old.neg_().add_(p) for p, old in before.items()}  # p - old, in place of the copy
-            measured = ((p, move, 1.0) for p, move in moves.items())
-            self._project(measured if moves else self._sgd_moves(damped))
-            coefficients = self._last_step["coefficients"]
-            wanted = set(damped)
-            for group in self.param_groups:
-                gamma, bulk_scale = group["gamma"], group["bulk_scale"]
-                at_rest = not isinstance(group["lr"], Tensor) and group["lr"] == 0  # the base step moves nothing there
-                if not group["curvature"] or at_rest or (gamma == 1 and bulk_scale == 1):
-                    continue
-                own = [p for p in group["params"] if p in wanted]
-                correct(own, self._directions, coefficients * (self._gammas(group) - bulk_scale))
-                if bulk_scale != 1:
-                    for p in own:
-                        p.add_(moves[p], alpha=bulk_scale - 1)
+    # -- directions from a second look at the loss -----------------------------------------------------------
 
-    def _gammas(self, group: dict[str, Any]) -> Tensor:
-        """Factors on the step along the directions, (k,): gamma where the weight is positive, else 1."""
-        coefficients = self._last_step["coefficients"]
-        positive = self._positive.to(coefficients.device)  # moves only where parameters lie on several devices
-        return torch.ones_like(coefficients).masked_fill(positive, group["gamma"])
+    def backward(
+        self,
+        loss: Tensor,
+        curvature: Tensor | Closure | Losses | None = None,
+        scale: float = 1.0,
+        *,
+        batch_fraction: float = 1.0,
+    ) -> None:
+        """``loss.backward()``, after a refresh of the directions where one is due and has something to come from.
 
-    def _count_step(self) -> None:
-        first = self.param_groups[0]
-        first["steps"] += 1
-        many = first["warmup_steps"] + 10  # the first refresh was due at once; a gradient scaler may skip a few steps
-        if first["attempted_at"] < 0 and first["steps"] >= many and self._has_effect:
-            self._warn_once(
-                "plain",
-                f"{type(self).__name__} has taken {first['steps']} steps without a refresh, so it is the plain base "
-                "optimizer; call optimizer.backward(loss) in place of loss.backward(), or add the RefreshDirections "
-                "callback in Lightning",
-            )
+        Args:
+            loss: The training loss. With solver "lanczos", "arpack" or "random" and no ``curvature``, the directions
+                come from it; with "auto" and "differences" they then come from its gradient, in the step.
+            curvature: Where the directions come from instead: a loss, a closure that computes one (called only
+                when a refresh is due), or pairs of closure and sample count. A closure's buffers, modes and random
+                state are restored.
+            scale: What the loss that the curvature comes from was multiplied by.
+            batch_fraction: Samples in ``curvature`` over samples in a training batch, for ``cost_gradients``.
+
+        Raises:
+            ValueError: If the loss is no tensor, or as :meth:`refresh`.
+        """
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
+        if curvature is not None:
+            self.refresh_if_due(curvature, scale, batch_fraction=batch_fraction)
+        elif self._directions.options.solver not in ("auto", "differences"):
+            self.refresh_if_due(loss, scale, batch_fraction=batch_fraction)
+        torch.autograd.backward(loss)
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next call of :meth:`refresh_if_due` refreshes; at most once between two steps."""
+        return self._directions.refresh_due
+
+    def refresh_if_due(
+        self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0
+    ) -> bool:
+        """Refresh if it is due, or if there are no directions yet; call it before ``backward``.
+
+        With ``refresh_every="auto"`` a refresh is due as soon as all refreshes together cost no more than ``overhead``
+        gradients a step. Where a step left the basis with twice its usual length or more, a sharp direction may have
+        escaped: then they may cost twice as much, so that the next one comes at once.
+
+        Takes and returns what :meth:`refresh` does.
+        """
+        if self._directions.options.solver != "differences" and not self.refresh_due:
+            return False
+        return self.refresh(loss, scale, batch_fraction=batch_fraction)
+
+    def refresh(self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0) -> bool:
+        """Estimate the sharpest directions at the current parameters, and average them with the last ones.
+
+        ``.grad``, buffers, modes and random state stay as found, and ``loss.backward()`` still works afterwards.
+        Cost on the samples in the loss: one gradient from groups of them (solver "gradients"); with Lanczos
+        2k + 2 products or fewer beside it, at two gradients each (three over several batches). With solver "random"
+        the directions are drawn, nothing is averaged, and the loss is not looked at. With solver "auto" the directions
+        come from what is given here from now on, and no longer from training gradients.
+
+        Args:
+            loss: A loss with its graph, a closure that computes one, or pairs of closure and sample count
+                (see :func:`nsgd.curvature.hessian.loss_hessian`); for gradients, one pair for each of two groups or
+                more.
+            scale: What the loss was multiplied by (loss scale, 1 / accumulation); taken out of the eigenvalues.
+            batch_fraction: Samples in the loss over samples in a training batch, for ``cost_gradients``.
+
+        Returns:
+            True if there are new directions; False if the loss, a gradient or a product was NaN or infinite: the
+            last directions are kept, and the refresh counts as skipped.
+
+        Raises:
+            ValueError: If the solver is "differences"; the loss is no scalar, has no graph or reaches none of the
+                parameters; fewer than k parameters can train; or gradients are wanted and there are no groups.
+        """
+        self._directions.arrange(self._curvature_params())
+        maximize = bool(self.param_groups[0].get("maximize", False))
+        return self._directions.refresh(loss, scale, batch_fraction, maximize=maximize)
+
+    # -- diagnostics -----------------------------------------------------------------------------------------
+
+    @property
+    def eigenvalues(self) -> tuple[float, ...]:
+        """Top eigenvalues that the last refresh found by products, descending; empty where there were none."""
+        return tuple(self._directions.eigenvalues)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the directions in their running average, descending; one sync.
+
+        From gradients they are second moments: of the noise of a training batch's gradient ("differences"), or of
+        single samples' gradients. They fall with the loss, and are no eigenvalues. By products they are eigenvalues, of
+        random directions 1 each.
+        """
+        weights: list[float] = self._directions.weights.tolist()
+        if self.from_training_gradients:
+            weights = [weight for weight in weights if weight > 0]
+        return tuple(weights)
+
+    def directions(self, params: Iterable[Tensor]) -> Tensor:
+        """The directions along these parameters, (r, P), in the order of the weights; zero along parameters without.
+
+        Orthonormal where the parameters are all those that have directions; r is 0 before the first. Costs a copy of
+        the basis, and one sync.
+        """
+        vectors = self._directions.along(list(params))
+        return vectors[: len(self.weights)] if self.from_training_gradients else vectors
+
+    @property
+    def from_training_gradients(self) -> bool:
+        """Whether the directions come from the gradients that training leaves, not from a second look at the loss."""
+        return self._directions.differences is not None
+
+    @property
+    def overlap(self) -> float:
+        """Mean squared cosine between the last two bases, in [0, 1]; NaN before the second; one sync."""
+        return self._directions.overlap
+
+    @property
+    def alignment(self) -> float:
+        """Share of the base optimizer's last step, in norm, inside the basis; NaN before the first; one sync."""
+        return self._directions.alignment
+
+    @property
+    def refreshes(self) -> int:
+        """How often the directions have changed so far."""
+        return self._directions.counts.refreshes
+
+    @property
+    def skipped_refreshes(self) -> int:
+        """Refreshes that met a NaN or an infinity, and kept the last directions."""
+        return self._directions.counts.skipped_refreshes
+
+    @property
+    def hvps(self) -> int:
+        """Hessian-vector products so far."""
+        return self._directions.counts.hvps
+
+    @property
+    def cost_gradients(self) -> float:
+        """What the refreshes cost so far, in gradients of a training batch (forward and backward passes)."""
+        return self._directions.counts.cost_gradients
+
+    @property
+    def options(self) -> DampingOptions:
+        """The options of the rule and its directions; ``gamma`` and ``bulk_scale`` of a group are in the group."""
+        return self._directions.options
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, without those at a learning rate of 0."""
+        return self._directions.counts.steps
 
     # -- groups, state, copies -------------------------------------------------------------------------------
 
+    def _key(self, name: str) -> str:
+        """What an option is called in a group: by its name, unless the base optimizer has one of that name."""
+        return state.group_key(self, name)
+
+    def _curvature_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group[self._key("curvature")]]
+
+    def _curvature_params(self) -> list[tuple[int, Tensor]]:
+        """The parameters that have directions, with the numbers of their groups."""
+        key = self._key("curvature")
+        groups = enumerate(self.param_groups)
+        return [(i, p) for i, group in groups if group[key] for p in group["params"] if p.requires_grad]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; its parameters join the directions at the next refresh."""
+        """Add a group, as in torch; its parameters join the directions at the next refresh, or step."""
         if "_directions" in self.__dict__ and isinstance(param_group, dict):  # not while the base is constructed
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_options(group)
+        check_factors(group[self._key("gamma")], group[self._key("bulk_scale")])
         if group.get("differentiable", False):
             raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
         lr = group.get("lr", 0)
         if not isinstance(lr, Tensor) and not lr >= 0:
             raise ValueError(f"expected lr >= 0, got {lr} for a group")
-        first = self.param_groups[0]
-        for name in (*SHARED, "maximize"):
-            if group.get(name) != first.get(name):
+        shared = {name: getattr(self._directions.options, name) for name in state.SHARED if name not in self.defaults}
+        shared["maximize"] = self.param_groups[0].get("maximize")
+        for name, value in shared.items():
+            if group.get(name, value) != value:
                 raise ValueError(
-                    f"{name} is one value for the whole optimizer, {first.get(name)!r}, got {group.get(name)!r} for "
+                    f"{name} is one value for the whole optimizer, {value!r}, got {group[name]!r} for "
                     "one group; gamma, bulk_scale and curvature may differ between groups"
                 )
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the basis beside each parameter's state ("directions") unless ``save_basis=False``."""
-        self._note_alarm()
-        saved = super().state_dict()
-        if self.param_groups[0]["save_basis"]:
-            ids = (i for group in saved["param_groups"] for i in group["params"])
-            blocks = {i: self._directions.get(p) for i, p in zip(ids, self._all_params(), strict=True)}
-            extra = {i: {**saved["state"].get(i, {}), "directions": b} for i, b in blocks.items() if b is not None}
-            saved["state"] = {**saved["state"], **extra}
-        return saved
-
-    def _note_alarm(self) -> None:
-        """Bring what the alarm goes by to the host, for a checkpoint or a copy."""
-        if "mean_square" in self._last_step:
-            self.param_groups[0]["mean_square"] = float(self._last_step["mean_square"])
-        self.param_groups[0]["alarm"] = self._alarm.is_on()
+        self._directions.arrange(self._curvature_params())
+        return state.packed(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a checkpoint of the plain base optimizer loads too, and the next step refreshes."""
-        # Taken out before torch sees them: it would cast them to the parameter's dtype, and Adam takes any state
-        # for its own.
-        state: dict[Any, Any] = {}
-        directions: dict[Any, Tensor] = {}
-        for i, entry in state_dict["state"].items():
-            if isinstance(entry, dict) and "directions" in entry:
-                directions[i] = entry["directions"]
-                entry = {name: value for name, value in entry.items() if name != "directions"}
-                if not entry:
-                    continue
-            state[i] = entry
-        own = [{name: group[name] for name in damping_options()} for group in self.param_groups]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, self._all_params(), strict=False):  # torch says which numbers do not fit
-            if i in directions and directions[i].shape[1:] != p.shape:
-                raise ValueError(
-                    f"expected directions for a parameter of shape {tuple(p.shape)}, got "
-                    f"{tuple(directions[i].shape[1:])}; the checkpoint is of another model"
-                )
-        super().load_state_dict({**state_dict, "state": state})
-        for group, saved, options in zip(self.param_groups, state_dict["param_groups"], own, strict=True):
-            group.update({name: value for name, value in options.items() if name not in saved})
-        self._directions.clear()
-        self._last_step.clear()
-        self._alarm = Alarm(bool(self.param_groups[0]["alarm"]))
-        for i, p in zip(ids, self._all_params(), strict=True):
-            if i in directions:
-                self._directions[p] = directions[i].to(device=p.device, dtype=basis_dtype(p), copy=True)
-        self._note_positive()
-        if not self._directions:
-            self.param_groups[0]["attempted_at"] = -1  # the next step refreshes
+        """As in torch; a checkpoint of the plain base optimizer loads too, and directions then begin anew."""
+        loaded = state.unpacked(self, state_dict)
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(loaded.plain)
+        state.take_over(self, loaded, before)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._note_alarm()
         return {**super().__getstate__(), "_directions": self._directions}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_directions", {})
-        self.__dict__.setdefault("_last_step", {})
-        self.__dict__.setdefault("_warned", set())
-        self._fill_groups()
-        self._alarm = Alarm(bool(self.param_groups[0]["alarm"]))
-        self._note_positive()
+    def __setstate__(self, found: dict[str, Any]) -> None:
+        super().__setstate__(found)
+        if "_directions" in self.__dict__:  # not in the middle of torch's load_state_dict of another
+            for group in self.param_groups:
+                for name in PER_GROUP:
+                    group.setdefault(self._key(name), self.defaults[self._key(name)])
 
-    def _fill_groups(self) -> None:
-        """Give groups of an older, or of a plain, checkpoint the options that they lack."""
-        for group in self.param_groups:
-            for name, value in damping_options().items():
-                group.setdefault(name, self.defaults.get(name, value))
-        first = self.param_groups[0]
-        first.setdefault("weights", list(first.get("eigenvalues", [])))
-        for name, value in COUNTERS.items():
-            first.setdefault(name, copy.copy(value))
-
-    def _all_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _begin_damping(self, options: dict[str, Any]) -> None:
+    def _begin_damping(self, options: DampingOptions) -> None:
         """Called once, when the base optimizer is complete."""
-        self._directions, self._last_step, self._alarm, self._warned = {}, {}, Alarm(), set()
-        self.defaults = {**self.defaults, **options}
-        self._fill_groups()
+        self._directions = Directions(options)
+        values = {"gamma": options.gamma, "bulk_scale": options.bulk_scale, "curvature": True}
+        names = {name: f"nsgd_{name}" if name in self.defaults else name for name in values}
+        self.defaults = {**self.defaults, **{names[name]: value for name, value in values.items()}}
         for group in self.param_groups:
+            for name, value in values.items():
+                group.setdefault(names[name], value)
             self._check_group(group)
-        params = self._curvature_params()
+        found = self._curvature_params()
+        params = [p for _, p in found]
         if not params:
-            count = len(self._all_params())
+            count = sum(len(group["params"]) for group in self.param_groups)
             raise ValueError(
                 f"none of the {count} parameters requires a gradient in a group with curvature=True; unfreeze some "
                 "with requires_grad_()"
             )
         check_params(params)
-        check_size(self.param_groups[0]["k"], params)
+        if any(hasattr(p, "to_local") for p in params):
+            raise ValueError(
+                "expected parameters that are whole in each process, got sharded ones (DTensor, as of FSDP or tensor "
+                "parallelism); train with DistributedDataParallel, or with the plain optimizer"
+            )
+        check_size(options.k, params)
         if isinstance(self, LBFGS) and any(p.dtype.itemsize < 4 for p in params):
             raise ValueError(
                 "expected float32 or float64 parameters for L-BFGS, got half precision; convert them first"

@@ -29,7 +29,7 @@ def jump(coefficients: Tensor, squared_norm: Tensor, lr: float | Tensor, last: T
         last: The mean before it.
     """
     outside = torch.maximum(squared_norm - coefficients.square().sum(), _ROUNDING * squared_norm)
-    outside = torch.where(squared_norm > 0, outside / torch.as_tensor(lr).to(outside).square(), math.nan)
+    outside = torch.where(squared_norm > 0, outside / lr**2, math.nan)
     last = outside if last is None else last.to(outside)
     jumped = outside > _ALARM * last
     mean = torch.where(jumped | ~last.isfinite(), outside, torch.lerp(outside, last, _MEMORY))
@@ -57,9 +57,12 @@ class OnHost:
     """A truth value on its way from the device."""
 
     def __init__(self, value: Tensor) -> None:
-        self._value = value.to("cpu", non_blocking=True)
+        self._value = value
         self._copied = None
         if value.device.type != "cpu":
+            # Into pinned memory: a copy to any other waits.
+            pinned = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
+            self._value = pinned.copy_(value, non_blocking=True)
             module = torch.get_device_module(value.device)
             self._copied = module.Event()
             self._copied.record(module.current_stream(value.device))

@@ -1,326 +1,361 @@
-"""The directions of a damped optimizer: when they are due, how they are estimated and averaged, what they cost."""
+"""The directions that an optimizer follows: their basis, where they come from, and what they cost."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from nsgd.curvature.eigen import Eigenpairs, Solver, top_eigenpairs
-from nsgd.curvature.hessian import Closure, Losses, is_finite, loss_hessian, split, vector_dtype
+from nsgd.curvature.guard import full_precision
+from nsgd.curvature.hessian import Closure, Losses, is_finite, split, vector_dtype
 from nsgd.curvature.low_rank import Which
-from nsgd.damping.rule import cosines, rows
 from nsgd.directions.alarm import Alarm
+from nsgd.directions.differences import Differences
+from nsgd.directions.flat import Block, as_rows, blocks_of
+from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
 from nsgd.directions.samples import gradient_moment
-from nsgd.options import Estimator
-
-# Products beyond 2k: at 2k + 2, k = 10, the directions of a small CNN in training overlap the exact ones by 0.77 to
-# 0.94 (benchmarks/results/eigen.csv), and what a stale basis loses until the next refresh is more than is missing.
-_EXTRA_PRODUCTS = 2
+from nsgd.directions.schedule import Counts, refresh_due
+from nsgd.options import DampingOptions, Estimator
 
 # Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
 # (benchmarks/results/tracking.csv). Products on a sample stand for themselves.
 _DECAY = 0.95
 
+# Eigenvalues below this share of the largest, or below their residual, may be rounding, or a flat direction.
+_CERTAIN = 1e-3
 
-class Refreshing(Optimizer):
-    """The part of a damped optimizer that follows the sharpest directions; :class:`nsgd.damping.step.Damped` uses them.
 
-    The basis costs k P floats between refreshes; a refresh of m products needs (m + 2k + 3) P and the graph it takes
-    them from, one from m gradients up to (3m + 5k) P, a random one 5k P.
+class Directions:
+    """The basis of an optimizer, in blocks of one device and precision each, with its weights and counts.
+
+    One object, so that whatever copies an optimizer's attributes shares it. Memory between steps: (k + 1) P for the
+    basis and one vector, P the trainable parameters; (ROWS + 2) P more where directions come from differences of
+    gradients (:class:`nsgd.directions.differences.Differences`).
     """
 
-    # Parameter -> (k, *shape), float32 or float64, on the parameter's device; fewer than k rows where fewer are known.
-    _directions: dict[Tensor, Tensor]
-    _last_step: dict[str, Tensor]  # of the last damped step: coefficients (k,), squared norm, mean square outside
-    _positive: Tensor  # which weights of the directions are positive, (k,), on the device of the first
-    _alarm: Alarm
-    _warned: set[str]
+    def __init__(self, options: DampingOptions) -> None:
+        self.options = options
+        self.blocks: list[Block] = []
+        self.weights = torch.empty(0, dtype=torch.float64)  # (r,), where the first block is
+        self.damped: Tensor | None = None  # (r,), which of the directions are damped, where it is not all
+        self.eigenvalues: list[float] = []
+        self.counts = Counts()
+        self.alarm = Alarm()
+        self.differences: Differences | None = None  # until the first refresh from a second look at the loss
+        if options.solver in ("auto", "differences"):
+            self.differences = Differences()
+        self.last_step: dict[str, Tensor] = {}  # coefficients (k,), squared norm, mean square outside the basis
+        self._overlap = torch.tensor(math.nan)
+        self._complete = True  # whether every parameter has had a refresh
+        self._key: tuple[Any, ...] = ()
+        self._warned: set[str] = set()
 
-    # -- refreshing ------------------------------------------------------------------------------------------
+    # -- parameters ------------------------------------------------------------------------------------------
 
-    def backward(
-        self,
-        loss: Tensor,
-        curvature: Tensor | Closure | Losses | None = None,
-        scale: float = 1.0,
-        *,
-        batch_fraction: float = 1.0,
-    ) -> None:
-        """``loss.backward()``, after a refresh of the directions where one is due.
+    @property
+    def rank(self) -> int:
+        """Number of directions, 0 before the first."""
+        return len(self.weights)
 
-        Args:
-            loss: The training loss.
-            curvature: Where the directions come from instead: a loss, a closure that computes one (called only
-                when a refresh is due), or pairs of closure and sample count. A closure's buffers, modes and random
-                state are restored.
-            scale: What the loss that the curvature comes from was multiplied by.
-            batch_fraction: Samples in ``curvature`` over samples in a training batch, for ``cost_gradients``.
+    def arrange(self, params: Sequence[tuple[int, Tensor]]) -> list[Block]:
+        """The blocks of these parameters, given with the numbers of their groups; what is known of them is kept.
+
+        Directions are zero along parameters that are new.
         """
-        if not isinstance(loss, Tensor):
-            raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
-        self.refresh_if_due(loss if curvature is None else curvature, scale, batch_fraction=batch_fraction)
-        torch.autograd.backward(loss)
+        key = tuple((i, id(p), p.dtype, p.device) for i, p in params)
+        if key == self._key:
+            return self.blocks
+        known = self.by_parameter()
+        before = [(id(p), block.dtype) for block in self.blocks for p in block.params]
+        rows = None
+        if self.differences is not None and self.differences.begun:
+            rows = self.differences.saved(self.blocks)
+        self._key, self.blocks = key, blocks_of(params, self.options.basis_dtype)
+        for block in self.blocks:
+            block.basis = block.rows(self.rank)
+            for i, p in enumerate(block.params):
+                if id(p) in known:
+                    block.view(block.basis, i).copy_(known[id(p)])
+                elif self.rank:
+                    self._complete = False
+        self._move()
+        if self.differences is not None and rows is not None:
+            self.differences.load(self.blocks, *rows)
+            if [(id(p), block.dtype) for block in self.blocks for p in block.params] != before:
+                self.differences.folds = 0  # what is left of the vectors is not orthonormal
+        return self.blocks
+
+    def by_parameter(self) -> dict[int, Tensor]:
+        """The directions along each parameter, (r, *shape), by its identity; empty where there are none."""
+        if not self.rank:
+            return {}
+        return {id(p): b.view(b.basis, i) for b in self.blocks for i, p in enumerate(b.params)}
+
+    def _move(self) -> None:
+        """Bring what is small to where the first block is."""
+        if self.blocks:
+            home = self.blocks[0].device
+            dtype = torch.float32 if home.type == "mps" else torch.float64
+            self.weights = self.weights.to(home, dtype)
+            self.damped = None if self.damped is None else self.damped.to(home)
+            self.last_step = {name: value.to(home) for name, value in self.last_step.items()}
+
+    def along(self, params: Sequence[Tensor]) -> Tensor:
+        """The directions along these parameters, (r, P), in the order of the weights; zero along those without."""
+        known = self.by_parameter()
+        blocks = [known[id(p)] if id(p) in known else p.new_zeros(self.rank, p.numel()) for p in params]
+        dtype, device = vector_dtype(params), params[0].device
+        return torch.cat([as_rows(block).to(device=device, dtype=dtype) for block in blocks], dim=1)
+
+    # -- from training gradients -----------------------------------------------------------------------------
+
+    def note_gradients(self, scale: Tensor | None, skipped: Tensor | None) -> None:
+        """Take in the gradients of the step that comes, and fold them into the average where that is due."""
+        if self.differences is None or self.counts.steps < self.options.warmup_steps:
+            return
+        if not self.differences.begun:
+            self.differences.arrange(self.blocks)
+        self.differences.record(self.blocks, scale, skipped)
+        if not self.differences.fold_due:
+            return
+        if not self.rank:
+            self.weights = torch.zeros(self.options.k, dtype=torch.float64)
+            for block in self.blocks:
+                block.basis = block.rows(self.options.k)
+            self._move()
+        self.weights, overlap = self.differences.fold(self.blocks, self.weights, self.options.step_decay)
+        self._overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
+        self.counts.refreshes += 1
+        self.counts.refreshed_at = self.counts.steps
+
+    # -- from a second look at the loss ----------------------------------------------------------------------
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the next call of :meth:`refresh_if_due` refreshes; at most once between two steps."""
-        counters = self.param_groups[0]
-        steps = counters["steps"]
-        if steps < counters["warmup_steps"] or counters["attempted_at"] == steps:
+        """Whether a refresh from a second look at the loss is due; at most once between two steps."""
+        if self.options.solver == "differences":
             return False
-        if not self._directions:
-            return True
-        if counters["refresh_every"] != "auto":
-            return bool(steps - counters["refreshed_at"] >= counters["refresh_every"])
-        budget = counters["overhead"] * (steps - counters["warmup_steps"])
-        if self._alarm.is_on():
-            budget *= 2
-        return bool(counters["cost_gradients"] + counters["spared_gradients"] <= budget)
+        known = self.rank > 0 and self.differences is None
+        return refresh_due(self.counts, self.options, known=known, alarm=self.alarm.is_on())
 
-    def refresh_if_due(
-        self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0
+    def refresh(
+        self, loss: Tensor | Closure | Losses, scale: float, batch_fraction: float, *, maximize: bool = False
     ) -> bool:
-        """Refresh if it is due, or if there are no directions yet; call it before ``backward``.
-
-        With ``refresh_every="auto"`` a refresh is due as soon as all refreshes together cost no more than ``overhead``
-        gradients a step. Where a step left the basis with twice its usual length or more, a sharp direction may have
-        escaped: then they may cost twice as much, so that the next one comes at once.
-
-        Takes and returns what :meth:`refresh` does.
-        """
-        return self.refresh_due and self.refresh(loss, scale, batch_fraction=batch_fraction)
-
-    def refresh(self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0) -> bool:
-        """Estimate the sharpest directions at the current parameters, and average them with the last ones.
-
-        ``.grad``, buffers, modes and random state stay as found, and ``loss.backward()`` still works afterwards.
-        Cost on the samples in the loss: one gradient from groups of them (solver "gradients"); with Lanczos
-        2k + 2 products or fewer beside it, at two gradients each (three over several batches). With solver "random"
-        the directions are drawn, nothing is averaged, and the loss is not looked at.
-
-        Args:
-            loss: A loss with its graph, a closure that computes one, or pairs of closure and sample count
-                (see :func:`nsgd.curvature.hessian.loss_hessian`); for gradients, one pair for each of two groups or
-                more.
-            scale: What the loss was multiplied by (loss scale, 1 / accumulation); taken out of the eigenvalues.
-            batch_fraction: Samples in the loss over samples in a training batch, for ``cost_gradients``.
-
-        Returns:
-            True if there are new directions; False if the loss, a gradient or a product was NaN or infinite: the
-            last directions are kept, and the refresh counts as skipped.
-
-        Raises:
-            ValueError: If the loss is no scalar, has no graph or reaches none of the parameters, if fewer than
-                k parameters can train, or if gradients are wanted and there are no groups.
-        """
+        """Estimate the directions anew, and average them with the last ones; see the optimizer's ``refresh``."""
+        if self.options.solver == "differences":
+            raise ValueError(
+                "expected no curvature with solver='differences', which takes directions from training gradients "
+                "alone, got some; leave it out, or take solver='auto', which goes by the curvature once it is given any"
+            )
         if (processes := _processes()) > 1:
             raise ValueError(
                 f"expected one process, got {processes}: each would take directions of its own, and the replicas "
-                "would drift apart; train on one device"
+                "would drift apart; train on one device, or leave curvature out: differences of training gradients are "
+                "the same in every process"
             )
         for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
             if not 0 < value < math.inf:
                 raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
-        first = self.param_groups[0]
-        params = self._curvature_params()
+        params = [p for block in self.blocks for p in block.params]
         if not params:
             raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
-        check_size(first["k"], params)
-        if first["solver"] == "random":
-            self._draw(params, batch_fraction)
-            return True
-        spent = _Spent()
+        check_size(self.options.k, params)
         if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
             loss = list(loss)
+        if self.options.solver == "random":
+            self._draw(params, batch_fraction)
+            return True
+        spent = Spent()
+        damped: Tensor | None = None
+        eigenvalues: list[float] = []
         try:
-            groups = _groups(first["solver"], loss)
-            eigenvalues: list[float] = []
+            groups = _groups(self.options.solver, loss)
             if groups is not None:
                 estimate = gradient_moment(groups, params, scale=scale)
             else:
-                pairs = self._products(loss, params, scale, spent)
+                signed = -scale if maximize else scale  # ascent on f is descent on -f
+                pairs = eigenpairs_of(loss, params, self.options, spent, scale=signed, seed=self.counts.steps)
                 estimate, eigenvalues = (pairs.eigenvalues, pairs.eigenvectors), pairs.eigenvalues.tolist()
+                least = torch.maximum(pairs.residuals, _CERTAIN * pairs.eigenvalues.abs().max())
+                damped = pairs.eigenvalues > least
         except FloatingPointError as error:
-            self._count_refresh(spent, batch_fraction)
-            first["skipped_refreshes"] += 1
-            self._warn_once(
+            spent.count(self.counts, batch_fraction)
+            self._leave_differences()
+            self.counts.skipped_refreshes += 1
+            self.warn_once(
                 "nan",
-                f"refresh skipped at step {first['steps']}, the last directions are kept: {error}. Further "
+                f"refresh skipped at step {self.counts.steps}, the last directions are kept: {error}. Further "
                 "skips are counted in skipped_refreshes without a warning",
             )
             return False
-        self._count_refresh(spent, batch_fraction)
-        self._take(*self._averaged(estimate, params, products=bool(eigenvalues)), params, eigenvalues)
+        spent.count(self.counts, batch_fraction)
+        self._leave_differences()
+        weights, vectors = self._averaged(estimate, params, products=bool(eigenvalues))
+        if damped is None or len(damped) != len(weights) or vectors is not estimate[1]:
+            damped = weights > 0
+        self.take(weights, vectors, params, eigenvalues, damped)
         return True
 
-    def _draw(self, params: list[Tensor], batch_fraction: float) -> None:
-        first = self.param_groups[0]
-        first["attempted_at"] = first["steps"]
-        first["spared_gradients"] += batch_fraction
-        # A function of the count, so that a resumed run draws what an uninterrupted one does.
-        seed = (first["seed"] * 1_000_003 + first["refreshes"]) % 2**63
-        basis = random_basis(params, k=first["k"], seed=seed)
-        self._take(torch.ones(len(basis)), basis, params, [])  # weights that have them damped, and say no more
-
-    def _products(
-        self, loss: Tensor | Closure | Losses, params: list[Tensor], scale: float, spent: _Spent
-    ) -> Eigenpairs:
-        first = self.param_groups[0]
-        solver: Solver = "arpack" if first["solver"] == "arpack" else "lanczos"
-        sign = -1.0 if first.get("maximize", False) else 1.0  # ascent on f is descent on -f
-
-        def hvp(vector: Tensor) -> Tensor:
-            spent.hvps += 1
-            spent.gradients = hessian.cost(spent.hvps)
-            return hessian.hvp(vector)
-
-        with loss_hessian(loss, params, scale=sign * scale) as hessian:
-            return top_eigenpairs(
-                hvp,
-                params,
-                k=first["k"],
-                which=first["which"],
-                solver=solver,
-                start=hessian.gradient,
-                max_hvps=2 * first["k"] + _EXTRA_PRODUCTS if solver == "lanczos" else None,
-                seed=first["steps"],
-                repeated=False,
+    def _leave_differences(self) -> None:
+        if self.differences is not None and self.rank:
+            self.warn_once(
+                "source",
+                f"from step {self.counts.steps} on the directions come from the curvature that is given; those from "
+                "training gradients are dropped. Leave curvature out, or give it from the first step on",
             )
+            self._forget()
+        self.differences = None
+
+    def _forget(self) -> None:
+        self.weights, self.damped = self.weights[:0], None
+        self.eigenvalues, self._overlap = [], torch.tensor(math.nan)
+        self.last_step.clear()
+        for block in self.blocks:
+            block.basis = block.rows(0)
+
+    def _draw(self, params: list[Tensor], batch_fraction: float) -> None:
+        counts = self.counts
+        counts.attempted_at = counts.steps
+        counts.spared_gradients += batch_fraction
+        # A function of the count, so that a resumed run draws what an uninterrupted one does.
+        seed = (self.options.seed * 1_000_003 + counts.refreshes) % 2**63
+        basis = random_basis(params, k=self.options.k, seed=seed)
+        ones = torch.ones(len(basis))  # weights that have them damped, and say no more
+        self.take(ones, basis, params, [], ones > 0)
 
     def _averaged(
         self, estimate: tuple[Tensor, Tensor], params: list[Tensor], *, products: bool
     ) -> tuple[Tensor, Tensor]:
         """An estimate averaged with the last ones: weights (r,), orthonormal rows (r, P)."""
-        first = self.param_groups[0]
-        decay = (0.0 if products else _DECAY) if first["decay"] is None else first["decay"]
-        which: Which = first["which"] if products else "LA"
-        alike = bool(first["eigenvalues"]) == products  # moments of gradients and eigenvalues do not add up
+        options, counts = self.options, self.counts
+        decay = (0.0 if products else _DECAY) if options.decay is None else options.decay
+        which: Which = options.which if products else "LA"
+        alike = bool(self.eigenvalues) == products  # moments of gradients and eigenvalues do not add up
         if products and decay == 0:  # eigenpairs stand for themselves, also the zeros among them
             return estimate
         last = None
-        if first["weights"] and alike and all(p in self._directions for p in params):
-            vectors = self.directions(params).to(estimate[1])
+        if self.rank and alike and self._complete:
+            vectors = self.along(params).to(estimate[1])
             if is_finite(vectors):
-                weights = torch.tensor(first["weights"], dtype=torch.float64)
-                last = Average(weights, vectors, first["averaged"], first["trace"])
-        now = follow(last, estimate, decay=decay, k=first["k"], which=which)
-        first["averaged"], first["trace"] = now.count, now.usual
+                last = Average(self.weights.cpu().double(), vectors, counts.averaged, counts.trace)
+        now = follow(last, estimate, decay=decay, k=options.k, which=which)
+        counts.averaged, counts.trace = now.count, now.usual
         return now.weights, now.vectors
 
-    def _count_refresh(self, spent: _Spent, batch_fraction: float) -> None:
-        first = self.param_groups[0]
-        first["attempted_at"] = first["steps"]
-        first["hvps"] += spent.hvps
-        first["cost_gradients"] += spent.gradients * batch_fraction
+    def take(
+        self, weights: Tensor, vectors: Tensor, params: Sequence[Tensor], eigenvalues: list[float], damped: Tensor
+    ) -> None:
+        """Follow these directions from now on.
 
-    def _take(self, weights: Tensor, vectors: Tensor, params: list[Tensor], eigenvalues: list[float]) -> None:
-        blocks = [
-            block.to(device=p.device, dtype=basis_dtype(p), copy=True)
-            for block, p in zip(split(vectors, params), params, strict=True)
-        ]
-        overlap = math.nan
-        if self._directions:
-            known = [(self._directions[p], b) for p, b in zip(params, blocks, strict=True) if p in self._directions]
-            cos = cosines(known)  # (old, new)
-            overlap = float(cos.square().sum() / max(1, min(cos.shape)))
-        self._directions.clear()
-        self._directions.update(zip(params, blocks, strict=True))
-        self._alarm = Alarm()
+        Args:
+            weights: (r,), descending.
+            vectors: Orthonormal rows (r, P).
+            params: The parameters of the blocks, P entries together, in the order of the vectors.
+            eigenvalues: (r,) where the weights are eigenvalues, else none.
+            damped: Which of the directions are damped, (r,).
+        """
+        parts = dict(zip(map(id, params), split(vectors, params), strict=True))
+        shared = torch.zeros((), dtype=torch.float64)
+        for block in self.blocks:
+            old, block.basis = block.basis, block.rows(len(weights))
+            for i, p in enumerate(block.params):
+                block.view(block.basis, i).copy_(parts[id(p)])
+            cosines = _products(old, block.basis).cpu().double()
+            shared = cosines if shared.ndim == 0 else shared + cosines
+        self._overlap = shared.square().sum() / max(1, min(shared.shape)) if self.rank else torch.tensor(math.nan)
+        self.alarm = Alarm()
         for name in ("coefficients", "squared_norm"):
-            self._last_step.pop(name, None)
-        first = self.param_groups[0]
-        first["overlap"], first["weights"], first["eigenvalues"] = overlap, weights.tolist(), eigenvalues
-        first["refreshed_at"] = first["steps"]
-        first["refreshes"] += 1
-        self._note_positive()
-
-    def _note_positive(self) -> None:
-        device = next((p.device for p in self._directions), None)  # where the first coefficients are
-        self._positive = (torch.tensor(self.param_groups[0]["weights"], dtype=torch.float64) > 0).to(device)
-
-    def _curvature_params(self) -> list[Tensor]:
-        return [p for g in self.param_groups if g["curvature"] for p in g["params"] if p.requires_grad]
+            self.last_step.pop(name, None)
+        self.weights, self.eigenvalues, self.damped = weights.detach().clone(), eigenvalues, damped
+        self._complete = True
+        self._move()
+        self.counts.refreshed_at = self.counts.steps
+        self.counts.refreshes += 1
 
     # -- diagnostics -----------------------------------------------------------------------------------------
 
     @property
-    def eigenvalues(self) -> tuple[float, ...]:
-        """Top eigenvalues that the last refresh found by products, descending; empty where there were none."""
-        return tuple(self.param_groups[0]["eigenvalues"])
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Weights of the directions in the running average, descending: estimates of curvature, not eigenvalues.
-
-        Of random directions 1 each, which says that they are damped and nothing of the loss.
-        """
-        return tuple(self.param_groups[0]["weights"])
-
-    def directions(self, params: Iterable[Tensor]) -> Tensor:
-        """The directions along these parameters, (r, P), in the order of the weights; zero along parameters without.
-
-        Orthonormal where the parameters are all those that have directions; r is 0 before the first refresh. Costs a
-        copy of the basis.
-        """
-        params = list(params)
-        count = len(next(iter(self._directions.values()), ()))
-        blocks = [self._directions[p] if p in self._directions else p.new_zeros(count, p.numel()) for p in params]
-        dtype, device = vector_dtype(params), params[0].device
-        return torch.cat([rows(block).to(device=device, dtype=dtype) for block in blocks], dim=1)
-
-    @property
     def overlap(self) -> float:
-        """Mean squared cosine between the last two bases, in [0, 1]; NaN before the second refresh."""
-        return float(self.param_groups[0]["overlap"])
+        """Mean squared cosine between the last two bases; NaN before the second; one sync."""
+        return float(self._overlap)
 
     @property
     def alignment(self) -> float:
         """Share of the base optimizer's last step, in norm, inside the basis; NaN before the first; one sync."""
-        if "coefficients" not in self._last_step:
+        if "coefficients" not in self.last_step:
             return math.nan
-        inside = torch.linalg.vector_norm(self._last_step["coefficients"])
-        return float(inside / self._last_step["squared_norm"].sqrt())
+        inside = torch.linalg.vector_norm(self.last_step["coefficients"])
+        return float(inside / self.last_step["squared_norm"].sqrt())
 
-    @property
-    def refreshes(self) -> int:
-        """Refreshes so far."""
-        return int(self.param_groups[0]["refreshes"])
-
-    @property
-    def skipped_refreshes(self) -> int:
-        """Refreshes that met a NaN or an infinity, and kept the last directions."""
-        return int(self.param_groups[0]["skipped_refreshes"])
-
-    @property
-    def hvps(self) -> int:
-        """Hessian-vector products so far."""
-        return int(self.param_groups[0]["hvps"])
-
-    @property
-    def cost_gradients(self) -> float:
-        """What the refreshes cost so far, in gradients of a training batch (forward and backward passes)."""
-        return float(self.param_groups[0]["cost_gradients"])
-
-    def _warn_once(self, key: str, message: str) -> None:
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn, unless this has been said."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
 
+    # -- copies and checkpoints ------------------------------------------------------------------------------
 
-@dataclass
-class _Spent:
-    """What a refresh has cost so far, also one that fails: its gradient, and the products."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_key": (), "alarm": Alarm(self.alarm.is_on())}  # identities are of this process
 
-    hvps: int = 0
-    gradients: float = 1.0
+    def saved(self) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+        """What a checkpoint holds: plain values, and tensors for each parameter by its identity."""
+        values: dict[str, Any] = {
+            **vars(self.counts),
+            "differences": self.differences is not None,
+            "overlap": self.overlap,
+            "eigenvalues": list(self.eigenvalues),
+            "weights": self.weights.tolist(),
+            "damped": None if self.damped is None else self.damped.tolist(),
+            "alarm": self.alarm.is_on(),
+            "mean_square": float(self.last_step.get("mean_square", math.nan)),
+        }
+        tensors: dict[int, dict[str, Tensor]] = {}
+        if self.options.save_basis:
+            tensors = {identity: {"directions": block} for identity, block in self.by_parameter().items()}
+            if self.differences is not None and self.differences.begun:
+                more, rows = self.differences.saved(self.blocks)
+                values["rows"] = more
+                for identity, entries in rows.items():
+                    tensors.setdefault(identity, {}).update(entries)
+        return values, tensors
+
+    def load(self, values: dict[str, Any], tensors: dict[int, dict[str, Tensor]]) -> None:
+        """Take over what :meth:`saved` gave; the blocks are those of the parameters now."""
+        self.counts = Counts(**{name: values[name] for name in vars(self.counts) if name in values})
+        self._forget()
+        self.alarm = Alarm(bool(values.get("alarm", False)))
+        self._complete = True
+        known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
+        given = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
+        training = values.get("differences", self.options.solver in ("auto", "differences") and not given)
+        self.differences = Differences() if training else None
+        mean = values.get("mean_square", math.nan)
+        if not math.isnan(mean):
+            self.last_step["mean_square"] = torch.tensor(mean, dtype=torch.float64)
+        if known:
+            self.weights = torch.tensor(values["weights"], dtype=torch.float64)
+            self.damped = None if values["damped"] is None else torch.tensor(values["damped"], dtype=torch.bool)
+            self.eigenvalues = list(values["eigenvalues"])
+            self._overlap = torch.tensor(values["overlap"], dtype=torch.float64)
+            for block in self.blocks:
+                block.basis = block.rows(self.rank)
+                for i, p in enumerate(block.params):
+                    if id(p) in known:
+                        block.view(block.basis, i).copy_(known[id(p)])
+                    else:
+                        self._complete = False
+        elif self.differences is None:
+            self.counts.attempted_at = -1  # the next step refreshes
+        self._move()
+        if self.differences is not None and "rows" in values:
+            self.differences.load(self.blocks, values["rows"], tensors)
 
 
 def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None:
@@ -335,7 +370,12 @@ def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None
     return loss if solver == "gradients" or (solver == "auto" and len(loss) > 1) else None
 
 
-def check_size(k: int, params: list[Tensor]) -> None:
+@full_precision
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    return one @ other.T
+
+
+def check_size(k: int, params: Sequence[Tensor]) -> None:
     """Raise a ValueError if there are fewer parameters than directions."""
     size = sum(p.numel() for p in params)
     if k > size:
@@ -345,8 +385,3 @@ def check_size(k: int, params: list[Tensor]) -> None:
 def _processes() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
-
-
-def basis_dtype(param: Tensor) -> torch.dtype:
-    """In what a parameter's block of the basis is kept."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32

@@ -15,7 +15,7 @@ from lightning_modules.study import Study
 
 ACCURACY = Score("val_accuracy", "max")
 MEASURES = ("test_accuracy", "val_accuracy", "train_loss")  # of our classifier
-OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16)
+OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16, solver="gradients")
 
 
 def study(**options: Any) -> Study:

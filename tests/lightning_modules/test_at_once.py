@@ -280,7 +280,7 @@ def test_a_gan_takes_the_directions_of_each_network_at_once(make_trainer, watch)
     trainer.fit(WithLoss(make, toggle=True), loader(samples=32))
     assert [(o.refreshes, o.hvps) for o in trainer.optimizers] == [(2, 0), (2, 0)]
     assert watch == ([], ["_at_once"] * 4)
-    assert not any(d.requires_grad for o in trainer.optimizers for d in o._directions.values())
+    assert not any(block.basis.requires_grad for o in trainer.optimizers for block in o._directions.blocks)
 
 
 # -- what is logged, and when ------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_directions_of_some_parameters_keep_no_graph(make_trainer, watch):
     trainer = make_trainer(callbacks=[RefreshDirections()])
     trainer.fit(Partly(partial(NSGD, **SETTINGS, k=3, refresh_every=1)), batches(Partly))
     assert watch == ([], ["_at_once"] * 4)
-    assert not any(d.requires_grad for d in trainer.optimizers[0]._directions.values())
+    assert not any(block.basis.requires_grad for block in trainer.optimizers[0]._directions.blocks)
 
 
 class Penalised(Classes):

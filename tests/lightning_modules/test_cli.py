@@ -21,7 +21,7 @@ from lightning_modules.rows import read_csv
 
 TINY = [
     *("--data.batch_size", "50", "--data.limit", "300", "--epochs", "1", "--seeds", "2", "--lr", "0.2"),
-    *("--nsgd.k", "2", "--nsgd.refresh_every", "2", "--nsgd.directions.samples", "16", "--methods", "[sgd,nsgd]"),
+    *("--nsgd.k", "2", "--nsgd.refresh_every", "2", "--nsgd.samples", "16", "--methods", "[sgd,nsgd]"),
 ]
 SHORT = [
     *("--trainer.max_epochs", "2", "--data.batch_size", "100"),
@@ -75,7 +75,7 @@ def test_help_names_every_command(capsys, args):
                 "--lr",
                 "--threads",
                 "--nsgd.k",
-                "--nsgd.directions.samples",
+                "--nsgd.solver",
                 "--tune",
                 "--help all",
             ],
@@ -200,7 +200,7 @@ def last(path: Path, column: str) -> float:
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # of checkpoints, to the new version's folder
 def test_fit_validate_test_and_predict_agree_on_one_checkpoint(here):
-    assert code_of("fit", *SHORT, *NSGD) == 0
+    assert code_of("fit", *SHORT, *NSGD, "--optimizer.solver", "gradients") == 0
     logs = here / "lightning_logs"
     metrics = logs / "version_0" / "metrics.csv"
     wanted = {"nsgd/weight_1", "nsgd/weight_3", "nsgd/hvps", "nsgd/overlap", "train_loss", "val_loss"}
@@ -233,7 +233,7 @@ def test_fit_takes_an_optimizer_without_directions_and_a_scheduler(here):
 
 
 def test_fit_without_an_optimizer_trains_with_nsgd(here):
-    assert code_of("fit", *SHORT, "--refresh.samples", "20") == 0
+    assert code_of("fit", *SHORT) == 0
     assert any(row["nsgd/weight_10"] for row in rows(here / "lightning_logs" / "version_0" / "metrics.csv"))
 
 
@@ -325,8 +325,8 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd.decay", "-0.1"], "expected decay to be a number >= 0 and below 1, got -0.1"),
         (["--nsgd.group_size", "0"], "expected group_size of at least 1, or None for the default, got 0"),
         (["--nsgd.group_size", "1.5"], "group_size"),
-        (["--nsgd.solver", "power"], "'auto', 'gradients', 'lanczos', 'arpack'"),
-        (["--nsgd.directions.samples", "0"], "expected samples of at least 1"),
+        (["--nsgd.solver", "power"], "'auto', 'differences', 'gradients', 'lanczos', 'arpack'"),
+        (["--nsgd.samples", "0"], "expected samples of at least 1"),
         (["--methods", "[sgd,adam]"], "adam"),
         (["--methods", "[]"], "methods"),
         (["--seeds", "0"], "expected seeds of at least 1, got 0"),
@@ -365,13 +365,19 @@ def test_bad_input_to_compare_is_one_sentence_and_writes_nothing(capsys, here, f
         (["--optimizer", "NSGD", "--optimizer.lr", "-0.1"], "-0.1"),
         (["--optimizer", "NSGD", "--optimizer.gamma", "-1"], "expected gamma to be a finite number >= 0"),
         (["--optimizer", "NSGD", "--optimizer.refresh_every", "0"], "expected refresh_every"),
-        (["--optimizer", "NSGD", "--optimizer.solver", "power"], "'auto', 'gradients', 'lanczos', 'arpack'"),
+        (
+            ["--optimizer", "NSGD", "--optimizer.solver", "power"],
+            "'auto', 'differences', 'gradients', 'lanczos', 'arpack'",
+        ),
         (["--optimizer", "NSGD", "--optimizer.overhead", "0"], "expected overhead to be a number above 0"),
         (["--optimizer", "NSGD", "--optimizer.decay", "1"], "expected decay to be a number >= 0 and below 1"),
         (["--optimizer", "Nonsense"], "Nonsense"),
         (["--refresh.samples", "0"], "expected samples of at least 1"),
         (["--refresh.group_size", "0"], "expected group_size of at least 1"),
-        (["--refresh.optimizer", "3"], "expected optimizer to be an index into 1, got 3"),
+        (
+            ["--optimizer", "NSGD", "--optimizer.solver", "gradients", "--refresh.optimizer", "3"],
+            "expected optimizer to be an index into 1, got 3",
+        ),
         (["--model.net", "resnet"], "resnet"),
         (["--data", "Mnist"], "Mnist"),
         (["--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lightning_modules.statistics import summarise
 from lightning_modules.study import Study
 from lightning_modules.tuning import sweep_rates, trial_settings
 from nsgd import NSGD, damp
-from nsgd.options import damping_options
+from nsgd.options import DampingOptions
 
 STUDIES = Path(lightning_modules.__file__).parent / "studies"
 
@@ -113,7 +113,7 @@ def test_methods_are_paired_so_that_gamma_one_is_sgd(tmp_path):
     folder = finished(
         tmp_path / "out",
         data=Digits(batch_size=50, limit=300, augment=True),
-        nsgd=NSGDOptions(k=2, gamma=1.0, refresh_every=3, samples=30, source="train"),
+        nsgd=NSGDOptions(k=2, gamma=1.0, refresh_every=3, samples=30, source="train", solver="gradients"),
         methods=["sgd-momentum", "nsgd-momentum"],
         lr=0.05,
     )
@@ -164,7 +164,7 @@ def test_gradients_are_steps_plus_the_cost_of_refreshes(tmp_path, options, produ
 
 @pytest.mark.parametrize("overhead", [0.1, 0.3])
 def test_refreshes_that_come_by_themselves_cost_what_overhead_allows(tmp_path, overhead):
-    options = NSGDOptions(k=2, samples=20, overhead=overhead)
+    options = NSGDOptions(k=2, samples=20, overhead=overhead, solver="gradients")
     folder = finished(tmp_path / "out", seeds=1, epochs=5, nsgd=options)
     rows = read_csv(folder / "runs" / "nsgd-0" / "metrics.csv")
     assert len(rows) == 20
@@ -178,11 +178,11 @@ def test_refreshes_that_come_by_themselves_cost_what_overhead_allows(tmp_path, o
 
 
 def test_the_resolved_config_holds_every_option_of_refreshes(tmp_path):
-    folder = finished(tmp_path / "out", seeds=1, epochs=1, nsgd=NSGDOptions(k=2))
+    folder = finished(tmp_path / "out", seeds=1, epochs=1, nsgd=NSGDOptions(k=2, solver="gradients"))
     found = yaml.safe_load((folder / "config.yaml").read_text())["nsgd"]
     expected = {"refresh_every": "auto", "overhead": 0.1, "decay": None, "samples": 32, "group_size": None}
     assert {name: found[name] for name in expected} == expected
-    assert found["solver"] == "auto"
+    assert found["solver"] == "gradients"
     rows = read_csv(folder / "runs" / "nsgd-0" / "metrics.csv")
     assert [row["hvps"] for row in rows] == [0] * 4
     assert rows[0]["gradients"] == pytest.approx(1 + 32 / 50)
@@ -422,7 +422,7 @@ def test_an_empty_folder_is_taken(tmp_path):
         ({"nsgd": replace(OPTIONS, group_size=0)}, "group_size of at least 1, or None for the default, got 0"),
         (
             {"nsgd": replace(OPTIONS, solver="power")},
-            "solver to be one of auto, gradients, lanczos, arpack, random, got 'power'",
+            "solver to be one of auto, differences, gradients, lanczos, arpack, random, got 'power'",
         ),
         ({"nsgd": replace(OPTIONS, samples=0)}, "samples of at least 1"),
         ({"nsgd": replace(OPTIONS, source="test")}, "source"),
@@ -551,11 +551,21 @@ def test_every_method_runs_and_sam_counts_two_gradients_a_step(tmp_path):
     assert {m for m, row in rows.items() if row["refreshes"]} == {
         "nsgd",
         "nsgd-momentum",
+        "nsgd-hessian",
         "bulk-sgd",
         "dom-sgd",
         "random",
         "damped-adamw",
     }
+
+
+def test_by_default_directions_come_from_training_and_cost_no_gradient(tmp_path):
+    folder = finished(tmp_path, methods=["sgd", "nsgd", "nsgd-hessian"], seeds=1, nsgd=NSGDOptions(k=2))
+    rows = {row["method"]: row for row in read_csv(folder / "results.csv") if row["read_out"] == "last"}
+    assert rows["nsgd"]["gradients"] == rows["nsgd"]["step"]
+    assert rows["nsgd"]["refreshes"] > 1
+    assert rows["nsgd"]["hvps"] == 0 < rows["nsgd-hessian"]["hvps"]
+    assert len({row["train_loss"] for row in rows.values()}) == 3
 
 
 def test_a_run_by_its_number_is_the_studys_own(tmp_path):
@@ -616,7 +626,7 @@ def test_every_study_that_ships_can_run(path):
 
 
 def test_options_have_one_default_wherever_they_are_spelled():
-    expected = {name: value for name, value in damping_options().items() if name != "curvature"}
+    expected = asdict(DampingOptions())
     for place in (NSGD, damp, NSGDOptions, RefreshDirections):
         found = {name: p.default for name, p in signature(place).parameters.items() if name in expected}
         assert found == {name: expected[name] for name in found}, place

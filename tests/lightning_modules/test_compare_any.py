@@ -291,7 +291,7 @@ def test_trials_are_chosen_by_what_is_monitored_where_no_validation_loss_is_logg
 def test_runs_are_paired_so_that_gamma_one_and_rho_zero_are_sgd(own, tmp_path):
     """With dropout, BatchNorm and a loader that shuffles by the global random state."""
     settings = {"sam": {"rho": 0.0, "momentum": 0.0}}
-    options = NSGDOptions(k=2, gamma=1.0, refresh_every=2, samples=8, group_size=4)
+    options = NSGDOptions(k=2, gamma=1.0, refresh_every=2, samples=8, group_size=4, solver="gradients")
     folder = ran(
         tmp_path / "out",
         study(own, methods=["sgd", "nsgd", "random", "sam"], nsgd=options, settings=settings),
@@ -374,7 +374,10 @@ def test_data_that_split_at_random_whenever_they_are_set_up_are_split_once_for_a
 def test_every_run_finds_the_data_as_the_first_one_did(own, tmp_path):
     """A generator that a data module makes once goes on from run to run otherwise."""
     data = __import__(own).Drawing()
-    config, options = {"class_path": f"{own}.Drawing"}, NSGDOptions(k=2, gamma=1.0, samples=8, group_size=4)
+    config, options = (
+        {"class_path": f"{own}.Drawing"},
+        NSGDOptions(k=2, gamma=1.0, samples=8, group_size=4, solver="gradients"),
+    )
     folder = ran(tmp_path / "out", study(own, data=data, data_config=config, nsgd=options))
     sgd, nsgd = (read_csv(folder / "runs" / f"{m}-0" / "metrics.csv") for m in ("sgd", "nsgd"))
     assert [row["loss"] for row in nsgd] == [row["loss"] for row in sgd]
@@ -411,7 +414,7 @@ def test_a_module_that_breaks_is_said_and_does_not_end_the_study_of_others(own, 
 # -- the command -----------------------------------------------------------------------------------------------------
 
 MINE = ["--model", "{}.Mine", "--data", "{}.Data"]
-SMALL = ["--methods", "[sgd-momentum,nsgd-momentum]", "--seeds", "2", "--epochs", "2", "--nsgd.directions.samples", "8"]
+SMALL = ["--methods", "[sgd-momentum,nsgd-momentum]", "--seeds", "2", "--epochs", "2", "--nsgd.samples", "8"]
 
 
 def results(folder: str) -> list[bytes]:

@@ -179,12 +179,13 @@ def test_two_lines_of_yaml_are_enough_for_nsgd(own):
     assert any(not torch.equal(plain["state_dict"][name], value) for name, value in damped["state_dict"].items())
 
 
-def test_gamma_one_is_the_users_own_training_bit_for_bit(own):
+@pytest.mark.parametrize(("solver", "weight"), [("auto", "nsgd/weight_1"), ("gradients", "nsgd/weight_3")])
+def test_gamma_one_is_the_users_own_training_bit_for_bit(own, solver, weight):
     fit("--model", f"{own}.WithData")
-    fit("--model", f"{own}.WithData", "--damp.gamma", "1")
+    fit("--model", f"{own}.WithData", "--damp.gamma", "1", "--damp.solver", solver)
     plain, damped = (checkpoint(version)["state_dict"] for version in (0, 1))
     assert all(torch.equal(plain[name], value) for name, value in damped.items())
-    assert metrics(1)["nsgd/weight_3"]  # of four groups of eight: BatchNorm
+    assert metrics(1)[weight]  # by samples of four groups of eight: BatchNorm
 
 
 @pytest.mark.parametrize("name", ["AdamW", "torch.optim.AdamW"])

@@ -244,7 +244,7 @@ def test_refreshes_are_counted_in_optimizer_steps(make_trainer, accumulate, ever
 
 
 def test_a_nan_loss_keeps_the_directions_and_is_tried_once_a_step(make_trainer):
-    module = Smooth(partial(NSGD, lr=0.0, k=2, refresh_every=1))
+    module = Smooth(partial(NSGD, lr=1e-30, k=2, refresh_every=1))
     data = classes(64, 2, 2)
     data.tensors[0][16:32] = torch.nan  # the second micro-batch, and second step
     trainer = make_trainer(callbacks=[RefreshDirections(None)], gradient_clip_val=None)

@@ -493,7 +493,7 @@ def make_study(**options: Any) -> Study:
         "seeds": 2,
         "epochs": 2,
         "settings": {m: {"lr": 0.2, "momentum": MOMENTUM} for m in methods},
-        "nsgd": NSGDOptions(k=2, gamma=0.25, refresh_every=3, samples=16),
+        "nsgd": NSGDOptions(k=2, gamma=0.25, refresh_every=3, samples=16, solver="gradients"),
     }
     return Study(**{**settings, **options})
 
@@ -584,7 +584,7 @@ def test_the_curvature_of_each_refresh_is_drawn(folder, curves):
 
 def test_the_weights_of_random_directions_are_no_curvature_and_adamw_has_no_limit(tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    options = NSGDOptions(k=2, refresh_every=4, samples=16)
+    options = NSGDOptions(k=2, refresh_every=4, samples=16, solver="gradients")
     methods = ["random", "damped-adamw"]
     run_study(make_study(methods=methods, settings={}, seeds=1, nsgd=options), folder, lambda *_: None)
     assert levels(folder, monkeypatch) == []
@@ -601,7 +601,7 @@ def test_the_weights_of_random_directions_are_no_curvature_and_adamw_has_no_limi
 
 def test_fewer_weights_at_first_than_later_are_drawn_with_a_gap(tmp_path, curves):
     """Two groups a refresh give two directions more each time, up to k."""
-    options = NSGDOptions(k=5, refresh_every=2, samples=16, group_size=8)
+    options = NSGDOptions(k=5, refresh_every=2, samples=16, group_size=8, solver="gradients")
     run_study(make_study(methods=["nsgd"], seeds=1, nsgd=options), tmp_path / "out", lambda *_: None)
     rows = [r for r in read_csv(tmp_path / "out" / "runs" / "nsgd-0" / "metrics.csv") if "weight_1" in r]
     assert [sum(name.startswith("weight_") for name in r) for r in rows] == [2, 4, 5, 5]

@@ -276,7 +276,7 @@ def two_rates(params: Any) -> torch.optim.Optimizer:
         partial(torch.optim.SGD, lr=10.0, momentum=0.5, nesterov=True),
         partial(torch.optim.SGD, lr=10.0, momentum=0.5, dampening=0.5),
         partial(torch.optim.SGD, lr=0.01, maximize=True),
-        lambda params: damp(torch.optim.AdamW(params, lr=10.0), k=2),
+        lambda params: damp(torch.optim.AdamW(params, lr=10.0), k=2, warmup_steps=10),
         two_rates,
     ],
     ids=["AdamW", "Nesterov", "dampening", "maximize", "damped AdamW", "two rates"],

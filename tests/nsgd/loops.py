@@ -12,7 +12,7 @@ def train(run, optimizer, steps, *, before_step=None, after_step=None, set_to_no
         optimizer.zero_grad(set_to_none=set_to_none)
         loss = run.loss(i)
         if isinstance(optimizer, NSGD) and refreshing:
-            optimizer.backward(loss)
+            optimizer.backward(loss, curvature=loss)
         else:
             loss.backward()
         if before_step is not None:

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lbfgs import LBFGS
 
 from nsgd import NSGD, damp, top_eigenpairs
+from nsgd.damping.step import Damped
 
 # Between two float64 computations of one formula there is rounding only.
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -91,7 +92,7 @@ def test_steps_follow_the_dense_formula(problem, flat, gamma, bulk_scale, which,
     velocity = np.zeros_like(theta)
     for _ in range(5):
         optimizer.zero_grad()
-        optimizer.backward(problem.loss())
+        optimizer.backward(value := problem.loss(), curvature=value)
         optimizer.step()
         velocity = beta * velocity + matrix @ theta + slope  # not damped
         step = -lr * velocity
@@ -110,11 +111,11 @@ def test_damp_rescales_the_step_of_any_optimizer(training, flat, basis_of, base,
     assert isinstance(damped, type(plain))
     for i in range(3):  # warming up: both have a state by the time that damping begins
         one_step(plain, lambda i=i: plain_run.loss(i), backward=torch.autograd.backward)
-        one_step(damped, lambda i=i: run.loss(i), backward=damped.backward)
+        one_step(damped, lambda i=i: run.loss(i), backward=lambda loss: damped.backward(loss, curvature=loss))
         assert torch.equal(flat(run.model.parameters()), flat(plain_run.model.parameters()))
     before = flat(run.model.parameters())
     plain_loss = one_step(plain, lambda: plain_run.loss(3), backward=torch.autograd.backward)
-    loss = one_step(damped, lambda: run.loss(3), backward=damped.backward)
+    loss = one_step(damped, lambda: run.loss(3), backward=lambda loss: damped.backward(loss, curvature=loss))
     assert torch.equal(loss, plain_loss)
     assert damped.refreshes == 1
     step = flat(plain_run.model.parameters()) - before
@@ -155,7 +156,7 @@ def test_a_direction_without_positive_curvature_is_not_damped(problem, flat):
     optimizer = NSGD(problem.params, lr=0.01, k=3, gamma=0.0)
     for _ in range(3):
         optimizer.zero_grad(), plain.zero_grad()
-        optimizer.backward(problem.loss()), problem.loss_of(twin).backward()
+        optimizer.backward(value := problem.loss(), curvature=value), problem.loss_of(twin).backward()
         optimizer.step(), plain.step()
     assert optimizer.refreshes == 1
     assert all(value <= 0 for value in optimizer.eigenvalues)
@@ -169,7 +170,7 @@ def test_gamma_and_bulk_scale_of_a_group_apply_to_its_parameters(problem, flat, 
     groups = [{"params": [p], **option} for p, option in zip((first, second), options, strict=True)]
     optimizer = NSGD(groups, lr=0.02, k=5)
     before = flat(problem.params)
-    optimizer.backward(problem.loss())
+    optimizer.backward(value := problem.loss(), curvature=value)
     step = -0.02 * torch.cat([first.grad, second.grad])
     optimizer.step()
     vectors, values = basis_of(optimizer), torch.tensor(optimizer.eigenvalues, dtype=torch.float64)
@@ -190,7 +191,7 @@ def test_a_group_without_curvature_trains_bitwise_as_under_sgd(flat):
         for _ in range(4):
             optimizer.zero_grad()
             loss = a.square().square().sum() + (b.sin() * b).sum()  # b's gradient knows nothing of a
-            getattr(optimizer, "backward", torch.autograd.backward)(loss)
+            optimizer.backward(loss, curvature=loss) if isinstance(optimizer, Damped) else loss.backward()
             optimizer.step()
         return a, b, optimizer
 
@@ -212,17 +213,17 @@ def test_a_group_added_later_joins_at_the_next_refresh():
     def loss():
         return (a.square().sum() + b.square().sum()).square()
 
-    optimizer.backward(loss())
+    optimizer.backward(value := loss(), curvature=value)
     optimizer.step()
     optimizer.add_param_group({"params": [b], "lr": 0.02, "gamma": 0.5})
     assert optimizer.param_groups[1]["curvature"] is True
     optimizer.zero_grad()
-    optimizer.backward(loss())  # not due
+    optimizer.backward(value := loss(), curvature=value)  # not due
     before, grad = b.detach().clone(), b.grad.clone()
     optimizer.step()
     assert torch.equal(b, torch.add(before, grad, alpha=-0.02))
     optimizer.zero_grad()
-    optimizer.backward(loss())
+    optimizer.backward(value := loss(), curvature=value)
     assert optimizer.refreshes == 2
     before, grad = b.detach().clone(), b.grad.clone()
     optimizer.step()
@@ -240,7 +241,7 @@ def test_frozen_parameters_and_those_without_gradient_stay_bitwise(training, fla
     )
     for i in range(3):
         optimizer.zero_grad()
-        optimizer.backward(run.loss(i))
+        optimizer.backward(value := run.loss(i), curvature=value)
         optimizer.step()
     assert torch.equal(frozen, before)
     assert torch.equal(idle, torch.ones(3))
@@ -263,7 +264,7 @@ def test_half_precision_reaches_the_wanted_factor_to_one_rounding(dtype, gamma):
     inside = direction @ weight.detach().float() + along
     loss = 0.5 * (direction @ weight.float() - inside).square() - rest @ weight.float()
     optimizer = NSGD([weight], lr=1.0, k=1, gamma=gamma)
-    optimizer.backward(loss)
+    optimizer.backward(loss, curvature=loss)
     optimizer.step()
     assert weight.dtype == weight.grad.dtype == dtype
     assert optimizer.eigenvalues == pytest.approx((1.0,), rel=0.01)
@@ -279,7 +280,7 @@ def test_half_precision_keeps_the_state_of_the_base_optimizer_in_its_dtype(train
     optimizer = NSGD(run.model.parameters(), lr=0.1, momentum=0.9, k=2, gamma=0.1, foreach=foreach, refresh_every=2)
     for i in range(4):
         optimizer.zero_grad()
-        optimizer.backward(run.loss(i))
+        optimizer.backward(value := run.loss(i), curvature=value)
         optimizer.step()
     for p in run.model.parameters():
         assert p.dtype == p.grad.dtype == optimizer.state[p]["momentum_buffer"].dtype == torch.bfloat16
@@ -294,7 +295,7 @@ def test_maximize_damps_as_minimising_the_negative_does(training, flat):
         )
         for i in range(4):
             optimizer.zero_grad()
-            optimizer.backward(sign * state.loss(i))
+            optimizer.backward(value := sign * state.loss(i), curvature=value)
             optimizer.step()
         return flat(state.model.parameters()), optimizer.eigenvalues
 
@@ -307,7 +308,7 @@ def test_maximize_damps_as_minimising_the_negative_does(training, flat):
 def test_a_basis_that_is_not_finite_does_not_poison_the_parameters(training, flat):
     run = training()
     optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.1)
-    optimizer.backward(run.loss(0))
+    optimizer.backward(value := run.loss(0), curvature=value)
     state = optimizer.state_dict()
     for value in (float("nan"), float("inf")):
         bad = copy.deepcopy(state)
@@ -333,7 +334,7 @@ def test_copies_go_on_bitwise_and_on_their_own(training, flat, copied, base):
 
     def steps(run, optimizer, indices):
         for i in indices:
-            one_step(optimizer, lambda i=i: run.loss(i), backward=optimizer.backward)
+            one_step(optimizer, lambda i=i: run.loss(i), backward=lambda loss: optimizer.backward(loss, curvature=loss))
         return flat(run.model.parameters())
 
     steps(run, optimizer, range(2))

@@ -22,7 +22,7 @@ def quadratic(*params):
 def test_scalar_and_empty_parameters_are_damped_like_any_other():
     scalar, vector, empty = (nn.Parameter(torch.full(s, 2.0, dtype=torch.float64)) for s in ((), (3,), (0,)))
     optimizer = NSGD([scalar, vector, empty], lr=0.01, k=4, gamma=0.1)
-    optimizer.backward(quadratic(scalar, vector, empty))
+    optimizer.backward(value := quadratic(scalar, vector, empty), curvature=value)
     optimizer.step()
     # All four directions are damped: entry i moves by gamma lr i x.
     torch.testing.assert_close(scalar.detach(), torch.tensor(2 - 0.1 * 0.01 * 1 * 2, dtype=torch.float64))
@@ -40,7 +40,7 @@ def test_a_group_at_rest_stays_bitwise_as_it_is():
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
     optimizer = NSGD(groups, lr=0.5, k=5)
     before = [p.detach().clone() for p in model[0].parameters()]
-    optimizer.backward(nn.functional.cross_entropy(model(x), y))
+    optimizer.backward(value := nn.functional.cross_entropy(model(x), y), curvature=value)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model[0].parameters(), strict=True))
 
@@ -48,7 +48,7 @@ def test_a_group_at_rest_stays_bitwise_as_it_is():
 def test_a_parameter_frozen_after_a_refresh_moves_as_under_sgd():
     model, x, y = coupled()
     optimizer = NSGD(model.parameters(), lr=0.5, k=5)
-    optimizer.backward(nn.functional.cross_entropy(model(x), y))
+    optimizer.backward(value := nn.functional.cross_entropy(model(x), y), curvature=value)
     optimizer.zero_grad(set_to_none=False)
     model[0].requires_grad_(False)
     before = [p.detach().clone() for p in model[0].parameters()]
@@ -60,7 +60,7 @@ def test_a_parameter_frozen_after_a_refresh_moves_as_under_sgd():
 def test_alignment_is_measured_at_gamma_one_and_belongs_to_the_last_step():
     model, x, y = coupled()
     optimizer = NSGD(model.parameters(), lr=0.5, k=5, gamma=1.0)
-    optimizer.backward(nn.functional.cross_entropy(model(x), y))
+    optimizer.backward(value := nn.functional.cross_entropy(model(x), y), curvature=value)
     optimizer.step()
     assert 0 < optimizer.alignment <= 1 + 1e-6
     optimizer.zero_grad()
@@ -97,7 +97,7 @@ def test_a_loss_without_curvature_is_refreshed_again_and_again(k):
     optimizer = NSGD([w], lr=0.1, k=k, gamma=0.0, refresh_every=1)
     for _ in range(3):
         optimizer.zero_grad()
-        optimizer.backward(w.sum())
+        optimizer.backward(value := w.sum(), curvature=value)
         optimizer.step()
     torch.testing.assert_close(w.detach(), torch.full((3,), 0.7))
     assert optimizer.refreshes == 3
@@ -159,7 +159,7 @@ def test_half_precision_state_keeps_its_dtypes_through_damped_steps(base):
     optimizer = damp(base(model.parameters(), lr=0.01), k=3, warmup_steps=2, refresh_every=1)
     for _ in range(4):
         optimizer.zero_grad()
-        optimizer.backward(nn.functional.cross_entropy(model(x).float(), y))
+        optimizer.backward(value := nn.functional.cross_entropy(model(x).float(), y), curvature=value)
         optimizer.step()
     for p in plain.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
@@ -171,4 +171,4 @@ def test_half_precision_state_keeps_its_dtypes_through_damped_steps(base):
 
 def test_optimizers_do_not_share_their_lists():
     a, b = (NSGD([nn.Parameter(torch.ones(3))], k=2) for _ in range(2))
-    assert a.param_groups[0]["eigenvalues"] is not b.param_groups[0]["eigenvalues"]
+    assert a._directions.eigenvalues is not b._directions.eigenvalues

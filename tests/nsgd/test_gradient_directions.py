@@ -363,17 +363,3 @@ def test_copies_go_on_bitwise_and_on_their_own(training, flat, copied, maker):
     steps(run, optimizer, range(2, 8))
     assert torch.equal(flat(run.model.parameters()), flat(model.parameters()))
     assert twin_optimizer.weights == optimizer.weights
-
-
-def test_a_checkpoint_from_before_there_were_weights_still_loads(training):
-    run, twin = training(), training()
-    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.0)
-    optimizer.backward(run.loss(0))
-    state = copy.deepcopy(optimizer.state_dict())
-    for name in ("weights", "decay", "overhead"):
-        del state["param_groups"][0][name]
-    again = NSGD(twin.model.parameters(), lr=0.1, k=3, gamma=0.0)
-    again.load_state_dict(state)
-    twin.loss(0).backward()
-    optimizer.step(), again.step()
-    assert_bitwise(everything(run), everything(twin))

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsgd import NSGD, damp
+from nsgd.damping.step import Damped
 
 SIZES = (5, 4, 3)  # of the three groups: gamma 0, gamma 0.3, and none
 
@@ -44,7 +45,7 @@ class Run:
 
     def step(self):
         self.optimizer.zero_grad()
-        self.optimizer.backward(self.loss())
+        self.optimizer.backward(value := self.loss(), curvature=value)
         self.optimizer.step()
 
     def theta(self):
@@ -148,7 +149,7 @@ class Shrinking(SGD):
 def test_a_subclass_of_sgd_with_a_step_of_its_own_is_measured(training, flat, basis_of):
     run, twin = training(torch.float64), training(torch.float64)
     optimizer = damp(Shrinking(run.model.parameters(), lr=0.1), k=3, gamma=0.0)
-    optimizer.backward(run.loss(0))
+    optimizer.backward(value := run.loss(0), curvature=value)
     before, vectors = flat(run.model.parameters()), basis_of(optimizer)
     optimizer.step()
     twin.loss(0).backward()
@@ -168,7 +169,7 @@ def test_a_subclass_of_nsgd_that_adds_to_its_step_is_damped_once(training, flat)
         optimizer = make(state.model.parameters(), lr=0.1, momentum=0.9, k=3, gamma=0.0)
         for i in range(3):
             optimizer.zero_grad()
-            optimizer.backward(state.loss(i))
+            optimizer.backward(value := state.loss(i), curvature=value)
             optimizer.step()
     assert torch.equal(flat(run.model.parameters()), flat(twin.model.parameters()))
 
@@ -218,14 +219,14 @@ def test_a_schedule_may_change_every_option_of_the_base_step(flat, training, bul
     plain = SGD(twin.model.parameters(), lr=1.0)
     for i in range(4):
         optimizer.zero_grad(), plain.zero_grad()
-        optimizer.backward(run.loss(i))
+        optimizer.backward(value := run.loss(i), curvature=value)
         changes(optimizer.param_groups[0], i), changes(plain.param_groups[0], i)
         twin.model.load_state_dict(run.model.state_dict())
         twin.loss(i).backward()
         before = flat(run.model.parameters())
         optimizer.step(), plain.step()
         step = flat(twin.model.parameters()) - before
-        vectors = torch.cat([optimizer._directions[p].flatten(1) for p in run.model.parameters()], 1)
+        vectors = optimizer.directions(run.model.parameters())
         positive = torch.tensor(optimizer.weights) > 0
         inside = (vectors @ step) * torch.where(positive, 0.0 - bulk_scale, 1.0 - bulk_scale)
         expected = before + bulk_scale * step + inside @ vectors
@@ -255,7 +256,7 @@ def calls_of_a_step(training, make, *, wanted, steps=2):
     for i in range(steps + 1):
         optimizer.zero_grad()
         loss = run.loss(i)
-        getattr(optimizer, "backward", torch.autograd.backward)(loss)
+        optimizer.backward(loss, curvature=loss) if isinstance(optimizer, Damped) else loss.backward()
         with Calls() as calls:
             optimizer.step()
         seen.append({name: calls.seen[name] for name in wanted})
@@ -276,11 +277,13 @@ def test_the_known_step_copies_nothing(training, options, way, gamma):
     assert calls_of_a_step(training, make, wanted=COPIES) == plain
 
 
-def test_a_step_that_is_measured_copies_each_parameter_once(training):
+def test_a_step_that_is_measured_copies_all_parameters_once(training):
     def make(params):
-        return NSGD(params, lr=0.1, k=3, bulk_scale=0.5, refresh_every=100, foreach=False)
+        return NSGD(params, lr=0.1, momentum=0.9, nesterov=True, k=3, refresh_every=100, foreach=True)
 
-    assert [calls["clone"] for calls in calls_of_a_step(training, make, wanted=COPIES)] == [4, 4]
+    wanted = ("_foreach_copy_", *COPIES)
+    expected = {"_foreach_copy_": 1, "clone": 0, "copy_": 0, "_to_copy": 0}
+    assert calls_of_a_step(training, make, wanted=wanted) == [expected, expected]
 
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")

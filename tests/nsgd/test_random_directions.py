@@ -27,7 +27,7 @@ MAKERS = {
 def steps(run, optimizer, first, last, batch_fraction=1.0):
     for i in range(first, last):
         optimizer.zero_grad()
-        optimizer.backward(run.loss(i), batch_fraction=batch_fraction)
+        optimizer.backward(value := run.loss(i), curvature=value, batch_fraction=batch_fraction)
         optimizer.step()
 
 
@@ -149,7 +149,7 @@ def test_every_refresh_draws_afresh(training, basis_of):
 def test_auto_draws_as_often_as_gradients_of_the_same_samples_refresh(training, batch_fraction):
     def refreshed_at(solver):
         run, found = training(), []
-        optimizer = NSGD(run.model.parameters(), lr=0.0, k=3, solver=solver)  # steps of no length never alarm
+        optimizer = NSGD(run.model.parameters(), lr=1e-30, k=3, solver=solver)  # steps of no length never alarm
         for i in range(40):
             x, y = run.batches[i % 4]
             loss = sample_losses(lambda x, y: nn.functional.cross_entropy(run.model(x), y), x, y)

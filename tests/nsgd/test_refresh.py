@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from loops import assert_bitwise, everything, train
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 
-from nsgd import NSGD, damp, top_eigenpairs
+from nsgd import NSGD, top_eigenpairs
 
 # -- when it refreshes ----------------------------------------------------------------------------------------
 
@@ -63,7 +61,7 @@ def test_accumulation_refreshes_at_most_once_a_step_with_the_eigenvalues_of_the_
     for step in range(2):
         optimizer.zero_grad()
         for micro in range(4):
-            optimizer.backward(run.loss(4 * step + micro) / 4, scale=1 / 4)
+            optimizer.backward(value := run.loss(4 * step + micro) / 4, curvature=value, scale=1 / 4)
         if step == 0:
             assert optimizer.eigenvalues == pytest.approx(plain.eigenvalues, rel=1e-12)  # powers of two
         optimizer.step()
@@ -83,7 +81,7 @@ def test_a_gradient_scaler_gives_the_eigenvalues_and_the_steps_of_the_plain_loss
         scaler.step(optimizer)
         scaler.update()
         plain.zero_grad()
-        plain.backward(twin.loss(i))
+        plain.backward(value := twin.loss(i), curvature=value)
         plain.step()
         # A power of two scales without rounding, but the trained weights meet float32 rounding on the way.
         assert optimizer.eigenvalues == pytest.approx(plain.eigenvalues, rel=1e-5)
@@ -161,39 +159,6 @@ def test_without_directions_a_loss_that_is_not_finite_leaves_plain_sgd(training)
     train(twin, SGD(twin.model.parameters(), lr=0.1), 3)
     assert_bitwise(everything(run), everything(twin))
     assert optimizer.skipped_refreshes == 3
-
-
-def never_refreshed(training, make, steps):
-    run = training()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(run, make(run.model), steps, refreshing=False)
-    return [str(w.message) for w in caught]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda model: NSGD(model.parameters(), k=3, refresh_every=5),
-        lambda model: damp(AdamW(model.parameters()), k=3, refresh_every=5),
-        lambda model: NSGD(model.parameters(), k=3, refresh_every=5, gamma=1.0, bulk_scale=0.0),
-        lambda model: NSGD(
-            [{"params": model[0].parameters(), "gamma": 1.0}, {"params": model[2].parameters()}], k=3, refresh_every=5
-        ),
-    ],
-    ids=["nsgd", "damp", "dom_sgd", "first_group_undamped"],
-)
-def test_stepping_without_any_refresh_warns_once_that_it_is_plain(training, make):
-    assert never_refreshed(training, make, 9) == []  # a gradient scaler may pass over the first few
-    messages = never_refreshed(training, make, 60)
-    assert len(messages) == 1
-    assert "has taken 10 steps without a refresh" in messages[0]
-    assert "without a refresh, so it is the plain base optimizer; call optimizer.backward(loss)" in messages[0]
-
-
-@pytest.mark.parametrize("options", [{"gamma": 1.0}, {"refresh_every": 5, "warmup_steps": 51}])
-def test_no_warning_where_plain_steps_are_meant(training, options):
-    assert never_refreshed(training, lambda model: NSGD(model.parameters(), k=3, **options), 60) == []
 
 
 @pytest.mark.parametrize(

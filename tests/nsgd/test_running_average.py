@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nsgd import NSGD
-from nsgd.directions import running_average as tracking
+from nsgd.directions import running_average
 
 SIZE = 30
 EYE = torch.eye(SIZE, dtype=torch.float64)
@@ -27,7 +27,7 @@ class Toy:
         assert self.optimizer.refresh([(lambda g=g: g @ self.weight, 1) for g in gradients])
 
     def group(self):
-        return self.optimizer.state_dict()["param_groups"][0]
+        return self.optimizer.state_dict()["param_groups"][0]["nsgd_counts"]
 
 
 def noise(seed, count=8):
@@ -81,7 +81,7 @@ def test_a_new_parameter_begins_count_and_trace_anew():
 
 
 def directions(toy):
-    return next(iter(toy.optimizer._directions.values()))
+    return toy.optimizer.directions([toy.weight])
 
 
 def after_a_spike(at, refreshes=30):
@@ -99,7 +99,7 @@ def after_a_spike(at, refreshes=30):
 @pytest.mark.parametrize("at", [10, 20, 25])
 def test_a_spike_moves_the_directions_only_a_little(at, monkeypatch):
     assert min(after_a_spike(at)) > 0.9
-    monkeypatch.setattr(tracking, "clipped", lambda new, usual: (new, usual))
+    monkeypatch.setattr(running_average, "clipped", lambda new, usual: (new, usual))
     assert max(after_a_spike(at)) < 0.1  # without the clip they are the spike's own to the end
 
 

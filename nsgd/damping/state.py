@@ -1,0 +1,134 @@
+"""What a damped optimizer puts into a checkpoint beside its base's, and takes out of one, also of an older version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsgd.options import PER_GROUP, DampingOptions
+
+if TYPE_CHECKING:
+    from nsgd.damping.step import Damped
+
+# Options that one optimizer has once.
+SHARED = tuple(field.name for field in fields(DampingOptions) if field.name not in PER_GROUP)
+
+_VERSION = 2  # 1, of release 0.1.0, had every option in every group and the counts beside them; it is read, not written
+_OWN = ("directions", "nsgd_last_gradient", "nsgd_rows")  # by parameter; those of shape (n, *shape) first and last
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, taken apart."""
+
+    plain: dict[str, Any]  # what is the base optimizer's
+    options: DampingOptions | None  # None where there are none: a checkpoint of the base optimizer
+    counts: dict[str, Any]
+    tensors: dict[Any, dict[str, Tensor]]  # by the numbers of parameters
+
+
+def group_key(optimizer: Damped, name: str) -> str:
+    """What an option is called in a group: by its name, unless the base optimizer has an option of that name."""
+    return f"nsgd_{name}" if f"nsgd_{name}" in optimizer.defaults else name
+
+
+def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
+    """The base optimizer's state, with that of its directions: tensors by parameter, values in the first group."""
+    directions = optimizer._directions
+    counts, tensors = directions.saved()
+    options = asdict(directions.options)
+    if options["basis_dtype"] is not None:
+        options["basis_dtype"] = str(options["basis_dtype"]).removeprefix("torch.")
+    saved["param_groups"][0].update(nsgd_version=_VERSION, nsgd_options=options, nsgd_counts=counts)
+    extra = {}
+    for i, p in zip(_numbers(saved), _params(optimizer), strict=True):
+        if id(p) in tensors:
+            extra[i] = {**saved["state"].get(i, {}), **tensors[id(p)]}
+    saved["state"] = {**saved["state"], **extra}
+    return saved
+
+
+def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
+    """Take a checkpoint apart; nothing is changed.
+
+    Raises:
+        ValueError: If its options are out of range, or its directions are of another model.
+    """
+    state: dict[Any, Any] = {}
+    tensors: dict[Any, dict[str, Tensor]] = {}
+    for i, entry in state_dict["state"].items():
+        # Taken out before torch sees them: it would cast them to the parameter's dtype, and Adam takes any state for
+        # its own.
+        if isinstance(entry, dict) and any(name in entry for name in _OWN):
+            tensors[i] = {name: entry[name] for name in _OWN if name in entry}
+            entry = {name: value for name, value in entry.items() if name not in _OWN}
+            if not entry:
+                continue
+        state[i] = entry
+    for i, p in zip(_numbers(state_dict), _params(optimizer), strict=False):  # torch says which numbers do not fit
+        for name, value in tensors.get(i, {}).items():
+            shape = value.shape if name == "nsgd_last_gradient" else value.shape[1:]
+            if shape != p.shape:
+                raise ValueError(
+                    f"expected {name} for a parameter of shape {tuple(p.shape)}, got {tuple(shape)}; the checkpoint is "
+                    "of another model"
+                )
+    groups = state_dict["param_groups"]
+    first = groups[0] if groups else {}
+    if "nsgd_version" in first:
+        options, counts = _options(first["nsgd_options"]), dict(first["nsgd_counts"])
+        own = {"nsgd_version", "nsgd_options", "nsgd_counts"}
+    elif "refreshed_at" in first:  # release 0.1.0
+        options = _options({name: first[name] for name in (*SHARED, "gamma", "bulk_scale") if name in first})
+        counts = {"weights": first.get("eigenvalues", []), **first}
+        counts["damped"] = [weight > 0 for weight in counts["weights"]]
+        own = {*SHARED, *_COUNTS_0_1}
+    else:
+        options, counts, own = None, {}, set()
+    groups = [{name: value for name, value in group.items() if name not in own} for group in groups]
+    return Loaded({**state_dict, "state": state, "param_groups": groups}, options, counts, tensors)
+
+
+_COUNTS_0_1 = (
+    *("steps", "refreshed_at", "attempted_at", "refreshes", "skipped_refreshes", "hvps", "cost_gradients"),
+    *("spared_gradients", "overlap", "eigenvalues", "weights", "averaged", "trace", "mean_square", "alarm"),
+)
+
+
+def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, Any]]) -> None:
+    """Follow the directions of a checkpoint, once the base optimizer has loaded the rest.
+
+    Args:
+        optimizer: The optimizer.
+        loaded: The checkpoint.
+        before: The optimizer's groups before it, for options that a plain checkpoint lacks.
+    """
+    for group, saved, old in zip(optimizer.param_groups, loaded.plain["param_groups"], before, strict=True):
+        for name in PER_GROUP:
+            key = group_key(optimizer, name)
+            if key not in saved:
+                group[key] = old[key]
+    directions = optimizer._directions
+    if loaded.options is not None:
+        directions.options = loaded.options
+    directions.arrange(optimizer._curvature_params())
+    numbered = zip(_numbers(loaded.plain), _params(optimizer), strict=True)
+    directions.load(loaded.counts, {id(p): loaded.tensors[i] for i, p in numbered if i in loaded.tensors})
+
+
+def _options(saved: dict[str, Any]) -> DampingOptions:
+    known = {name: value for name, value in saved.items() if name in (*SHARED, "gamma", "bulk_scale")}
+    if isinstance(known.get("basis_dtype"), str):
+        known["basis_dtype"] = getattr(torch, known["basis_dtype"], known["basis_dtype"])
+    return DampingOptions(**known)
+
+
+def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:
+    return [i for group in state_dict["param_groups"] for i in group["params"]]
+
+
+def _params(optimizer: Damped) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

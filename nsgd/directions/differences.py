@@ -1,0 +1,249 @@
+"""Directions from the gradients that training computes anyway: no second look at the loss, and no wait for the device.
+
+The difference of two successive gradients is H times the last step, plus noise whose covariance has nearly the
+outlying eigenvectors of the Hessian H (for a log-likelihood it is the Fisher matrix; Papyan 2020, Martens 2020). Rows
+of such differences are collected, and every few steps folded into a running average of rank k: one Gram matrix, one
+small eigenproblem, one product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsgd.curvature.guard import full_precision
+from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
+from nsgd.directions.flat import Block, like
+
+ROWS = 10  # that are collected between two folds, once there are many: a fold costs two passes over all of them
+
+# Until then a fold comes whenever a quarter as many rows are new: in short runs the undamped beginning decides which
+# learning rate is borne.
+_SHARE = 4
+
+_MOST = 1.5  # times the usual squared length that one row may count for: a spike of the loss must not own the average
+
+_WHOLE = 16  # folds from one that orthonormalises its vectors anew to the next
+
+# Entries of each vector that are mixed at once: what a cache holds on a CPU; elsewhere few launches, and little memory.
+_CHUNK, _LARGE_CHUNK = 1 << 14, 1 << 21
+
+
+class Differences:
+    """Rows of differences of successive gradients, and their running average over steps.
+
+    Memory, beside the basis: (ROWS + 2) P, the rows and the last gradient, twice.
+    """
+
+    def __init__(self) -> None:
+        self.recorded = 0  # rows so far
+        self.pending = 0  # of them those that are not in the average
+        self.folds = 0  # since the vectors were last known to be orthonormal
+        self.rows: list[Tensor] = []  # (ROWS, P) for each block
+        self.counts = torch.zeros(ROWS, dtype=torch.bool)  # whether a row counts: it was finite, and the last one too
+        self.mass = torch.zeros(())  # of the rows in the average, decayed: 1 where it is full
+        self.usual = torch.zeros(())  # squared length of a row, of late
+        self._now: list[Tensor] = []  # gradients (P,) for each block: of the step that comes, and of the last
+        self._last: list[Tensor] = []
+        self._views: dict[int, list[Tensor]] = {}  # of both, like the parameters; made when they are needed
+        self._present: list[list[bool]] = []  # whether a parameter had a gradient in the last step
+        self._known = torch.zeros((), dtype=torch.bool)  # whether there is a last gradient that was finite
+
+    def arrange(self, blocks: Sequence[Block]) -> None:
+        """Begin rows anew, for these blocks; the average, whose basis the blocks hold, stays."""
+        home = blocks[0]
+        self.pending = 0
+        self.rows = [block.rows(ROWS) for block in blocks]
+        self._now, self._last = ([block.vector() for block in blocks] for _ in range(2))
+        self._views = {}
+        self._present = [[False] * len(block.params) for block in blocks]
+        self._known = torch.zeros((), dtype=torch.bool, device=home.device)
+        self.counts = torch.zeros(ROWS, dtype=torch.bool, device=home.device)
+        self.mass, self.usual = (value.to(device=home.device, dtype=home.dtype) for value in (self.mass, self.usual))
+
+    @torch.no_grad()
+    def record(self, blocks: Sequence[Block], scale: Tensor | None = None, skipped: Tensor | None = None) -> None:
+        """Take in the gradients of the step that comes.
+
+        A row has entries along parameters that have a gradient now and had one in the last step. Where a gradient is
+        not finite, the last one stays, and the row is zero and does not count.
+
+        Args:
+            blocks: The parameters.
+            scale: What the gradients are still multiplied by, of shape (1,) or ().
+            skipped: 1 where the base step will leave the parameters as they are, of shape (1,) or ().
+        """
+        finite: Tensor | None = None
+        present = [[p.grad is not None and p.grad.layout == torch.strided for p in b.params] for b in blocks]
+        for block, there, flat in zip(blocks, present, self._now, strict=True):
+            if id(flat) not in self._views:
+                self._views[id(flat)] = block.views(flat)
+            if not all(there):
+                flat.zero_()
+            if any(there):
+                targets = chosen(self._views[id(flat)], there)
+                torch._foreach_copy_(targets, chosen([p.grad for p in block.params], there))
+            if scale is not None:
+                flat.div_(scale.to(flat))
+            whole = like(flat.sum().isfinite(), self._known)
+            finite = whole if finite is None else finite & whole
+        assert finite is not None
+        if skipped is not None:
+            finite = finite & like(skipped.reshape(()) == 0, finite)
+        begun = any(any(had) for had in self._present)
+        for i, (there, had) in enumerate(zip(present, self._present, strict=True)):
+            now, last = self._now[i], self._last[i]
+            torch.where(finite if finite.device == now.device else finite.to(now.device), now, last, out=now)
+            if begun:
+                row = self.rows[i][self.pending]
+                torch.sub(now, last, out=row) if row.dtype == now.dtype else row.copy_(now - last)
+                for j, both in enumerate(a and b for a, b in zip(there, had, strict=True)):
+                    if not both:
+                        blocks[i].view(row, j).zero_()
+        if begun:
+            torch.logical_and(finite, self._known, out=self.counts[self.pending])
+            self.pending += 1
+            self.recorded += 1
+        self._known.logical_or_(finite)
+        self._now, self._last, self._present = self._last, self._now, present
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are buffers for rows."""
+        return bool(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}
+
+    def saved(self, blocks: Sequence[Block]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+        """What a checkpoint holds: plain values, and tensors for each parameter by its identity."""
+        values = {
+            "recorded": self.recorded,
+            "pending": self.pending,
+            "folds": self.folds,
+            "counts": self.counts[: self.pending].tolist(),
+            "mass": float(self.mass),
+            "usual": float(self.usual),
+            "known": bool(self._known),
+        }
+        tensors: dict[int, dict[str, Tensor]] = {}
+        for block, rows, last, present in zip(blocks, self.rows, self._last, self._present, strict=True):
+            for i, p in enumerate(block.params):
+                if present[i]:
+                    tensors[id(p)] = {"nsgd_last_gradient": block.view(last, i)}
+                if self.pending:
+                    tensors.setdefault(id(p), {})["nsgd_rows"] = block.view(rows[: self.pending], i)
+        return values, tensors
+
+    def load(self, blocks: Sequence[Block], values: dict[str, Any], tensors: dict[int, dict[str, Tensor]]) -> None:
+        """Take over what :meth:`saved` gave."""
+        self.arrange(blocks)
+        self.recorded, self.pending, self.folds = values["recorded"], values["pending"], values["folds"]
+        self.counts[: self.pending] = torch.tensor(values["counts"])
+        self.mass.fill_(values["mass"])
+        self.usual.fill_(values["usual"])
+        self._known.fill_(values["known"])
+        for block, rows, last, present in zip(blocks, self.rows, self._last, self._present, strict=True):
+            for i, p in enumerate(block.params):
+                entry = tensors.get(id(p), {})
+                if "nsgd_last_gradient" in entry:
+                    block.view(last, i).copy_(entry["nsgd_last_gradient"])
+                    present[i] = True
+                if "nsgd_rows" in entry:
+                    block.view(rows[: self.pending], i).copy_(entry["nsgd_rows"])
+
+    @property
+    def fold_due(self) -> bool:
+        """Whether the rows that wait are to be folded into the average now."""
+        return self.pending > 0 and self.pending >= min(ROWS, self.recorded // _SHARE)
+
+    @torch.no_grad()
+    @full_precision
+    def fold(self, blocks: Sequence[Block], weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+        """Fold the rows that wait into the average, whose vectors are the blocks' bases; no host sync.
+
+        Costs one Gram matrix of k + n vectors, n of them rows, one product of k with k + n, and little memory.
+
+        Args:
+            blocks: The parameters, with k vectors each; they are replaced.
+            weights: Of the vectors so far, (k,).
+            decay: What an older row weighs, a step.
+
+        Returns:
+            The new weights (k,), and the overlap of the new vectors with the old ones, a mean squared cosine.
+        """
+        n, k = self.pending, len(weights)
+        self.pending = 0
+        # Rounding adds up from fold to fold, though slowly.
+        whole = self.folds % _WHOLE == 0
+        self.folds += 1
+        gram = _gram(blocks, [rows[:n] for rows in self.rows], weights, whole=whole)  # (k + n, k + n)
+        counts = self.counts[:n].to(gram)
+        ages = torch.arange(n - 1, -1, -1, dtype=gram.dtype, device=gram.device)
+        shares = counts * (1 - decay) * decay**ages
+        sizes = gram.diagonal()[k:]
+        usual = self.usual.to(gram)
+        clip = torch.where((usual > 0) & (sizes > 0), _MOST * usual / sizes, math.inf).clamp(max=1)
+        mean = (counts * clip * sizes).sum() / counts.sum()  # NaN where none counts
+        mass = self.mass.to(gram) * decay**n
+        total = (mass + shares.sum()).clamp(min=torch.finfo(gram.dtype).tiny)
+        # Half of a difference's outer product: it holds the noise of two gradients.
+        inputs = torch.cat([weights.to(gram) * (mass / total), 0.5 * shares * clip / total])
+        values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])
+        good = gram.isfinite().all()
+        values = torch.where(good, values, weights.to(gram))
+        mixing = torch.where(good, mixing, torch.eye(k, k + n, dtype=gram.dtype, device=gram.device))
+        overlap = (mixing @ gram[:, :k]).square().sum() / (weights > 0).sum().clamp(min=1)
+        for block, rows in zip(blocks, self.rows, strict=True):
+            _mix(block, rows[:n], mixing)
+        self.mass = torch.where(good, total, self.mass.to(gram)).to(self.mass)
+        mean = torch.where(usual > 0, (usual + mean) / 2, mean)
+        self.usual = torch.where(good & mean.isfinite(), mean, usual).to(self.usual)
+        return values.to(weights), overlap
+
+
+def chosen(items: Sequence[Any], there: Sequence[bool]) -> list[Any]:
+    """Those items that are there."""
+    return list(items) if all(there) else [item for item, is_there in zip(items, there, strict=True) if is_there]
+
+
+def _gram(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Tensor, *, whole: bool) -> Tensor:
+    """Inner products of the vectors and rows of all blocks, (k + n, k + n), where and as precise as the weights.
+
+    Where not the whole is wanted, the vectors are taken to be orthonormal: half of the price.
+    """
+    k, n = len(weights), len(rows[0])
+    total = torch.zeros(k + n, k + n, dtype=weights.dtype, device=weights.device)
+    for block, new in zip(blocks, rows, strict=True):
+        part = torch.zeros(k + n, k + n, dtype=block.dtype, device=block.device)
+        for _, vectors, chunk in _chunks(block, new):
+            part[k:, :k].addmm_(chunk, vectors.T)
+            part[k:, k:].addmm_(chunk, chunk.T)
+            if whole:
+                part[:k, :k].addmm_(vectors, vectors.T)
+        total += part.to(total)
+    total[:k, k:] = total[k:, :k].T
+    if not whole:
+        total.diagonal()[:k] = 1
+    return total
+
+
+def _mix(block: Block, rows: Tensor, mixing: Tensor) -> None:
+    """Replace the basis by a mixture (k, k + n) of its vectors and the rows."""
+    k = len(mixing)
+    factors = mixing.to(device=block.device, dtype=block.dtype)
+    old, new = factors[:, :k].contiguous(), factors[:, k:].contiguous()
+    for columns, vectors, chunk in _chunks(block, rows):
+        block.basis[:, columns] = (old @ vectors).addmm_(new, chunk).to(block.basis.dtype)
+
+
+def _chunks(block: Block, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some columns at a time: of the vectors (k, c), and of the rows (n, c)."""
+    width = _CHUNK if block.device.type == "cpu" else _LARGE_CHUNK
+    for start in range(0, block.size, width):
+        columns = slice(start, min(start + width, block.size))
+        yield columns, block.basis[:, columns].to(block.dtype), rows[:, columns].to(block.dtype)
