@@ -242,7 +242,7 @@ class _RefreshIfDamped(RefreshDirections):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Damped) and optimizer.from_training_gradients and optimizer.refreshes:
-                self._log(trainer, optimizer, optimizer.alignment)
+                self._log(trainer, optimizer)
 
     def _candidates(self, trainer: pl.Trainer) -> list[Any]:
         return [o for o in super()._candidates(trainer) if not isinstance(o, Damped) or _refreshes(o)]

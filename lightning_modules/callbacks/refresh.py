@@ -232,12 +232,13 @@ class RefreshDirections(pl.Callback):
         with batch_losses(module) as loss_of:  # gradients need each loss only once: one guard serves for all
             return optimizer.refresh([(partial(scaled, loss_of, batch), n) for batch, n in parts], **options)
 
-    def _log(self, trainer: pl.Trainer, optimizer: Damped, alignment: float) -> None:
+    def _log(self, trainer: pl.Trainer, optimizer: Damped, alignment: float | None = None) -> None:
         step, number = trainer.global_step, trainer.optimizers.index(optimizer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
         if every == 0 or step - self._logged.get(number, -every) < every:
             return
         self._logged[number] = step
+        alignment = optimizer.alignment if alignment is None else alignment  # waits for the device
         metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
         metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
         cost = optimizer.cost_gradients / (optimizer.steps + 1)  # with the step that comes

@@ -46,7 +46,7 @@ class Damped(Optimizer):
         :class:`nsgd.directions.differences.Differences`. A step at ``lr=0`` is the base optimizer's, and counts for
         nothing: torch's checkpoints take one to make the state.
         """
-        if all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups):
+        if all(_at_rest(group) for group in self.param_groups):
             return self._base_step(closure)
         prepared: list[tuple[Block, list[bool]]] | None = None  # blocks that are damped, and which parameters take part
         measured = False
@@ -84,7 +84,7 @@ class Damped(Optimizer):
             scale, skipped = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             directions.note_gradients(scale, skipped)
             directions.last_step.pop("coefficients", None)
-            if not directions.rank:
+            if not directions.rank or not blocks:
                 return []
             moving = [(block, [p.grad is not None for p in block.params]) for block in blocks]
             for block, there in moving:
@@ -98,8 +98,9 @@ class Damped(Optimizer):
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         if not plain or scaled:
             return False
-        simple = all(not g.get("nesterov") and not isinstance(g["weight_decay"], Tensor) for g in self.param_groups)
-        return simple and all(p.grad is not None and p.grad.layout == torch.strided for p in moving)
+        if not all(_is_simple(group) for group in self.param_groups):
+            return False
+        return all(p.grad is not None and p.grad.layout == torch.strided for p in moving)
 
     def _damp(self, moving: list[tuple[Block, list[bool]]], *, measured: bool) -> None:
         directions = self._directions
@@ -115,7 +116,7 @@ class Damped(Optimizer):
             directions.last_step.update(coefficients=coefficients, squared_norm=squared_norm)
             if directions.differences is None and directions.options.refresh_every == "auto":
                 last = directions.last_step.get("mean_square")
-                jumped, mean = jump(coefficients, squared_norm, self.param_groups[0]["lr"], last)
+                jumped, mean = jump(coefficients, squared_norm, self.param_groups[0].get("lr", 1.0), last)
                 directions.last_step["mean_square"] = mean
                 directions.alarm.note(jumped)
             for block, there in moving:
@@ -148,8 +149,7 @@ class Damped(Optimizer):
     def _factors(self, group: dict[str, Any]) -> tuple[float, float] | None:
         """Gamma and bulk scale of a group; None where the step stays as it is."""
         gamma, bulk_scale = group[self._key("gamma")], group[self._key("bulk_scale")]
-        at_rest = not isinstance(group["lr"], Tensor) and group["lr"] == 0  # the base step moves nothing there
-        return None if at_rest or (gamma == 1 and bulk_scale == 1) else (gamma, bulk_scale)
+        return None if _at_rest(group) or (gamma == 1 and bulk_scale == 1) else (gamma, bulk_scale)
 
     def _base_step(self, closure: Closure | None) -> Any:
         step: Callable[..., Any] = super().step.__func__  # type: ignore[attr-defined]
@@ -355,7 +355,6 @@ class Damped(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the basis beside each parameter's state ("directions") unless ``save_basis=False``."""
-        self._directions.arrange(self._curvature_params())
         return state.packed(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -404,6 +403,21 @@ class Damped(Optimizer):
             raise ValueError(
                 "expected float32 or float64 parameters for L-BFGS, got half precision; convert them first"
             )
+
+
+def _at_rest(group: dict[str, Any]) -> bool:
+    """Whether the base step moves nothing there, as far as the host knows."""
+    lr = group.get("lr")
+    return not isinstance(lr, Tensor) and lr == 0
+
+
+def _is_simple(group: dict[str, Any]) -> bool:
+    """Whether the step of ``torch.optim.SGD`` in this group can be told from what it leaves behind."""
+    lr, decay = group["lr"], group["weight_decay"]
+    if group["nesterov"] or isinstance(decay, Tensor):
+        return False
+    # Without momentum the decayed parameter is divided by 1 - lr * decay.
+    return bool(group["momentum"] != 0 or decay == 0 or (not isinstance(lr, Tensor) and lr * decay < 0.5))
 
 
 def _followed_by(closure: Closure, action: Callable[[], None]) -> Closure:

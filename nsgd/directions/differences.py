@@ -54,7 +54,7 @@ class Differences:
         self._known = torch.zeros((), dtype=torch.bool)  # whether there is a last gradient that was finite
 
     def arrange(self, blocks: Sequence[Block]) -> None:
-        """Begin rows anew, for these blocks; the average, whose basis the blocks hold, stays."""
+        """Make room for rows of these blocks, and begin the average anew."""
         home = blocks[0]
         self.pending = 0
         self.rows = [block.rows(ROWS) for block in blocks]
@@ -63,7 +63,7 @@ class Differences:
         self._present = [[False] * len(block.params) for block in blocks]
         self._known = torch.zeros((), dtype=torch.bool, device=home.device)
         self.counts = torch.zeros(ROWS, dtype=torch.bool, device=home.device)
-        self.mass, self.usual = (value.to(device=home.device, dtype=home.dtype) for value in (self.mass, self.usual))
+        self.mass, self.usual = (torch.zeros((), dtype=home.dtype, device=home.device) for _ in range(2))
 
     @torch.no_grad()
     def record(self, blocks: Sequence[Block], scale: Tensor | None = None, skipped: Tensor | None = None) -> None:
@@ -134,9 +134,9 @@ class Differences:
         for block, rows, last, present in zip(blocks, self.rows, self._last, self._present, strict=True):
             for i, p in enumerate(block.params):
                 if present[i]:
-                    tensors[id(p)] = {"nsgd_last_gradient": block.view(last, i)}
+                    tensors[id(p)] = {"nsgd_last_gradient": block.view(last, i).clone()}
                 if self.pending:
-                    tensors.setdefault(id(p), {})["nsgd_rows"] = block.view(rows[: self.pending], i)
+                    tensors.setdefault(id(p), {})["nsgd_rows"] = block.view(rows[: self.pending], i).clone()
         return values, tensors
 
     def load(self, blocks: Sequence[Block], values: dict[str, Any], tensors: dict[int, dict[str, Tensor]]) -> None:
@@ -194,12 +194,12 @@ class Differences:
         # Half of a difference's outer product: it holds the noise of two gradients.
         inputs = torch.cat([weights.to(gram) * (mass / total), 0.5 * shares * clip / total])
         values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])
-        good = gram.isfinite().all()
+        good = gram.isfinite().all() & mixing.isfinite().all()
         values = torch.where(good, values, weights.to(gram))
         mixing = torch.where(good, mixing, torch.eye(k, k + n, dtype=gram.dtype, device=gram.device))
         overlap = (mixing @ gram[:, :k]).square().sum() / (weights > 0).sum().clamp(min=1)
         for block, rows in zip(blocks, self.rows, strict=True):
-            _mix(block, rows[:n], mixing)
+            _mix(block, rows[:n], mixing, good)
         self.mass = torch.where(good, total, self.mass.to(gram)).to(self.mass)
         mean = torch.where(usual > 0, (usual + mean) / 2, mean)
         self.usual = torch.where(good & mean.isfinite(), mean, usual).to(self.usual)
@@ -232,13 +232,15 @@ def _gram(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Tensor, *, w
     return total
 
 
-def _mix(block: Block, rows: Tensor, mixing: Tensor) -> None:
-    """Replace the basis by a mixture (k, k + n) of its vectors and the rows."""
+def _mix(block: Block, rows: Tensor, mixing: Tensor, good: Tensor) -> None:
+    """Replace the basis by a mixture (k, k + n) of its vectors and the rows, where that is good."""
     k = len(mixing)
     factors = mixing.to(device=block.device, dtype=block.dtype)
     old, new = factors[:, :k].contiguous(), factors[:, k:].contiguous()
+    good = good if good.device == block.device else good.to(block.device)
     for columns, vectors, chunk in _chunks(block, rows):
-        block.basis[:, columns] = (old @ vectors).addmm_(new, chunk).to(block.basis.dtype)
+        # Zero times an entry that is not finite is none either.
+        block.basis[:, columns] = torch.where(good, (old @ vectors).addmm_(new, chunk), vectors).to(block.basis.dtype)
 
 
 def _chunks(block: Block, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

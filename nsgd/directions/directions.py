@@ -66,17 +66,26 @@ class Directions:
     def arrange(self, params: Sequence[tuple[int, Tensor]]) -> list[Block]:
         """The blocks of these parameters, given with the numbers of their groups; what is known of them is kept.
 
-        Directions are zero along parameters that are new.
+        Directions are zero along parameters that are new. Where the parameters are others than before, the host waits
+        for the device once.
         """
         key = tuple((i, id(p), p.dtype, p.device) for i, p in params)
         if key == self._key:
             return self.blocks
+        if not key:  # all are frozen: what is known of them stays
+            return []
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in the steps that come
+            self._rearrange(params)
+        self._key = key
+        return self.blocks
+
+    def _rearrange(self, params: Sequence[tuple[int, Tensor]]) -> None:
         known = self.by_parameter()
         before = [(id(p), block.dtype) for block in self.blocks for p in block.params]
         rows = None
         if self.differences is not None and self.differences.begun:
             rows = self.differences.saved(self.blocks)
-        self._key, self.blocks = key, blocks_of(params, self.options.basis_dtype)
+        self.blocks = blocks_of(params, self.options.basis_dtype)
         for block in self.blocks:
             block.basis = block.rows(self.rank)
             for i, p in enumerate(block.params):
@@ -89,7 +98,6 @@ class Directions:
             self.differences.load(self.blocks, *rows)
             if [(id(p), block.dtype) for block in self.blocks for p in block.params] != before:
                 self.differences.folds = 0  # what is left of the vectors is not orthonormal
-        return self.blocks
 
     def by_parameter(self) -> dict[int, Tensor]:
         """The directions along each parameter, (r, *shape), by its identity; empty where there are none."""
@@ -101,8 +109,7 @@ class Directions:
         """Bring what is small to where the first block is."""
         if self.blocks:
             home = self.blocks[0].device
-            dtype = torch.float32 if home.type == "mps" else torch.float64
-            self.weights = self.weights.to(home, dtype)
+            self.weights = self.weights.to(home, _small_dtype(home))
             self.damped = None if self.damped is None else self.damped.to(home)
             self.last_step = {name: value.to(home) for name, value in self.last_step.items()}
 
@@ -117,7 +124,7 @@ class Directions:
 
     def note_gradients(self, scale: Tensor | None, skipped: Tensor | None) -> None:
         """Take in the gradients of the step that comes, and fold them into the average where that is due."""
-        if self.differences is None or self.counts.steps < self.options.warmup_steps:
+        if self.differences is None or self.counts.steps < self.options.warmup_steps or not self.blocks:
             return
         if not self.differences.begun:
             self.differences.arrange(self.blocks)
@@ -125,10 +132,10 @@ class Directions:
         if not self.differences.fold_due:
             return
         if not self.rank:
-            self.weights = torch.zeros(self.options.k, dtype=torch.float64)
+            home = self.blocks[0].device
+            self.weights = torch.zeros(self.options.k, dtype=_small_dtype(home), device=home)
             for block in self.blocks:
                 block.basis = block.rows(self.options.k)
-            self._move()
         self.weights, overlap = self.differences.fold(self.blocks, self.weights, self.options.step_decay)
         self._overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
         self.counts.refreshes += 1
@@ -186,7 +193,6 @@ class Directions:
                 damped = pairs.eigenvalues > least
         except FloatingPointError as error:
             spent.count(self.counts, batch_fraction)
-            self._leave_differences()
             self.counts.skipped_refreshes += 1
             self.warn_once(
                 "nan",
@@ -326,6 +332,8 @@ class Directions:
                     tensors.setdefault(identity, {}).update(entries)
         return values, tensors
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load(self, values: dict[str, Any], tensors: dict[int, dict[str, Tensor]]) -> None:
         """Take over what :meth:`saved` gave; the blocks are those of the parameters now."""
         self.counts = Counts(**{name: values[name] for name in vars(self.counts) if name in values})
@@ -354,7 +362,7 @@ class Directions:
         elif self.differences is None:
             self.counts.attempted_at = -1  # the next step refreshes
         self._move()
-        if self.differences is not None and "rows" in values:
+        if self.differences is not None and "rows" in values and self.blocks:
             self.differences.load(self.blocks, values["rows"], tensors)
 
 
@@ -368,6 +376,11 @@ def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None
             )
         return None
     return loss if solver == "gradients" or (solver == "auto" and len(loss) > 1) else None
+
+
+def _small_dtype(device: torch.device) -> torch.dtype:
+    """In what small tensors are kept: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @full_precision

@@ -30,6 +30,9 @@ class Block:
         self.basis_dtype = basis_dtype or self.dtype
         ends, self.spans = 0, list[Span]()
         self.starts: list[int] = []
+        # How parts of a vector are laid out, which stays as it is here when a parameter's own layout changes: as the
+        # parameter, where that is stored densely, so that copies run over memory in order.
+        self.strides = [_dense_stride(p) for p in self.params]
         for i, (group, p) in enumerate(params):
             self.starts.append(ends)
             first = self.spans.pop() if self.spans and self.spans[-1].group == group else None
@@ -57,10 +60,7 @@ class Block:
         p, start = self.params[i], self.starts[i]
         part = vectors[..., start : start + p.numel()]
         lead = vectors.shape[:-1]
-        # The strides of a parameter that is stored densely are kept, so that copies run over memory in order.
-        if p.stride() == torch.empty_like(p, device="meta").stride():
-            return part.as_strided((*lead, *p.shape), (*vectors.stride()[:-1], *p.stride()))
-        return part.reshape(*lead, *p.shape) if lead else part.view(p.shape)
+        return part.as_strided((*lead, *p.shape), (*vectors.stride()[:-1], *self.strides[i]))
 
     @property
     def step(self) -> tuple[Tensor, list[Tensor]]:
@@ -72,6 +72,10 @@ class Block:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_step": None}
+
+
+def _dense_stride(param: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(param, device="meta").stride()
 
 
 def flat_dtype(param: Tensor) -> torch.dtype:

@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_keeps_the_directions_warns_once_and_goes_on(t
 
 def test_without_directions_a_loss_that_is_not_finite_leaves_plain_sgd(training):
     run, twin = training(), training()
-    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.0)
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.0, solver="lanczos")
     with pytest.warns(UserWarning, match="refresh skipped"):
         optimizer.refresh_if_due(run.loss(0) * float("nan"))
     for i in range(3):
