@@ -244,13 +244,23 @@ _DAMPED_CLASSES: dict[type[Optimizer], type[Optimizer]] = {}
 def _damped_class(base: type[Optimizer]) -> type[Optimizer]:
     if base not in _DAMPED_CLASSES:
         members = {"__module__": __name__, "__reduce_ex__": _reduce}
-        _DAMPED_CLASSES[base] = type(f"Damped{base.__name__}", (Damped, base), members)
+
+        class Mixed(type(base)):  # type: ignore[misc]
+            """Looks methods up in Damped first, though the base alone is its base.
+
+            An object takes a class only of its own layout, which another base before an abstract one would change.
+            """
+
+            def mro(cls) -> list[type]:
+                return [cls, Damped, *base.__mro__]
+
+        _DAMPED_CLASSES[base] = Mixed(f"Damped{base.__name__}", (base,), members)
     return _DAMPED_CLASSES[base]
 
 
 def _reduce(self: Damped, _: Any) -> Any:
     # The class is made at run time, so a pickle holds its base class, by name, and makes it again.
-    return _blank, (type(self).__bases__[1],), self.__getstate__()
+    return _blank, (type(self).__bases__[0],), self.__getstate__()
 
 
 def _blank(base: type[Optimizer]) -> Optimizer:

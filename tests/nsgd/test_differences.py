@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import pickle
+from abc import ABC
 from collections import Counter
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsgd import NSGD, damp, sample_losses
 from nsgd.curvature.small import orthogonal_iteration, small_eigh
+from nsgd.damping.step import Damped
 from nsgd.directions import differences
 from nsgd.directions.differences import ROWS
 from nsgd.directions.flat import blocks_of
@@ -815,3 +817,25 @@ def test_a_refresh_that_fails_keeps_the_directions_of_training(training):
         assert not optimizer.refresh(run.loss(0) * float("nan"))
     assert optimizer.weights == weights
     assert optimizer.from_training_gradients
+
+
+class Abstract(ABC, SGD):
+    """Its first base is abstract, as nearly every class of pytorch_optimizer's is."""
+
+
+def of_pytorch_optimizer(name):
+    return lambda params: getattr(pytest.importorskip("pytorch_optimizer"), name)(params, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda params: Abstract(params, lr=0.1), *map(of_pytorch_optimizer, ("Lion", "SOAP", "Tiger"))],
+    ids=["abstract", "Lion", "SOAP", "Tiger"],
+)
+def test_optimizers_with_an_abstract_base_are_damped(training, flat, make):
+    run, twin = training(), training()
+    plain_loop(run, optimizer := damp(make(run.model.parameters()), k=3, gamma=1.0), 0, 12)
+    plain_loop(twin, make(twin.model.parameters()), 0, 12)
+    assert torch.equal(flat(run.model.parameters()), flat(twin.model.parameters()))
+    assert isinstance(optimizer, Damped)
+    assert len(optimizer.weights) == 3
