@@ -8,14 +8,13 @@ import io
 import itertools
 import pickle
 from abc import ABC
-from collections import Counter
 
 import pytest
 import torch
+from calls import Calls
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsgd import NSGD, damp, sample_losses
 from nsgd.curvature.small import orthogonal_iteration, small_eigh
@@ -569,18 +568,6 @@ def test_options_of_one_group_hold_for_it_alone(training):
 
 
 # -- what it costs --------------------------------------------------------------------------------------------
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operations that pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "item")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from calls import Calls
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsgd import NSGD, damp
 from nsgd.damping.step import Damped
@@ -234,18 +233,6 @@ def test_a_schedule_may_change_every_option_of_the_base_step(flat, training, bul
 
 
 # -- what it costs --------------------------------------------------------------------------------------------
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operations that pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def calls_of_a_step(training, make, *, wanted, steps=2):
