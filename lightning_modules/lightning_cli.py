@@ -29,6 +29,7 @@ from lightning_modules.quiet import ignore_lightning_noise
 from lightning_modules.trajectory_report import write_measurements
 from nsgd import damp
 from nsgd.damping.step import Damped
+from nsgd.options import FROM_TRAINING
 
 _LOADERS = {
     "fit": "train_dataloader",
@@ -249,7 +250,7 @@ class _RefreshIfDamped(RefreshDirections):
 
 
 def _refreshes(optimizer: Damped) -> bool:
-    return optimizer.options.solver not in ("auto", "differences")
+    return optimizer.options.solver not in FROM_TRAINING
 
 
 class _Damp(pl.Callback):

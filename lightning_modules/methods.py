@@ -14,7 +14,7 @@ from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.sharpness_aware import sharpness_aware
 from nsgd import NSGD, damp
 from nsgd.curvature.low_rank import Which
-from nsgd.options import Estimator
+from nsgd.options import FROM_TRAINING, Estimator
 
 Method = Literal[
     "sgd",
@@ -71,7 +71,7 @@ class NSGDOptions:
     def refresh(self) -> list[RefreshDirections]:
         """The callback that refreshes with these options; none where training's own gradients do."""
         callback = RefreshDirections(samples=self.samples, group_size=self.group_size, source=self.source)
-        return [] if self.solver in ("auto", "differences") else [callback]
+        return [] if self.solver in FROM_TRAINING else [callback]
 
     def damping(self) -> dict[str, Any]:
         """The options that the optimizer takes."""

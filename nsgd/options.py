@@ -13,6 +13,9 @@ from nsgd.curvature.low_rank import Which
 # Where directions come from; "auto" goes by what the optimizer is given.
 Estimator = Literal["auto", "differences", "gradients", "lanczos", "arpack", "random"]
 
+# Those that begin with the gradients of training, and need no refresh.
+FROM_TRAINING: tuple[Estimator, ...] = ("auto", "differences")
+
 # What a parameter group may have of its own.
 PER_GROUP = ("gamma", "bulk_scale", "curvature")
 

@@ -24,7 +24,7 @@ from nsgd.directions.alarm import jump
 from nsgd.directions.differences import chosen
 from nsgd.directions.directions import Directions, check_size
 from nsgd.directions.flat import Block
-from nsgd.options import PER_GROUP, DampingOptions, check_factors
+from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions, check_factors
 
 
 class Damped(Optimizer):
@@ -190,7 +190,7 @@ class Damped(Optimizer):
             raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
         if curvature is not None:
             self.refresh_if_due(curvature, scale, batch_fraction=batch_fraction)
-        elif self._directions.options.solver not in ("auto", "differences"):
+        elif self._directions.options.solver not in FROM_TRAINING:
             self.refresh_if_due(loss, scale, batch_fraction=batch_fraction)
         torch.autograd.backward(loss)
 

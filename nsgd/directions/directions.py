@@ -21,7 +21,7 @@ from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
 from nsgd.directions.samples import gradient_moment
 from nsgd.directions.schedule import Counts, refresh_due
-from nsgd.options import DampingOptions, Estimator
+from nsgd.options import FROM_TRAINING, DampingOptions, Estimator
 
 # Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
 # (benchmarks/results/tracking.csv). Products on a sample stand for themselves.
@@ -48,7 +48,7 @@ class Directions:
         self.counts = Counts()
         self.alarm = Alarm()
         self.differences: Differences | None = None  # until the first refresh from a second look at the loss
-        if options.solver in ("auto", "differences"):
+        if options.solver in FROM_TRAINING:
             self.differences = Differences()
         self.last_step: dict[str, Tensor] = {}  # coefficients (k,), squared norm, mean square outside the basis
         self._overlap = torch.tensor(math.nan)
@@ -86,6 +86,15 @@ class Directions:
         if self.differences is not None and self.differences.begun:
             rows = self.differences.saved(self.blocks)
         self.blocks = blocks_of(params, self.options.basis_dtype)
+        self._fill(known)
+        self._move()
+        if self.differences is not None and rows is not None:
+            self.differences.load(self.blocks, *rows)
+            if [(id(p), block.dtype) for block in self.blocks for p in block.params] != before:
+                self.differences.folds = 0  # what is left of the vectors is not orthonormal
+
+    def _fill(self, known: dict[int, Tensor]) -> None:
+        """Give the blocks a basis of the directions that are known of parameters, zero along the others."""
         for block in self.blocks:
             block.basis = block.rows(self.rank)
             for i, p in enumerate(block.params):
@@ -93,11 +102,6 @@ class Directions:
                     block.view(block.basis, i).copy_(known[id(p)])
                 elif self.rank:
                     self._complete = False
-        self._move()
-        if self.differences is not None and rows is not None:
-            self.differences.load(self.blocks, *rows)
-            if [(id(p), block.dtype) for block in self.blocks for p in block.params] != before:
-                self.differences.folds = 0  # what is left of the vectors is not orthonormal
 
     def by_parameter(self) -> dict[int, Tensor]:
         """The directions along each parameter, (r, *shape), by its identity; empty where there are none."""
@@ -342,7 +346,7 @@ class Directions:
         self._complete = True
         known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
         given = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
-        training = values.get("differences", self.options.solver in ("auto", "differences") and not given)
+        training = values.get("differences", self.options.solver in FROM_TRAINING and not given)
         self.differences = Differences() if training else None
         mean = values.get("mean_square", math.nan)
         if not math.isnan(mean):
@@ -352,13 +356,7 @@ class Directions:
             self.damped = None if values["damped"] is None else torch.tensor(values["damped"], dtype=torch.bool)
             self.eigenvalues = list(values["eigenvalues"])
             self._overlap = torch.tensor(values["overlap"], dtype=torch.float64)
-            for block in self.blocks:
-                block.basis = block.rows(self.rank)
-                for i, p in enumerate(block.params):
-                    if id(p) in known:
-                        block.view(block.basis, i).copy_(known[id(p)])
-                    else:
-                        self._complete = False
+            self._fill(known)
         elif self.differences is None:
             self.counts.attempted_at = -1  # the next step refreshes
         self._move()

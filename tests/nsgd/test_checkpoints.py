@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
+from loops import through_a_file
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -28,13 +28,6 @@ DIAGNOSTICS = (
     "cost_gradients",
     "refresh_due",
 )
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def train(run, optimizer, first, last):

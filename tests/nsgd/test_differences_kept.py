@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
 from given import MAKERS, Given, draws, plain_loop
+from loops import through_a_file
 from torch import nn
 
 from nsgd import NSGD
 
 # -- resumption -----------------------------------------------------------------------------------------------
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from loops import assert_bitwise, everything
+from loops import assert_bitwise, everything, through_a_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
@@ -319,13 +318,6 @@ MAKERS = {
     "nsgd": lambda params, **options: NSGD(params, lr=0.1, momentum=0.9, **options),
     "adamw": lambda params, **options: damp(AdamW(params, lr=0.01), **options),
 }
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

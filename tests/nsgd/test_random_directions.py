@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import random
@@ -11,7 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from loops import assert_bitwise, everything
+from loops import assert_bitwise, everything, through_a_file
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -192,13 +191,6 @@ def test_the_global_random_state_is_left_alone_and_not_used(training, basis_of):
         assert before[1:] == after[1:]
         found.append(basis_of(optimizer))
     assert torch.equal(*found)
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
