@@ -252,7 +252,9 @@ def _damped_class(base: type[Optimizer]) -> type[Optimizer]:
             """
 
             def mro(cls) -> list[type]:
-                return [cls, Damped, *base.__mro__]
+                order = super().mro()
+                # A wrapper that inherits from the damped class has Damped in its order already.
+                return order if Damped in order else [cls, Damped, *order[1:]]
 
         _DAMPED_CLASSES[base] = Mixed(f"Damped{base.__name__}", (base,), members)
     return _DAMPED_CLASSES[base]

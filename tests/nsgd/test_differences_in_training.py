@@ -313,3 +313,18 @@ def test_optimizers_with_an_abstract_base_are_damped(training, flat, make):
     assert torch.equal(flat(run.model.parameters()), flat(twin.model.parameters()))
     assert isinstance(optimizer, Damped)
     assert len(optimizer.weights) == 3
+
+
+def test_a_wrapper_that_inherits_from_a_damped_class_keeps_its_own_step(training):
+    """As Lightning wraps the optimizer of a training_step."""
+
+    class Wrapper:
+        calls = 0
+
+        def step(self):
+            self.calls += 1
+
+    optimizer = damp(AdamW(training().model.parameters()), k=3)
+    wrapper = object.__new__(type("Wrapped", (Wrapper, type(optimizer)), {}))
+    wrapper.step()
+    assert wrapper.calls == 1
