@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 SHARED = tuple(field.name for field in fields(DampingOptions) if field.name not in PER_GROUP)
 
 _VERSION = 2  # 1, of release 0.1.0, had every option in every group and the counts beside them; it is read, not written
-_OWN = ("directions", "nsgd_last_gradient", "nsgd_rows")  # by parameter; those of shape (n, *shape) first and last
+_LIKE_PARAMETER = ("nsgd_last_gradient", "nsgd_first_pass")
+_OWN = ("directions", "nsgd_rows", *_LIKE_PARAMETER)  # by parameter
 
 
 class Loaded(NamedTuple):
@@ -70,7 +71,7 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
         state[i] = entry
     for i, p in zip(_numbers(state_dict), _params(optimizer), strict=False):  # torch says which numbers do not fit
         for name, value in tensors.get(i, {}).items():
-            shape = value.shape if name == "nsgd_last_gradient" else value.shape[1:]
+            shape = value.shape if name in _LIKE_PARAMETER else value.shape[1:]
             if shape != p.shape:
                 raise ValueError(
                     f"expected {name} for a parameter of shape {tuple(p.shape)}, got {tuple(shape)}; the checkpoint is "

@@ -47,7 +47,9 @@ class Damped(Optimizer):
         nothing: torch's checkpoints take one to make the state.
         """
         if all(_at_rest(group) for group in self.param_groups):
-            return self._base_step(closure)
+            loss = self._base_step(closure)
+            self._directions.end_step()
+            return loss
         prepared: list[tuple[Block, list[bool]]] | None = None  # blocks that are damped, and which parameters take part
         measured = False
         with ExitStack() as stack:
@@ -74,6 +76,7 @@ class Damped(Optimizer):
             if prepared and any(any(there) for _, there in prepared):
                 self._damp(prepared, measured=measured)
         self._directions.counts.steps += 1
+        self._directions.end_step()
         return loss
 
     def _before_step(self) -> list[tuple[Block, list[bool]]]:
@@ -336,6 +339,8 @@ class Damped(Optimizer):
         if "_directions" in self.__dict__ and isinstance(param_group, dict):  # not while the base is constructed
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if "_directions" in self.__dict__:
+            self._directions.arrange(self._curvature_params())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_factors(group[self._key("gamma")], group[self._key("bulk_scale")])
@@ -373,6 +378,8 @@ class Damped(Optimizer):
             for group in self.param_groups:
                 for name in PER_GROUP:
                     group.setdefault(self._key(name), self.defaults[self._key(name)])
+            self._directions.arrange(self._curvature_params())
+            self._directions.end_step()
 
     def _begin_damping(self, options: DampingOptions) -> None:
         """Called once, when the base optimizer is complete."""
@@ -403,6 +410,7 @@ class Damped(Optimizer):
             raise ValueError(
                 "expected float32 or float64 parameters for L-BFGS, got half precision; convert them first"
             )
+        self._directions.arrange(found)
 
 
 def _at_rest(group: dict[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 The difference of two successive gradients is H times the last step, plus noise whose covariance has nearly the
 outlying eigenvectors of the Hessian H (for a log-likelihood it is the Fisher matrix; Papyan 2020, Martens 2020). Rows
 of such differences are collected, and every few steps folded into a running average of rank k: one Gram matrix, one
-small eigenproblem, one product.
+small eigenproblem, one product. Where a step accumulates several backward passes, its rows are the deviations of their
+gradients from the mean instead, and folded at once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.directions.flat import Block, like
+from nsgd.directions.passes import MOST, Passes
 
 ROWS = 10  # that are collected between two folds, once there are many: a fold costs two passes over all of them
 
@@ -36,17 +38,21 @@ _CHUNK, _LARGE_CHUNK = 1 << 14, 1 << 21
 class Differences:
     """Rows of differences of successive gradients, and their running average over steps.
 
-    Memory, beside the basis: (ROWS + 2) P, the rows and the last gradient, twice.
+    Memory, beside the basis: (ROWS + 2) P, the rows and the last gradient, twice; P more where passes are accumulated.
     """
 
     def __init__(self) -> None:
-        self.recorded = 0  # rows so far
+        self.passes = Passes()
+        self.recorded = 0  # steps that gave rows so far
         self.pending = 0  # of them those that are not in the average
         self.folds = 0  # since the vectors were last known to be orthonormal
         self.rows: list[Tensor] = []  # (ROWS, P) for each block
-        self.counts = torch.zeros(ROWS, dtype=torch.bool)  # whether a row counts: it was finite, and the last one too
+        self.together = False  # whether those are all of one step
+        # What the outer product of a row counts for: 1/2 of a difference, which holds the noise of two gradients, or 0
+        # where one was not finite.
+        self.shares = torch.zeros(ROWS)
         self.mass = torch.zeros(())  # of the rows in the average, decayed: 1 where it is full
-        self.usual = torch.zeros(())  # squared length of a row, of late
+        self.usual = torch.zeros(())  # squared length of a step's rows, times their shares, of late
         self._now: list[Tensor] = []  # gradients (P,) for each block: of the step that comes, and of the last
         self._last: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of both, like the parameters; made when they are needed
@@ -62,14 +68,17 @@ class Differences:
         self._views = {}
         self._present = [[False] * len(block.params) for block in blocks]
         self._known = torch.zeros((), dtype=torch.bool, device=home.device)
-        self.counts = torch.zeros(ROWS, dtype=torch.bool, device=home.device)
+        self.shares = torch.zeros(ROWS, dtype=home.dtype, device=home.device)
         self.mass, self.usual = (torch.zeros((), dtype=home.dtype, device=home.device) for _ in range(2))
+        self.passes.first = []
 
     @torch.no_grad()
     def record(self, blocks: Sequence[Block], scale: Tensor | None = None, skipped: Tensor | None = None) -> None:
         """Take in the gradients of the step that comes.
 
-        A row has entries along parameters that have a gradient now and had one in the last step. Where a gradient is
+        Several backward passes give a row each, their deviations from the mean, where their gradients were kept, make
+        up the gradient of the step, and differ at random; else the row is the difference from the last gradient. It has
+        entries along parameters that have a gradient now and had one in the last step. Where a gradient is
         not finite, the last one stays, and the row is zero and does not count.
 
         Args:
@@ -95,21 +104,45 @@ class Differences:
         if skipped is not None:
             finite = finite & like(skipped.reshape(()) == 0, finite)
         begun = any(any(had) for had in self._present)
+        count = self.passes.end()
         for i, (there, had) in enumerate(zip(present, self._present, strict=True)):
             now, last = self._now[i], self._last[i]
             torch.where(finite if finite.device == now.device else finite.to(now.device), now, last, out=now)
             if begun:
-                row = self.rows[i][self.pending]
+                row = last if count else self.rows[i][self.pending]  # the last gradient is not needed any more
                 torch.sub(now, last, out=row) if row.dtype == now.dtype else row.copy_(now - last)
                 for j, both in enumerate(a and b for a, b in zip(there, had, strict=True)):
                     if not both:
                         blocks[i].view(row, j).zero_()
         if begun:
-            torch.logical_and(finite, self._known, out=self.counts[self.pending])
-            self.pending += 1
+            share = 0.5 * torch.logical_and(finite, self._known).to(self.shares)
+            if count:
+                self._take_passes(count, finite, share)
+            else:
+                self.shares[self.pending] = share
+                self.pending += 1
             self.recorded += 1
         self._known.logical_or_(finite)
         self._now, self._last, self._present = self._last, self._now, present
+
+    def _take_passes(self, count: int, finite: Tensor, share: Tensor) -> None:
+        """Rows of the passes, or where they are no good, the difference that lies in place of the last gradient."""
+        good, factor = self.passes.centred(count, self._now)
+        good = good & finite
+        self.pending, self.together = min(count, MOST), True
+        self.shares[: self.pending] = torch.where(good, factor, 0.0)
+        self.shares[0] = torch.where(good, factor, share)
+        for rows, difference in zip(self.rows, self._last, strict=True):
+            kept, here = rows[: self.pending], good if good.device == rows.device else good.to(rows.device)
+            kept[0] = torch.where(here, kept[0], difference.to(kept))
+            kept[1:].masked_fill_(~here, 0.0)
+
+    def begin_step(self, blocks: Sequence[Block], *, several_processes: bool) -> None:
+        """Wait for the backward passes of the step that comes.
+
+        Of several processes each would have rows of its own: there the differences of the reduced gradients are taken.
+        """
+        self.passes.begin(blocks, [] if several_processes or self.pending else self.rows)
 
     @property
     def begun(self) -> bool:
@@ -125,16 +158,22 @@ class Differences:
             "recorded": self.recorded,
             "pending": self.pending,
             "folds": self.folds,
-            "counts": self.counts[: self.pending].tolist(),
+            "shares": self.shares[: self.pending].tolist(),
             "mass": float(self.mass),
             "usual": float(self.usual),
             "known": bool(self._known),
+            "patience": self.passes.patience,
+            "likeness": self.passes.likeness.tolist(),
         }
         tensors: dict[int, dict[str, Tensor]] = {}
-        for block, rows, last, present in zip(blocks, self.rows, self._last, self._present, strict=True):
+        kept = zip(blocks, self.rows, self._last, self._present, strict=True)
+        for b, (block, rows, last, present) in enumerate(kept):
             for i, p in enumerate(block.params):
                 if present[i]:
                     tensors[id(p)] = {"nsgd_last_gradient": block.view(last, i).clone()}
+                if self.passes.first:
+                    first = block.view(self.passes.first[b], i).clone()
+                    tensors.setdefault(id(p), {})["nsgd_first_pass"] = first
                 if self.pending:
                     tensors.setdefault(id(p), {})["nsgd_rows"] = block.view(rows[: self.pending], i).clone()
         return values, tensors
@@ -143,10 +182,11 @@ class Differences:
         """Take over what :meth:`saved` gave."""
         self.arrange(blocks)
         self.recorded, self.pending, self.folds = values["recorded"], values["pending"], values["folds"]
-        self.counts[: self.pending] = torch.tensor(values["counts"])
+        self.shares[: self.pending] = torch.tensor(values["shares"])
         self.mass.fill_(values["mass"])
         self.usual.fill_(values["usual"])
         self._known.fill_(values["known"])
+        self.passes.load(blocks, values["patience"], values["likeness"], tensors)
         for block, rows, last, present in zip(blocks, self.rows, self._last, self._present, strict=True):
             for i, p in enumerate(block.params):
                 entry = tensors.get(id(p), {})
@@ -159,6 +199,8 @@ class Differences:
     @property
     def fold_due(self) -> bool:
         """Whether the rows that wait are to be folded into the average now."""
+        if self.passes.patience:  # their rows are many, and there must be room for the next
+            return self.pending > 0
         return self.pending > 0 and self.pending >= min(ROWS, self.recorded // _SHARE)
 
     @torch.no_grad()
@@ -176,23 +218,29 @@ class Differences:
         Returns:
             The new weights (k,), and the overlap of the new vectors with the old ones, a mean squared cosine.
         """
-        n, k = self.pending, len(weights)
-        self.pending = 0
+        n, k, together = self.pending, len(weights), self.together
+        steps = 1 if together else n
+        self.pending, self.together = 0, False
         # Rounding adds up from fold to fold, though slowly.
         whole = self.folds % _WHOLE == 0
         self.folds += 1
         gram = _gram(blocks, [rows[:n] for rows in self.rows], weights, whole=whole)  # (k + n, k + n)
-        counts = self.counts[:n].to(gram)
-        ages = torch.arange(n - 1, -1, -1, dtype=gram.dtype, device=gram.device)
-        shares = counts * (1 - decay) * decay**ages
-        sizes = gram.diagonal()[k:]
+        shares = self.shares[:n].to(gram)
+        sizes = shares * gram.diagonal()[k:]  # by step
+        ages = torch.zeros(n, dtype=gram.dtype, device=gram.device)
+        if together:
+            sizes = sizes.sum().expand(n)
+        else:
+            ages = torch.arange(n - 1, -1, -1, dtype=gram.dtype, device=gram.device)
         usual = self.usual.to(gram)
         clip = torch.where((usual > 0) & (sizes > 0), _MOST * usual / sizes, math.inf).clamp(max=1)
-        mean = (counts * clip * sizes).sum() / counts.sum()  # NaN where none counts
-        mass = self.mass.to(gram) * decay**n
-        total = (mass + shares.sum()).clamp(min=torch.finfo(gram.dtype).tiny)
-        # Half of a difference's outer product: it holds the noise of two gradients.
-        inputs = torch.cat([weights.to(gram) * (mass / total), 0.5 * shares * clip / total])
+        counted = (shares > 0).to(gram)
+        mean = (counted * clip * sizes).sum() / counted.sum()  # NaN where none counts
+        recent = (1 - decay) * decay**ages
+        mass = self.mass.to(gram) * decay**steps
+        new = counted[0] * (1 - decay) if together else (counted * recent).sum()
+        total = (mass + new).clamp(min=torch.finfo(gram.dtype).tiny)
+        inputs = torch.cat([weights.to(gram) * (mass / total), shares * recent * clip / total])
         values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])
         good = gram.isfinite().all() & mixing.isfinite().all()
         values = torch.where(good, values, weights.to(gram))

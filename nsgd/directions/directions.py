@@ -76,6 +76,8 @@ class Directions:
             return []
         with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in the steps that come
             self._rearrange(params)
+        if self.differences is not None:
+            self.differences.passes.watch(self.blocks)
         self._key = key
         return self.blocks
 
@@ -144,6 +146,11 @@ class Directions:
         self._overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
         self.counts.refreshes += 1
         self.counts.refreshed_at = self.counts.steps
+
+    def end_step(self) -> None:
+        """Called when a step has been made, or left out."""
+        if self.differences is not None:
+            self.differences.begin_step(self.blocks, several_processes=_processes() > 1)
 
     # -- from a second look at the loss ----------------------------------------------------------------------
 
@@ -220,6 +227,8 @@ class Directions:
                 "training gradients are dropped. Leave curvature out, or give it from the first step on",
             )
             self._forget()
+        if self.differences is not None:
+            self.differences.passes.leave()
         self.differences = None
 
     def _forget(self) -> None:
@@ -347,7 +356,11 @@ class Directions:
         known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
         given = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
         training = values.get("differences", self.options.solver in FROM_TRAINING and not given)
+        if self.differences is not None:
+            self.differences.passes.leave()
         self.differences = Differences() if training else None
+        if self.differences is not None:
+            self.differences.passes.watch(self.blocks)
         mean = values.get("mean_square", math.nan)
         if not math.isnan(mean):
             self.last_step["mean_square"] = torch.tensor(mean, dtype=torch.float64)
@@ -362,6 +375,7 @@ class Directions:
         self._move()
         if self.differences is not None and "rows" in values and self.blocks:
             self.differences.load(self.blocks, values["rows"], tensors)
+        self.end_step()
 
 
 def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None:

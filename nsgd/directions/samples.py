@@ -15,6 +15,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, flatten, gradient_of, vector_dtype
+from nsgd.directions.passes import PassHook
 
 
 class SampleLosses(list[tuple[Closure, int]]):
@@ -126,7 +127,7 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor]) 
             f"expected module to hold the parameters that are optimized, {foreign} of {len(params)} are not its own; "
             "pass the network that the optimizer was given, or leave module out"
         )
-    if any(p._backward_hooks for p in params):
+    if any(not isinstance(hook, PassHook) for p in params for hook in (p._backward_hooks or {}).values()):
         raise ValueError("a parameter has a gradient hook, which vmap would pass by; leave module out")
     size = losses.group_size
     whole = len(losses.tensors[0]) // size  # groups
