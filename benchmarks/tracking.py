@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_modules.rows import write_csv
-from nsgd import NSGD, Eigenpairs, sample_losses, top_eigenpairs
+from nsgd import NSGD, Eigenpairs, backward_in_chunks, sample_losses, top_eigenpairs
 from nsgd.curvature.hessian import Losses, loss_hessian
 from nsgd.directions.directions import Directions
 from nsgd.directions.running_average import Average, Estimate, follow
@@ -140,19 +140,22 @@ class Tracker:
 
 
 class FromTraining(Tracker):
-    """Differences of successive training gradients, as the optimizer follows them by default: at no gradient."""
+    """Training gradients, as the optimizer follows them by default, at no gradient: differences, or of chunks."""
 
-    def __init__(self, decay: float) -> None:
-        super().__init__(f"differences of training gradients, decay {decay}", 1, decay, batch_gradient)
+    def __init__(self, decay: float, chunks: int = 1) -> None:
+        what = "differences of training gradients" if chunks == 1 else f"training gradients in {chunks} micro-batches"
+        super().__init__(f"{what}, decay {decay}", 1, decay, batch_gradient)
+        self.chunks = chunks
         self.directions = Directions(DampingOptions(k=KEPT, step_decay=decay))
 
     def follow(self, problem: Problem, batch: Tensor, step: int) -> None:
         """Take in a step of the path."""
         problem.model.zero_grad()
-        problem.loss(batch).backward()
+        backward_in_chunks(problem.loss, batch, chunks=self.chunks)
         self.directions.arrange([(0, p) for p in problem.params])
         self.directions.note_gradients(None, None)
         self.directions.counts.steps += 1
+        self.directions.end_step()
         if self.directions.rank:
             self.now = Average(self.directions.weights, self.directions.along(problem.params), 0, 0.0)
 
@@ -243,6 +246,8 @@ def trackers(batch: int) -> list[Tracker]:
         Tracker("one product on 16, every step", 1, 0, one_product(16)),
         Tracker("averaged gradient of the batch", 1, 0.98, batch_gradient),
         *(FromTraining(decay) for decay in (0.95, 0.98, 0.99)),
+        *(FromTraining(decay, 8) for decay in (0.95, 0.97, 0.98)),
+        FromTraining(0.98, 4),
         Tracker("averaged gradients, 32 classes' samples, every step", 1, 0.95, moment(32, None)),
         *(
             Tracker(f"averaged gradients of single samples, {n}, every {e}, decay {decay}", e, decay, moment(n))

@@ -130,8 +130,9 @@ class Differences:
         good, factor = self.passes.centred(count, self._now)
         good = good & finite
         self.pending, self.together = min(count, MOST), True
-        self.shares[: self.pending] = torch.where(good, factor, 0.0)
-        self.shares[0] = torch.where(good, factor, share)
+        taken = good.to(share)
+        self.shares[: self.pending] = factor * taken
+        self.shares[0] += (1 - taken) * share
         for rows, difference in zip(self.rows, self._last, strict=True):
             kept, here = rows[: self.pending], good if good.device == rows.device else good.to(rows.device)
             kept[0] = torch.where(here, kept[0], difference.to(kept))
@@ -199,7 +200,7 @@ class Differences:
     @property
     def fold_due(self) -> bool:
         """Whether the rows that wait are to be folded into the average now."""
-        if self.passes.patience:  # their rows are many, and there must be room for the next
+        if self.passes.keeping:  # their rows are many, and there must be room for the next
             return self.pending > 0
         return self.pending > 0 and self.pending >= min(ROWS, self.recorded // _SHARE)
 

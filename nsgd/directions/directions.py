@@ -69,10 +69,11 @@ class Directions:
         Directions are zero along parameters that are new. Where the parameters are others than before, the host waits
         for the device once.
         """
-        key = tuple((i, id(p), p.dtype, p.device) for i, p in params)
+        key = (self.options.basis_dtype, *((i, id(p), p.dtype, p.device) for i, p in params))
         if key == self._key:
             return self.blocks
-        if not key:  # all are frozen: what is known of them stays
+        if not params:  # all are frozen: what is known of them stays
+            self._key = ()
             return []
         with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in the steps that come
             self._rearrange(params)
@@ -181,7 +182,7 @@ class Directions:
             if not 0 < value < math.inf:
                 raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
         params = [p for block in self.blocks for p in block.params]
-        if not params:
+        if not any(p.requires_grad for p in params):
             raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
         check_size(self.options.k, params)
         if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):

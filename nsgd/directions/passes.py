@@ -69,7 +69,11 @@ class Passes:
         """Count the passes of these parameters from now on; gradients are kept after the next :meth:`begin`."""
         self.leave()
         self._params = [p for block in blocks for p in block.params]
-        self._handles = [p.register_hook(PassHook(self, i)) for i, p in enumerate(self._params)]  # type: ignore[no-untyped-call]
+        self._handles = [
+            p.register_hook(PassHook(self, i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(self._params)
+            if p.requires_grad
+        ]
         self._fired = [0] * len(self._params)
 
     def leave(self) -> None:
@@ -95,6 +99,11 @@ class Passes:
                 for j in range(MOST)
             ]
 
+    @property
+    def keeping(self) -> bool:
+        """Whether gradients are kept in the step that is under way."""
+        return bool(self._views)
+
     def load(
         self, blocks: Sequence[Block], patience: int, likeness: Sequence[float], tensors: dict[int, dict[str, Tensor]]
     ) -> None:
@@ -114,7 +123,7 @@ class Passes:
         """Called in a backward pass with a parameter's gradient."""
         count = self._fired[index]
         self._fired[index] += 1
-        if not self._views:
+        if not self.keeping:
             return
         if gradient.layout != torch.strided:
             self._odd = True
@@ -128,9 +137,8 @@ class Passes:
     def end(self) -> int:
         """How many passes the step has had; 0 where their gradients were not kept, or not one for each parameter."""
         count = max(self._fired, default=0)
-        keeping = bool(self._views)
         self.patience = _PATIENCE if count > 1 else max(0, self.patience - 1)
-        if not keeping or count < 2 or self._odd:
+        if not self.keeping or count < 2 or self._odd:
             return 0
         for i, fired in enumerate(self._fired):
             if fired == 0:  # unused: no part of any pass

@@ -35,14 +35,19 @@ def batch(i: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, rank: int, world: int, passes: int) -> None:
-    """Steps of some passes each; a process takes every ``world``-th sample."""
+    """Steps of some passes each; a process takes every ``world``-th sample. One on its own takes them at once."""
     for i in range(steps):
         optimizer.zero_grad()
+        losses = []
         for j in range(passes):
             x, y = batch(passes * i + j)
-            quiet = isinstance(model, DistributedDataParallel) and j + 1 < passes
-            with model.no_sync() if quiet else nullcontext():
-                (cross_entropy(model(x[rank::world]), y[rank::world]) / passes).backward()
+            losses.append((lambda x, y: cross_entropy(model(x), y) / passes, x[rank::world], y[rank::world]))
+        if world == 1:  # whose passes would be rows of their own
+            sum(loss(x, y) for loss, x, y in losses).backward()
+        else:
+            for j, (loss, x, y) in enumerate(losses):
+                with model.no_sync() if j + 1 < passes else nullcontext():
+                    loss(x, y).backward()
         optimizer.step()
 
 

@@ -1,0 +1,58 @@
+"""A batch taken in parts: the same gradient, and better directions from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def backward_in_chunks(
+    loss: Callable[..., Tensor],
+    *tensors: Tensor,
+    chunks: int = 8,
+    backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+) -> Tensor:
+    """Add up the gradient of a batch from parts of it, one backward pass each; in place of ``loss.backward()``.
+
+    ``backward_in_chunks(lambda x, y: loss_fn(model(x), y), x, y)``. The gradient is that of the mean loss of the whole
+    batch, but for what looks across samples: BatchNorm in training mode takes its statistics from a part, a contrastive
+    loss its negatives. An optimizer that follows training gradients takes the parts' deviations from their mean for its
+    directions: better ones than differences of steps, at no gradient (benchmarks/results/tracking.csv).
+
+    Cost: a gradient of the batch, in launches a chunk, with the activations of one part at a time in memory.
+
+    Args:
+        loss: Mean loss of the samples that it is given.
+        tensors: The batch, cut along the first dimension into nearly equal parts; one row a sample.
+        chunks: Number of parts; of a smaller batch each sample is one.
+        backward: What is called with each part's share of the loss, such as
+            ``lambda part: scaler.scale(part).backward()`` or ``accelerator.backward``.
+
+    Returns:
+        Mean loss of the batch, detached.
+
+    Raises:
+        ValueError: If there are no tensors or no samples, lengths differ, ``chunks`` is no count of at least 1, or a
+            loss is no scalar, which is seen before the first backward pass.
+    """
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
+    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
+        raise ValueError(f"expected chunks to be a whole number of at least 1, got {chunks!r}")
+    samples = lengths.pop()
+    parts = [tensor.tensor_split(min(chunks, samples)) for tensor in tensors]
+    total: Tensor | None = None
+    for part in zip(*parts, strict=True):
+        value = loss(*part)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"expected the loss to return a scalar tensor, the samples' mean, got {got}")
+        share = value.reshape(()) * (len(part[0]) / samples)
+        backward(share)
+        total = share.detach() if total is None else total + share.detach()
+    assert total is not None
+    return total
