@@ -30,6 +30,10 @@ class NSGD(Damped, SGD):
     ``torch.optim.SGD``. Memory between steps, in multiples of the parameters: k for the basis, 13 for rows of
     differences, the last gradients and the step.
 
+    Where a step accumulates several backward passes, in one process, their deviations from the mean are taken in place of
+    the difference: better directions, still at no gradient (:func:`nsgd.backward_in_chunks` cuts a batch into passes).
+    They cost a copy of each gradient in its pass, a fold in each step, and one vector of memory more.
+
     Better directions come from single samples or from the Hessian, at the price of a second look at the loss: call
     ``optimizer.backward(loss, curvature=...)`` in place of ``loss.backward()``. With
     ``curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x[:32], y[:32], module=model)`` and
@@ -73,7 +77,7 @@ class NSGD(Damped, SGD):
             look at the loss and at no gradient; as often as "gradients" of what it is given would refresh.
         warmup_steps: Steps before the first difference is taken, or the first refresh.
         save_basis: Whether ``state_dict`` holds the directions, k times the parameters, and what differences need, up
-            to 11 times. Without them a resumed run begins its directions anew.
+            to 12 times. Without them a resumed run begins its directions anew.
         basis_dtype: Precision of the basis, float32 by default (float64 for parameters in float64). ``torch.bfloat16``
             halves its memory; on a CPU it is slower.
         seed: Draws the directions of solver "random".

@@ -68,13 +68,23 @@ class Directions:
 
         Directions are zero along parameters that are new. Where the parameters are others than before, the host waits
         for the device once.
+
+        Raises:
+            ValueError: If a parameter has changed its shape.
         """
-        key = (self.options.basis_dtype, *((i, id(p), p.dtype, p.device) for i, p in params))
+        key = (self.options.basis_dtype, *((i, id(p), p.shape, p.dtype, p.device) for i, p in params))
         if key == self._key:
             return self.blocks
         if not params:  # all are frozen: what is known of them stays
             self._key = ()
             return []
+        for block in self.blocks:
+            for p, shape in zip(block.params, block.shapes, strict=True):
+                if p.shape != shape:
+                    raise ValueError(
+                        f"expected a parameter of shape {tuple(shape)}, as it was when the optimizer was made, got "
+                        f"{tuple(p.shape)}; make the optimizer anew, with the parameters as they are now"
+                    )
         with torch.inference_mode(False), torch.no_grad():  # what is made here is written to in the steps that come
             self._rearrange(params)
         if self.differences is not None:

@@ -26,6 +26,7 @@ class Block:
 
     def __init__(self, params: Sequence[tuple[int, Tensor]], basis_dtype: torch.dtype | None) -> None:
         self.params = [p for _, p in params]
+        self.shapes = [p.shape for p in self.params]
         self.device, self.dtype = self.params[0].device, flat_dtype(self.params[0])
         self.basis_dtype = basis_dtype or self.dtype
         ends, self.spans = 0, list[Span]()

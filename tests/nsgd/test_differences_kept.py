@@ -157,3 +157,18 @@ def test_a_refresh_that_fails_keeps_the_directions_of_training(training):
         assert not optimizer.refresh(run.loss(0) * float("nan"))
     assert optimizer.weights == weights
     assert optimizer.from_training_gradients
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_parameter_that_has_changed_its_shape_is_refused_and_nothing_is_changed(training, flat, maker):
+    run = training()
+    optimizer = MAKERS[maker](run.model.parameters(), k=3)
+    plain_loop(run, optimizer, 0, 13)
+    weight = run.model[2].weight
+    weight.data = torch.zeros(6, 8)
+    weight.grad = torch.ones(6, 8)
+    before = flat(run.model.parameters())
+    with pytest.raises(ValueError, match=r"expected a parameter of shape \(4, 8\), as it was .* got \(6, 8\); make"):
+        optimizer.step()
+    assert torch.equal(flat(run.model.parameters()), before)
+    assert optimizer.steps == 13
