@@ -30,9 +30,9 @@ class NSGD(Damped, SGD):
     ``torch.optim.SGD``. Memory between steps, in multiples of the parameters: k for the basis, 13 for rows of
     differences, the last gradients and the step.
 
-    Where a step accumulates several backward passes, in one process, their deviations from the mean are taken in place of
-    the difference: better directions, still at no gradient (:func:`nsgd.backward_in_chunks` cuts a batch into passes).
-    They cost a copy of each gradient in its pass, a fold in each step, and one vector of memory more.
+    Where a step accumulates several backward passes, in one process, their deviations from the mean are taken in place
+    of the difference: better directions, still at no gradient. :func:`nsgd.backward_in_chunks` cuts a batch into such
+    passes. They cost a copy of each gradient in its pass, a fold in each step, and one vector of memory more.
 
     Better directions come from single samples or from the Hessian, at the price of a second look at the loss: call
     ``optimizer.backward(loss, curvature=...)`` in place of ``loss.backward()``. With
