@@ -29,7 +29,8 @@ from torch.profiler import profile
 from lightning_modules.nets import make_net, resnet
 from lightning_modules.rows import write_csv
 from lightning_modules.transformers import vision_transformer
-from nsgd.curvature.hessian import flatten, loss_hessian, split
+from nsgd.curvature.hessian import loss_hessian
+from nsgd.curvature.vectors import flatten, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VECTORS = 4  # in a batch of vectors

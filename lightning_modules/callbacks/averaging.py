@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.callbacks.measurement import FORWARD, LossOf, Measurement, Parts
-from nsgd.curvature.hessian import flatten, gradient_of, loss_hessian, split
+from nsgd.curvature.hessian import gradient_of, loss_hessian
+from nsgd.curvature.vectors import flatten, split
 from nsgd.trajectory.averaging import ema_weights, swa_weights, tail_sums, two_point_loss, two_point_weights
 from nsgd.trajectory.line import losses_along, moved
 from nsgd.trajectory.quadratic import OwnBatch

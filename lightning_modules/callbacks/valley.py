@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_modules.callbacks.measurement import LossOf, Measurement
-from nsgd.curvature.hessian import flatten, loss_hessian
+from nsgd.curvature.hessian import loss_hessian
+from nsgd.curvature.vectors import flatten
 from nsgd.trajectory.line import losses_along, moved
 from nsgd.trajectory.valley import cosine, floor_barriers, predicted_height, predicted_position, segment
 

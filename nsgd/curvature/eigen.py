@@ -14,29 +14,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nsgd.curvature.guard import full_precision
-from nsgd.curvature.hessian import HVP, Losses, LossHessian, check_params, loss_hessian, vector_dtype
-from nsgd.curvature.low_rank import Which, low_rank, wanted
+from nsgd.curvature.arpack import arpack
+from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian
+from nsgd.curvature.lanczos import lanczos
+from nsgd.curvature.low_rank import Which
+from nsgd.curvature.nystrom import nystrom
+from nsgd.curvature.vectors import check_params, random_unit, vector_dtype
 
 Solver = Literal["lanczos", "arpack", "nystrom"]
-
-# Products spent on a fresh random vector after convergence, in search of further copies of a repeated eigenvalue:
-# a Krylov space holds only one vector of each eigenspace. Ten tell an outlier from a bulk of any size in practice.
-_PROBE = 10
-
-# Vectors that ARPACK asked for count as dependent below this share of the largest singular value.
-_DEPENDENT = 1e-6
-
-# Directions of a block with less curvature than this share of the largest are left out of a Nyström approximation,
-# which divides by their curvature; and those whose product is so much longer than their curvature that dividing by it
-# would make a value of this many times any product: they mix directions of either sign.
-_DIM = 1e-3
-_MIXED = 4.0
 
 
 @dataclass(frozen=True)
@@ -117,18 +105,22 @@ def top_eigenpairs(
         generator = torch.Generator().manual_seed(seed)
         if solver == "nystrom" and start is not None:
             block = start.to(device=params[0].device, dtype=vector_dtype(params))
-            values, vectors = _nystrom(hvp, block, k, which)
+            values, vectors = nystrom(hvp, block, k=k, which=which)
             cost = math.nan if hessian is None else hessian.cost(hvp.count)
             residuals = torch.full_like(vectors[:, 0], math.nan)
             return Eigenpairs(values.to(vectors), vectors, residuals, hvp.count, cost, False)
         origin = _start_vector(start, hessian, params, generator)
         if solver == "lanczos":
             limit = min(size, 6 * k + 40 if max_hvps is None else max_hvps)
-            values, vectors, residuals = _lanczos(hvp, origin, k, which, limit, tol, generator, repeated)
+            values, vectors, residuals = lanczos(
+                hvp, origin, k=k, which=which, limit=limit, tol=tol, generator=generator, repeated=repeated
+            )
         elif k == size:
             values, vectors, residuals = _dense(hvp, origin)  # ARPACK wants k < P
         else:
-            values, vectors, residuals = _arpack(hvp, origin, k, which, max_hvps, tol, generator)
+            values, vectors, residuals = arpack(
+                hvp, origin, k=k, which=which, max_hvps=max_hvps, tol=tol, generator=generator
+            )
         cost = math.nan if hessian is None else hessian.cost(hvp.count)
     residuals = residuals.to(vectors)
     converged = bool((residuals <= tol * values.abs().max()).all())
@@ -190,114 +182,7 @@ def _start_vector(
     norm = float(torch.linalg.vector_norm(vector))
     if norm > 0 and math.isfinite(norm):
         return vector / norm
-    return _random_unit(vector, generator)
-
-
-def _random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
-    # Drawn on the CPU: the same vector whatever the device.
-    vector = torch.randn(like.numel(), generator=generator, dtype=torch.float64).to(like)
-    norm: Tensor = torch.linalg.vector_norm(vector)
-    return vector / norm
-
-
-@full_precision
-def _orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Classical Gram-Schmidt, twice, which is enough (Parlett): the remainder (P,) and the coefficients (j,)."""
-    coefficients = basis @ vector
-    vector = vector - coefficients @ basis
-    again = basis @ vector
-    return vector - again @ basis, coefficients + again
-
-
-def _new_unit(vector: Tensor, basis: Tensor) -> Tensor:
-    rest, _ = _orthogonalised(vector, basis)
-    norm: Tensor = torch.linalg.vector_norm(rest)
-    return rest / norm
-
-
-def _lanczos(
-    hvp: HVP,
-    start: Tensor,
-    k: int,
-    which: Which,
-    limit: int,
-    tol: float,
-    generator: torch.Generator,
-    repeated: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rayleigh-Ritz in a Krylov space of up to ``limit`` vectors, continued from random vectors where it closes.
-
-    A chain is a Krylov sequence from one vector. It is broken off when it spans an invariant subspace, and, if
-    ``repeated``, when the pairs have converged: the next chain starts at a random vector orthogonal to all before.
-    The projected matrix is kept whole, so that chains couple; the reorthogonalisation gives its columns for free.
-    """
-    size = start.numel()
-    basis = start.new_empty(limit, size)  # (m, P)
-    projected = torch.zeros(limit, limit, dtype=torch.float64)  # basis H basis^T
-    # Of each broken chain its last vector, and what that one's product had outside, with the norm of it.
-    tails: list[tuple[int, float, Tensor]] = []
-    probing_from: int | None = None  # first vector of the random chain that looks for missing pairs
-    settled = torch.empty(0, dtype=torch.float64)  # the values when that chain began
-    vector = start
-    for j in range(limit):
-        basis[j] = vector
-        rest, column = _orthogonalised(hvp(vector), basis[: j + 1])
-        projected[j, : j + 1] = projected[: j + 1, j] = column.double().cpu()
-        beta = float(torch.linalg.vector_norm(rest))
-        ritz, coordinates = torch.linalg.eigh(projected[: j + 1, : j + 1])
-        full = j + 1 == limit
-        chosen = wanted(ritz, min(k, j + 1), which)
-        values, weights = ritz[chosen], coordinates[:, chosen]  # (k,), (m, k)
-        outside = [(j, beta, rest), *(tails if j + 1 < size else [])]
-        shares = torch.stack([norm * weights[i].abs() for i, norm, _ in outside])  # (chains, k)
-        residuals = shares.sum(0)  # (k,)
-        # Below this, what is left of the product is rounding: the space is invariant.
-        closed = beta <= 100 * torch.finfo(start.dtype).eps * float(ritz.abs().max())
-        converged = j + 1 >= k and bool((residuals <= tol * values.abs().max()).all())
-        if full:
-            break
-        if converged and (probing_from is not None or not (repeated or closed)):
-            unchanged = len(settled) == k and bool(((values - settled).abs() <= tol * values.abs().max()).all())
-            if probing_from is None or (unchanged and j + 1 - probing_from >= _PROBE):
-                break
-            restart = closed or not unchanged
-        else:
-            restart = closed or converged
-        if restart:
-            tails.append((j, beta, rest))
-            if converged:
-                probing_from, settled = j + 1, values
-            vector = _new_unit(_random_unit(start, generator), basis[: j + 1])
-        elif not converged and (worst := int(shares.amax(1).argmax())) > 0:
-            # What a broken chain left outside holds the pairs up: take that in next, and this chain's rest later.
-            _, norm, left = tails.pop(worst - 1)
-            tails.append((j, beta, rest))
-            vector = _new_unit(left / norm, basis[: j + 1])
-        else:
-            vector = rest / beta
-    return values, _product(weights.T.to(start), basis[: len(weights)]), residuals
-
-
-@full_precision
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right
-
-
-def _nystrom(hvp: HVP, block: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor]:
-    """Pairs of Y (W Y)^+ Y^T, with W (j, P) the orthonormal rows of a block and Y = H W^T its products."""
-    rows = torch.linalg.qr(block.T).Q.T
-    images = torch.stack([hvp(row) for row in rows])
-    inner = _product(rows, images.T).cpu().double()
-    ritz, coordinates = torch.linalg.eigh((inner + inner.T) / 2)
-    mixed = _product(coordinates.T.to(images), images)  # (j, P), the products of the Ritz vectors
-    lengths = torch.linalg.vector_norm(mixed, dim=1).cpu().double()
-    kept = (ritz.abs() > _DIM * ritz.abs().max()) & (lengths.square() <= _MIXED * lengths.max() * ritz.abs())
-    if int(kept.sum()) >= k:
-        values, vectors = low_rank(1 / ritz[kept], mixed[kept.to(mixed.device)], k=k, which=which)
-        if len(values) == k:
-            return values, vectors
-    chosen = wanted(ritz, k, which)  # the operator has fewer outstanding directions: the block's own have to do
-    return ritz[chosen], _product(coordinates[:, chosen].T.to(rows), rows)
+    return random_unit(vector, generator)
 
 
 def _dense(hvp: HVP, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,66 +191,3 @@ def _dense(hvp: HVP, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values, columns = torch.linalg.eigh((matrix + matrix.T) / 2)
     values, vectors = values.flip(0), columns.T.flip(0)
     return values, vectors, torch.linalg.vector_norm(vectors @ matrix - values[:, None] * vectors, dim=1)
-
-
-class _OutOfBudget(Exception):
-    pass
-
-
-def _arpack(
-    hvp: HVP, start: Tensor, k: int, which: Which, max_hvps: int | None, tol: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh  # 0.2 s, and rarely wanted
-
-    size = start.numel()
-    inputs: list[Tensor] = []  # every product is recorded: residuals, and pairs at the budget's end, cost none more
-    outputs: list[Tensor] = []
-
-    def recorded(vector: Tensor) -> Tensor:
-        inputs.append(vector)
-        outputs.append(hvp(vector))
-        return outputs[-1]
-
-    def matvec(array: NDArray[np.float64]) -> NDArray[np.float64]:
-        if max_hvps is not None and len(inputs) >= max_hvps:
-            raise _OutOfBudget
-        return recorded(torch.from_numpy(array.reshape(-1).copy()).to(start)).double().cpu().numpy()
-
-    vectors: Tensor | None = None
-    for origin in (start, _random_unit(start, generator)):
-        try:
-            _, columns = eigsh(
-                LinearOperator((size, size), matvec=matvec, dtype=np.float64),
-                k=k,
-                which=which,
-                v0=origin.double().cpu().numpy(),
-                tol=tol,
-            )
-            vectors = torch.from_numpy(columns.T.copy()).to(start)
-        except (_OutOfBudget, ArpackNoConvergence):
-            break  # what was seen still holds the best pairs for its products
-        except ArpackError:
-            continue  # it gives up on a start that the operator sends to zero
-        break
-    if vectors is None:
-        while len(inputs) < k or len(_independent(inputs, _DEPENDENT)[0]) < k:  # the operator is nearly zero
-            recorded(_random_unit(start, generator))
-    # A truncated basis would add its error to the residuals of vectors that ARPACK found to the last digit.
-    basis, mixing = _independent(inputs, _DEPENDENT if vectors is None else 10 * torch.finfo(start.dtype).eps)
-    images = mixing @ torch.stack(outputs)  # (r, P): H basis
-    if vectors is None:
-        projected = (basis @ images.T).double().cpu()
-        ritz, coordinates = torch.linalg.eigh((projected + projected.T) / 2)
-        vectors = coordinates[:, wanted(ritz, k, which)].T.to(start) @ basis
-    mapped = (vectors @ basis.T) @ images  # (k, P): H vectors
-    theta = (vectors * mapped).sum(1)
-    order = theta.argsort(descending=True, stable=True)
-    theta, vectors, mapped = theta[order], vectors[order], mapped[order]
-    return theta.double().cpu(), vectors, torch.linalg.vector_norm(mapped - theta[:, None] * vectors, dim=1)
-
-
-def _independent(vectors: list[Tensor], cutoff: float) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows (r, P) that span (m, P) vectors up to near dependence, and their mixture (r, m) of them."""
-    left, scales, rows = torch.linalg.svd(torch.stack(vectors), full_matrices=False)
-    kept = scales > cutoff * scales[0]
-    return rows[kept], (left[:, kept] / scales[kept]).T

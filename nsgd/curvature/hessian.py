@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import RandomState, untouched
+from nsgd.curvature.vectors import check_params, flatten, is_finite, split, vector_dtype
 
 HVP = Callable[[Tensor], Tensor]
 Closure = Callable[[], Tensor]
@@ -183,56 +184,11 @@ def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -
     return flatten([next(found) if p.requires_grad else None for p in params], params)
 
 
-def check_params(params: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless there are real parameters of which at least one requires a gradient."""
-    if not all(isinstance(p, Tensor) for p in params):
-        raise ValueError("expected parameters, got something else among them; pass model.parameters()")
-    if not params:
-        raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
-    if not any(p.requires_grad for p in params):
-        raise ValueError(f"none of the {len(params)} parameters requires a gradient; unfreeze some: requires_grad_()")
-    if any(p.is_complex() for p in params):
-        raise ValueError("got complex parameters; hold their real and imaginary parts as two real parameters")
-
-
-def vector_dtype(params: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of flat vectors: float64 if any parameter is, else float32, also for half precision."""
-    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-
-
-def flatten(blocks: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """Lay blocks shaped like the parameters end to end, (P,); a missing block is zero."""
-    dtype, device = vector_dtype(params), params[0].device
-    return torch.cat(
-        [
-            torch.zeros(p.numel(), dtype=dtype, device=device)
-            if block is None
-            else block.detach().reshape(-1).to(device=device, dtype=dtype)
-            for block, p in zip(blocks, params, strict=True)
-        ]
-    )
-
-
-def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Cut (..., P) into blocks (..., *shape), one for each parameter: views, not copies."""
-    lead = vector.shape[:-1]
-    return [
-        part.view((*lead, *p.shape))
-        for part, p in zip(torch.split(vector, [p.numel() for p in params], dim=-1), params, strict=True)
-    ]
-
-
 def check_finite(loss: Tensor, gradient: Tensor) -> None:
     """Raise a FloatingPointError where a loss or a gradient is NaN or infinite; waits for the device."""
     for name, value in (("loss", loss), ("gradient of the loss", gradient)):
         if not is_finite(value):
             raise FloatingPointError(f"the {name} is NaN or infinite; no curvature can be taken there")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; waits for the device."""
-    # The sum takes a fraction of the time and no memory; it may overflow where the entries do not.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 _CAUSES = (

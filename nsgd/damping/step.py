@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from nsgd.curvature.hessian import Closure, Losses, check_params
+from nsgd.curvature.hessian import Closure, Losses
+from nsgd.curvature.vectors import check_params
 from nsgd.damping import state
 from nsgd.damping.rule import correct, in_float32, project, sgd_step
 from nsgd.directions.alarm import jump

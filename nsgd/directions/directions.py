@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
-from nsgd.curvature.hessian import Closure, Losses, is_finite, split, vector_dtype
+from nsgd.curvature.hessian import Closure, Losses
 from nsgd.curvature.low_rank import Which
+from nsgd.curvature.vectors import is_finite, split, vector_dtype
 from nsgd.directions.alarm import Alarm
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from nsgd.curvature.guard import untouched
-from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, flatten, gradient_of, vector_dtype
+from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, gradient_of
+from nsgd.curvature.vectors import flatten, vector_dtype
 from nsgd.directions.passes import PassHook
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import RandomState, untouched
-from nsgd.curvature.hessian import Closure, check_params, split
+from nsgd.curvature.hessian import Closure
+from nsgd.curvature.vectors import check_params, split
 
 
 @contextmanager

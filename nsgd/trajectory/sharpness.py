@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
 from nsgd.curvature.guard import full_precision
-from nsgd.curvature.hessian import HVP, Closure, check_params, loss_hessian, vector_dtype
+from nsgd.curvature.hessian import HVP, Closure, loss_hessian
+from nsgd.curvature.vectors import check_params, vector_dtype
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch
 

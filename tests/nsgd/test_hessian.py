@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsgd import sample_losses
-from nsgd.curvature.hessian import flatten, loss_hessian, split, vector_dtype
+from nsgd.curvature.hessian import loss_hessian
+from nsgd.curvature.vectors import flatten, split, vector_dtype
 
 # Both sides are exact in float64; what differs is the order of summation.
 CLOSE = {"rtol": 1e-7, "atol": 1e-10}

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsgd import sample_losses
-from nsgd.curvature.hessian import check_params, is_finite, loss_hessian
+from nsgd.curvature.hessian import loss_hessian
+from nsgd.curvature.vectors import check_params, is_finite
 
 
 def one(value=1.0):

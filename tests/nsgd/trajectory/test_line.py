@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nsgd.curvature.hessian import flatten
+from nsgd.curvature.vectors import flatten
 from nsgd.trajectory.line import losses_along, vertex
 
 

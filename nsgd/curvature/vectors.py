@@ -1,0 +1,69 @@
+"""Parameters as one vector of P entries, in the order in which they are given: dtype, blocks, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nsgd.curvature.guard import full_precision
+
+
+def check_params(params: Sequence[Tensor]) -> None:
+    """Raise a ValueError unless there are real parameters of which at least one requires a gradient."""
+    if not all(isinstance(p, Tensor) for p in params):
+        raise ValueError("expected parameters, got something else among them; pass model.parameters()")
+    if not params:
+        raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
+    if not any(p.requires_grad for p in params):
+        raise ValueError(f"none of the {len(params)} parameters requires a gradient; unfreeze some: requires_grad_()")
+    if any(p.is_complex() for p in params):
+        raise ValueError("got complex parameters; hold their real and imaginary parts as two real parameters")
+
+
+def vector_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of flat vectors: float64 if any parameter is, else float32, also for half precision."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+
+def flatten(blocks: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """Lay blocks shaped like the parameters end to end, (P,); a missing block is zero."""
+    dtype, device = vector_dtype(params), params[0].device
+    return torch.cat(
+        [
+            torch.zeros(p.numel(), dtype=dtype, device=device)
+            if block is None
+            else block.detach().reshape(-1).to(device=device, dtype=dtype)
+            for block, p in zip(blocks, params, strict=True)
+        ]
+    )
+
+
+def split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Cut (..., P) into blocks (..., *shape), one for each parameter: views, not copies."""
+    lead = vector.shape[:-1]
+    return [
+        part.view((*lead, *p.shape))
+        for part, p in zip(torch.split(vector, [p.numel() for p in params], dim=-1), params, strict=True)
+    ]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; waits for the device."""
+    # The sum takes a fraction of the time and no memory; it may overflow where the entries do not.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A vector of length 1 in a random direction, (P,) as ``like``; the same one whatever the device."""
+    # So it is drawn on the CPU.
+    vector = torch.randn(like.numel(), generator=generator, dtype=torch.float64).to(like)
+    norm: Tensor = torch.linalg.vector_norm(vector)
+    return vector / norm
+
+
+@full_precision
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product outside autocast and TF32."""
+    return left @ right
