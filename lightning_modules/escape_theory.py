@@ -17,7 +17,7 @@ from nsgd.trajectory.escape import (
     passage_time,
     temperature,
 )
-from nsgd.trajectory.potentials import Potential
+from nsgd.trajectory.escape.potentials import Potential
 
 
 def predicted_steps(

@@ -12,7 +12,7 @@ from scipy.optimize import minimize, root
 from torch import Tensor
 
 from lightning_modules.imported import imported
-from nsgd.trajectory.potentials import Channel, DoubleWell, Potential
+from nsgd.trajectory.escape.potentials import Channel, DoubleWell, Potential
 
 BUILT_IN = ("double-well", "channel")
 

@@ -22,7 +22,7 @@ from lightning_modules.escape import EscapeStudy, run_escape
 from lightning_modules.escape_report import findings, read_folder, verdict, write_escape
 from lightning_modules.rows import Rows, read_csv, write_csv
 from nsgd.trajectory.escape import excess_loss, laplace_mass, passage_time
-from nsgd.trajectory.potentials import DoubleWell
+from nsgd.trajectory.escape.potentials import DoubleWell
 
 WELL = DoubleWell(barrier=1.0, skew=0.3)
 SHARP, FLAT = WELL.minima

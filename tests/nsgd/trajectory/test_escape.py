@@ -19,7 +19,7 @@ from nsgd.trajectory.escape import (
     simulate,
     temperature,
 )
-from nsgd.trajectory.potentials import Channel, DoubleWell
+from nsgd.trajectory.escape.potentials import Channel, DoubleWell
 
 WELL = DoubleWell(barrier=1.0, skew=0.3)
 SHARP, FLAT = WELL.minima
