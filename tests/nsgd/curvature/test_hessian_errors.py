@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nsgd import sample_losses
 from nsgd.curvature.hessian import loss_hessian
-from nsgd.curvature.vectors import check_params, is_finite
+from nsgd.curvature.vectors import check_params
 
 
 def one(value=1.0):
@@ -155,18 +155,3 @@ def test_another_error_of_torch_passes_unchanged():
 
     with pytest.raises(RuntimeError, match=r"^something else$"), loss_hessian(closure, [weight]):
         pass
-
-
-@pytest.mark.parametrize(
-    ("entries", "expected"),
-    [
-        ([1.0, 2.0], True),
-        ([3e38, 3e38], True),  # the sum overflows
-        ([1.0, float("nan")], False),
-        ([float("inf"), 1.0], False),
-        ([float("inf"), float("-inf")], False),
-        ([], True),
-    ],
-)
-def test_finite_is_what_every_entry_is(entries, expected):
-    assert is_finite(torch.tensor(entries)) is expected

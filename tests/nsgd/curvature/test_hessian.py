@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from nsgd import sample_losses
 from nsgd.curvature.hessian import loss_hessian
-from nsgd.curvature.vectors import flatten, split, vector_dtype
 
 # Both sides are exact in float64; what differs is the order of summation.
 CLOSE = {"rtol": 1e-7, "atol": 1e-10}
@@ -123,26 +122,6 @@ def test_mixed_dtypes_give_one_float64_operator():
     # Rows and columns of the bfloat16 parameter are rounded to its 8 bits.
     torch.testing.assert_close(found[2:, 2:], expected[2:, 2:], rtol=1e-6, atol=0)
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "expected"),
-    [
-        (("bfloat16",), torch.float32),
-        (("float16", "float32"), torch.float32),
-        (("float32", "float64"), torch.float64),
-    ],
-)
-def test_vectors_are_float32_or_float64(dtypes, expected):
-    assert vector_dtype([torch.zeros(1, dtype=getattr(torch, d)) for d in dtypes]) == expected
-
-
-def test_split_undoes_flatten():
-    params = [torch.zeros(2, 3), torch.zeros(()), torch.zeros(4)]
-    blocks = [torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for p in params]
-    for block, again in zip(blocks, split(flatten(blocks, params), params), strict=True):
-        assert torch.equal(block, again)
-    assert [tuple(b.shape) for b in split(torch.zeros(5, 11), params)] == [(5, 2, 3), (5,), (5, 4)]
 
 
 # -- noise: one fixed operator --------------------------------------------------------------------------------

@@ -1,15 +1,11 @@
-"""Eigenpairs of small matrices without a wait, and the layout of flat blocks."""
+"""Eigenpairs of small matrices without a wait."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from nsgd.curvature.small import orthogonal_iteration, small_eigh
-from nsgd.directions.flat import blocks_of
-
-# -- the small eigenproblem -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -38,13 +34,3 @@ def test_a_matrix_that_is_not_finite_raises_nothing():
     for function in (small_eigh, orthogonal_iteration):
         values, _ = function(torch.full((5, 5), float("nan"), dtype=torch.float64))
         assert values.shape == (5,)
-
-
-def test_views_lie_in_memory_as_the_parameters_do():
-    wide = nn.Parameter(torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last))
-    scalar, empty = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(0, 3))
-    (block,) = blocks_of([(0, wide), (0, scalar), (0, empty)], None)
-    views = block.views(block.vector())
-    assert [view.shape for view in views] == [p.shape for p in block.params]
-    assert views[0].stride() == wide.stride()
-    assert block.view(block.rows(2), 0).shape == (2, *wide.shape)

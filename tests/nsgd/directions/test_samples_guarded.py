@@ -1,0 +1,186 @@
+"""Gradients of groups of samples all at once: nothing is left behind, and what is refused or left out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from sample_cases import SAMPLES, Case
+from torch import nn
+from torch.nn import functional as F
+from traces import assert_untouched, random_states, same_random_states, snapshot
+
+from nsgd import sample_losses
+from nsgd.directions.samples import gradient_moment
+
+# -- nothing left behind --------------------------------------------------------------------------------------
+
+
+class Dropped(nn.Module):
+    """Dropout and BatchNorm, in a mixture of modes, with a gradient from before, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+        self.double()
+        self.net[3].eval()
+        self.net[0].weight.grad = torch.ones_like(self.net[0].weight)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("fails", [None, "in a group", "in the last group"])
+def test_buffers_modes_grad_and_random_state_stay_as_found(fails):
+    model, calls = Dropped(), []
+    before, states = snapshot(model), random_states()
+
+    def loss(x):
+        calls.append(1)
+        value = model(x).square().mean()
+        model.eval()
+        model.register_buffer("surprise", torch.ones(2))
+        if fails == ("in a group" if len(calls) == 1 else "in the last group"):
+            raise KeyError("inside")
+        return value
+
+    x = torch.ones(SAMPLES, 6, dtype=torch.float64)
+    losses = sample_losses(loss, x, group_size=4, module=model)
+    with pytest.raises(KeyError, match="inside") if fails else torch.no_grad():
+        gradient_moment(losses, list(model.parameters()))
+    assert len(calls) == (1 if fails == "in a group" else 2)  # all whole groups at once, then the last
+    assert_untouched(model, before)
+    same_random_states(states)
+    assert not hasattr(model, "surprise")
+    assert torch.is_grad_enabled()
+
+
+def test_a_backward_pass_from_before_still_works():
+    case = Case("batch_norm")
+    loss = case.loss(case.x, case.y)
+    expected = torch.autograd.grad(loss, case.params, retain_graph=True)
+    gradient_moment(case.losses(group_size=5), case.params)
+    loss.backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(case.params, expected, strict=True))
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_every_group_draws_a_dropout_mask_of_its_own(group_size):
+    """As the samples of a batch do: gradients of equal samples differ, and are what some mask gives."""
+    torch.manual_seed(0)
+    weight = nn.Linear(12, 1, bias=False)
+    x = torch.ones(16, 12)
+    states = random_states()
+    losses = sample_losses(lambda x: weight(F.dropout(x, 0.5)).mean(), x, group_size=group_size, module=weight)
+    _, gradients = gradient_moment(losses, [weight.weight])
+    same_random_states(states)
+    assert len({tuple(row) for row in gradients.tolist()}) == len(gradients)
+    assert set(gradients.unique().tolist()) == {2.0 * i / group_size for i in range(group_size + 1)}
+    again = gradient_moment(losses, [weight.weight])[1]
+    assert torch.equal(again, gradients)  # the random state was as found
+    torch.manual_seed(1)
+    assert not torch.equal(gradient_moment(losses, [weight.weight])[1], gradients)
+
+
+def test_inference_mode_and_no_grad_around_make_no_difference():
+    case = Case()
+    expected = gradient_moment(case.losses(), case.params)[1]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = gradient_moment(case.losses(), case.params)[1]
+        assert torch.equal(found, expected)
+        assert not found.requires_grad
+
+
+# -- refused, or left out -------------------------------------------------------------------------------------
+
+
+def with_labels(case, *unknown):
+    case.y[list(unknown)] = -100  # which cross_entropy ignores: the mean over none is NaN
+    return case
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("group_size", "unknown", "left_out"),
+    [(1, [0, 4], [0, 4]), (4, [4, 5, 6, 7], [1]), (4, [8, 9], [2]), (4, [3, 8], []), (1, range(2, 10), range(2, 10))],
+)
+def test_groups_of_unknown_loss_are_left_out(at_once, group_size, unknown, left_out):
+    case = with_labels(Case(), *unknown)
+    counts = torch.tensor([len(part) for part in case.x.split(group_size)], dtype=torch.float64)
+    kept = [i for i in range(len(counts)) if i not in left_out]
+    pairs = case.losses(False, group_size)
+    expected = torch.stack(
+        [torch.cat([g.reshape(-1) for g in torch.autograd.grad(pairs[i][0](), case.params)]) for i in kept]
+    )
+    weights, gradients = gradient_moment(case.losses(at_once, group_size), case.params)
+    torch.testing.assert_close(weights, counts[kept] / counts[kept].sum())
+    torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
+
+
+def infinite(value):
+    return lambda case, x: torch.where((x == case.x[3]).all(), value, 0.0)
+
+
+def steep(case, x):
+    """Zero, with a gradient that is infinite."""
+    w = next(case.model.parameters()).sum()
+    return (w - w.detach()).sqrt()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("unknown", "added", "message"),
+    [
+        (range(10), None, "the loss is NaN"),
+        (range(1, 10), None, "the loss is NaN"),  # a single group is left
+        ([], infinite(torch.inf), "the loss is NaN or infinite"),
+        ([0], infinite(-torch.inf), "the loss is NaN or infinite"),
+        ([], steep, "the gradient of the loss is NaN or infinite"),
+        ([0], steep, "the gradient of the loss is NaN or infinite"),
+    ],
+    ids=["all", "all but one", "infinite", "infinite and unknown", "gradient", "gradient and unknown"],
+)
+def test_all_unknown_or_any_infinite_is_a_floating_point_error(at_once, unknown, added, message):
+    case = with_labels(Case(), *unknown)
+    of_labels = case.loss
+    case.loss = lambda x, y: of_labels(x, y) + (added(case, x) if added else 0.0)
+    with pytest.raises(FloatingPointError, match=message):
+        gradient_moment(case.losses(at_once), case.params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda case: case.params.append(nn.Parameter(torch.ones(2))), "1 of 5 are not its own; .*leave module out"),
+        (lambda case: setattr(case, "model", copy.deepcopy(case.model)), "4 of 4 are not its own"),
+        (lambda case: setattr(case, "loss", lambda x, y: case.model(x)), r"scalar loss, got shape \(1, 3\)"),
+    ],
+    ids=["a parameter of none", "another module's", "no scalar"],
+)
+def test_what_does_not_fit_the_module_is_a_value_error(change, message):
+    case = Case()
+    change(case)
+    with pytest.raises(ValueError, match=message):
+        gradient_moment(case.losses(), case.params)
+
+
+@pytest.mark.parametrize(
+    "module", [lambda x: x, nn.Linear, "net", torch.ones(2)], ids=["function", "class", "str", "tensor"]
+)
+def test_a_module_is_an_nn_module(module):
+    with pytest.raises(ValueError, match=r"expected module to be the network, an nn\.Module, got a "):
+        sample_losses(lambda x: x.sum(), torch.ones(3), module=module)
+
+
+def test_what_vmap_cannot_run_is_an_error_and_leaves_everything_as_found():
+    case = Case("batch_norm")
+    before, states = snapshot(case.model), random_states()
+    losses = sample_losses(
+        lambda x, y: case.loss(x, y) * x.sum().item(), case.x, case.y, group_size=5, module=case.model
+    )
+    with pytest.raises(RuntimeError, match="vmap"):
+        gradient_moment(losses, case.params)
+    assert_untouched(case.model, before)
+    same_random_states(states)
