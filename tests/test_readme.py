@@ -18,10 +18,11 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
 
 
 def test_the_readme_has_the_blocks_that_the_tests_below_run():
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
     for name in (
         "NSGD(",
         "damp(",
+        "backward_in_chunks(",
         "top_eigenpairs(",
         "GradScaler(",
         "Accelerator()",
