@@ -174,28 +174,31 @@ def accumulated(make: Make) -> Run:
 # -- loops of other libraries ---------------------------------------------------------------------------------
 
 
-def with_accelerate(make: Make) -> Run:
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+def with_accelerate(make: Make, passes: int = 1) -> Run:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=passes)
     model = seeded(mlp)
     inner = make(model.parameters())
     model, optimizer = accelerator.prepare(model, inner)
-    for i in range(STEPS):
-        optimizer.zero_grad()
-        accelerator.backward(F.cross_entropy(model(batch(i, 16, 6)), labels(i, 16)))
-        optimizer.step()
+    for i in range(passes * STEPS):
+        with accelerator.accumulate(model):
+            accelerator.backward(F.cross_entropy(model(batch(i, 16, 6)), labels(i, 16)))
+            optimizer.step()
+            optimizer.zero_grad()
     return list(model.parameters()), inner
 
 
 class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
-        return 8 * STEPS
+        return 4 * 8 * STEPS
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         words = labels(i, 12, 40)
         return {"input_ids": words, "labels": words, "attention_mask": torch.ones_like(words)}
 
 
-def transformers_trainer(make: Make, folder: Any) -> Run:
+def transformers_trainer(make: Make, folder: Any, passes: int = 1) -> Run:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     model = seeded(lambda: transformers.GPT2LMHeadModel(config))
@@ -203,6 +206,7 @@ def transformers_trainer(make: Make, folder: Any) -> Run:
     options = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=8, max_steps=STEPS, report_to="none", use_cpu=True,
         save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, seed=3,
+        gradient_accumulation_steps=passes,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = transformers.Trainer(
@@ -212,7 +216,7 @@ def transformers_trainer(make: Make, folder: Any) -> Run:
     return list(model.parameters()), optimizer
 
 
-def lightning(make: Make, folder: Any, manual: bool) -> Run:
+def lightning(make: Make, folder: Any, manual: bool, passes: int = 1) -> Run:
     pl = pytest.importorskip("pytorch_lightning")
 
     class Module(pl.LightningModule):
@@ -233,11 +237,12 @@ def lightning(make: Make, folder: Any, manual: bool) -> Run:
         def configure_optimizers(self) -> Optimizer:
             return make(self.parameters())
 
-    data = torch.utils.data.TensorDataset(batch(0, 16 * STEPS, 6), labels(0, 16 * STEPS))
+    samples = 16 * passes * STEPS
+    data = torch.utils.data.TensorDataset(batch(0, samples, 6), labels(0, samples))
     module = seeded(Module)
     trainer = pl.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False, default_root_dir=folder,
+        enable_model_summary=False, default_root_dir=folder, accumulate_grad_batches=passes,
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=16))
     return list(module.parameters()), trainer.optimizers[0]
@@ -277,6 +282,12 @@ LOOPS: dict[str, Callable[..., Run]] = {
     "Lightning, manual": lambda make, folder: lightning(make, folder, manual=True),
 }
 IN_A_FOLDER = ("transformers.Trainer", "Lightning", "Lightning, manual")
+ACCUMULATING: dict[str, Callable[..., Run]] = {
+    "plain": lambda make, folder: accumulated(make),
+    "accelerate": lambda make, folder: with_accelerate(make, 4),
+    "transformers.Trainer": lambda make, folder: transformers_trainer(make, folder, 4),
+    "Lightning": lambda make, folder: lightning(make, folder, manual=False, passes=4),
+}
 
 
 @pytest.mark.filterwarnings(
@@ -302,6 +313,19 @@ def test_one_line_changes_against_sgd(name, tmp_path):
     assert not all(torch.equal(p, q) for p, q in zip(plain_params, params, strict=True))
     shares = [float(optimizer.directions([p]).square().sum()) for p in params if p.requires_grad]
     assert min(shares) > 0  # every parameter that trains has its part
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:pytorch_lightning"
+)
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_accumulated_passes_are_told_apart(name, tmp_path):
+    params, optimizer = ACCUMULATING[name](lambda params: NSGD(params, lr=0.05, momentum=0.9, k=3), tmp_path)
+    assert isinstance(optimizer, NSGD)
+    assert optimizer.steps == STEPS
+    shares = optimizer._directions.differences.shares
+    assert shares[:4].tolist() == pytest.approx([4 / 3] * 4)  # n / (n - 1): rows of the last step's four passes
     assert all(p.isfinite().all() for p in params)
 
 
