@@ -150,12 +150,12 @@ class FromTraining(Tracker):
 
     def follow(self, problem: Problem, batch: Tensor, step: int) -> None:
         """Take in a step of the path."""
+        self.directions.arrange([(0, p) for p in problem.params])
+        self.directions.end_step()  # passes of other trackers are none of this one's
         problem.model.zero_grad()
         backward_in_chunks(problem.loss, batch, chunks=self.chunks)
-        self.directions.arrange([(0, p) for p in problem.params])
         self.directions.note_gradients(None, None)
         self.directions.counts.steps += 1
-        self.directions.end_step()
         if self.directions.rank:
             self.now = Average(self.directions.weights, self.directions.along(problem.params), 0, 0.0)
 
