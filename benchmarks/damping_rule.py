@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import add_data, arguments, load, print_table
-from common.training import Case, Make, Row, Runs, by_seed, final_loss
+from common.training import TUNING_SEEDS, Case, Make, Method, Row, Runs, by_seed, final_loss
 from torch import Tensor
 
 from nsgd import NSGD
@@ -65,13 +65,22 @@ def main() -> None:
     seeds = 1 if args.smoke else args.seeds
     runs = Runs(None if args.smoke else args.out, data, {})
     for momentum, grid in GRIDS.items():
-        runs.methods = {f"{name}, momentum {momentum:g}": make for name, make in rules(momentum).items()}
-        case = Case("CNN", 256, 1, 1, grid[1:2]) if args.smoke else Case("CNN", 512, 8, 1, grid, images=6_000)
-        rates = runs.tuned(case)
+        runs.methods = {f"{name}, momentum {momentum:g}": Method(make) for name, make in rules(momentum).items()}
+        case = Case("CNN", 256, 1, 4) if args.smoke else Case("CNN", 512, 8, 8, images=6_000)
+        rates = tuned(runs, case, grid[1:2] if args.smoke else grid)
         for seed in range(seeds):
             runs.get(case, rates, seed)
     print()
     print_table(*table(runs.rows))
+
+
+def tuned(runs: Runs, case: Case, grid: tuple[float, ...]) -> dict[str, float]:
+    """For each method the rate of the grid with the least final training loss on the first tuning seed."""
+    losses: dict[str, dict[float, float]] = {method: {} for method in runs.methods}
+    for lr in grid:
+        for method, rows in runs.get(case, dict.fromkeys(runs.methods, lr), TUNING_SEEDS[0]).items():
+            losses[method][lr] = final_loss(rows)
+    return {method: min(found, key=found.__getitem__) for method, found in losses.items()}
 
 
 def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:

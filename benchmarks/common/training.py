@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,34 @@ from lightning_modules.rows import read_csv, write_csv
 from nsgd import NSGD, sample_losses
 
 SAMPLES = 32  # of the running batch, one by one, give the directions where the solver is "gradients"
-TUNING_SEEDS = (1000, 1001)
+TUNING_SEEDS = (1000, 1001, 1002)
 
-Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]  # parameters, learning rate
 Row = dict[str, Any]
+
+
+class Optimizer(Protocol):
+    """What a training loop needs of an optimizer, or of several that act as one."""
+
+    param_groups: list[dict[str, Any]]
+
+    def zero_grad(self) -> None:
+        """Forget the last gradients."""
+
+    def step(self) -> Any:
+        """Take a step."""
+
+
+Make = Callable[[Iterable[Tensor], float], Optimizer]  # parameters, learning rate
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer, and what the training loop does for it."""
+
+    make: Make
+    start: float = 0.1  # the rate that tuning tries first
+    clip: float = math.inf  # norm to which the gradient is clipped
+    micro_batches: int = 1  # passes that make up a batch
 
 
 RESNET = "ResNet-32 without BatchNorm"
@@ -40,22 +64,26 @@ class Case:
     network: str
     batch: int
     epochs: int
-    evaluations: int  # in an epoch
-    grid: tuple[float, ...]  # of learning rates
+    evaluations: int = 30  # at least, evenly spaced
     images: int = 12_000  # at most
     side: int = 32  # pixels, at most
-    finalists: int = 1  # best rates that are tried on a second seed: one seed may like a rate that others do not bear
+    schedule: Literal["constant", "cosine"] = "constant"
 
     @property
     def name(self) -> str:
         """What it is called in files and tables."""
-        return f"{self.network}, batch {self.batch:,}"
+        size = f" at {self.side} px" if self.side < 32 else ""
+        return f"{self.network}{size}, batch {self.batch:,}" + (", cosine" if self.schedule == "cosine" else "")
 
     def cut(self, data: Data) -> Data:
         """The images of this case, in its size."""
         side = min(self.side, data.images.shape[2])
         small, val = (adaptive_avg_pool2d(x, side) for x in (data.images[: self.images], data.val_images))
         return Data(small, data.labels[: self.images], val, data.val_labels)
+
+    def factor(self, done: float) -> float:
+        """What the schedule makes of the learning rate after a part of the run."""
+        return 1.0 if self.schedule == "constant" else (1 + math.cos(math.pi * done)) / 2
 
 
 class Jumps:
@@ -77,41 +105,58 @@ class Jumps:
         self._slow += 0.05 * (loss - self._slow)
 
 
-def train(data: Data, case: Case, make: Make, lr: float, seed: int) -> Iterator[Row]:
-    """One run, a row for each evaluation; it waits until the next is asked for."""
+def train(data: Data, case: Case, method: Method, lr: float, seed: int) -> Iterator[Row]:
+    """One run, a row for each evaluation; it waits until the next is asked for, and ends where the loss is not finite.
+
+    A tuning run is evaluated three times only, at its end. Images are channels last, for two thirds of the time.
+    """
     data = case.cut(data)
     torch.manual_seed(seed)
     model = NETWORKS[case.network](data.images.shape[1], data.images.shape[2])
-    optimizer = make(model.parameters(), lr)
+    optimizer = method.make(model.parameters(), lr)
+    rates = [group["lr"] for group in optimizer.param_groups]
     order = torch.Generator().manual_seed(seed)
     batches = len(data.labels) // case.batch
-    every = max(1, batches // case.evaluations)
-    step, spent, jumps = 0, 0.0, Jumps()
+    steps = case.epochs * batches
+    every = max(1, steps // case.evaluations)
+    first = steps - 3 * every if seed in TUNING_SEEDS else 0
+    spent, jumps, accuracy = 0.0, Jumps(), 0.0
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(model(x), y)
 
-    for _ in range(case.epochs):
-        shuffled = torch.randperm(len(data.labels), generator=order)
-        for i in range(batches):
-            chosen = shuffled[i * case.batch : (i + 1) * case.batch]
-            x, y = data.images[chosen], data.labels[chosen]
-            started = time.process_time()
-            optimizer.zero_grad()
-            loss = loss_of(x, y)
+    for step in range(steps):
+        if step % batches == 0:
+            shuffled = torch.randperm(len(data.labels), generator=order)
+        chosen = shuffled[step % batches * case.batch :][: case.batch]
+        x, y = data.images[chosen].contiguous(memory_format=torch.channels_last), data.labels[chosen]
+        started = time.process_time()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * case.factor(step / steps)
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for part, labels in zip(x.chunk(method.micro_batches), y.chunk(method.micro_batches), strict=True):
+            loss = loss_of(part, labels) * (len(part) / len(x))
             if isinstance(optimizer, NSGD) and optimizer.options.solver == "gradients":
                 groups = sample_losses(loss_of, x[:SAMPLES], y[:SAMPLES], module=model)
                 optimizer.backward(loss, curvature=groups, batch_fraction=SAMPLES / case.batch)
             else:
                 loss.backward()
-            optimizer.step()
-            spent += time.process_time() - started
-            step += 1
-            jumps.note(float(loss.detach()))
-            if (i + 1) % every == 0:
-                extra = optimizer.cost_gradients if isinstance(optimizer, NSGD) else 0.0
-                row = {"step": step, "gradients": step + extra, "seconds": spent, "jumps": jumps.count}
-                yield {**row, **evaluate(model, data)}
+            total += loss.detach()
+        if method.clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), method.clip)
+        optimizer.step()
+        spent += time.process_time() - started
+        jumps.note(float(total))
+        extra = optimizer.cost_gradients if isinstance(optimizer, NSGD) else 0.0
+        row = {"step": step + 1, "gradients": step + 1 + extra, "seconds": spent, "jumps": jumps.count}
+        if not total.isfinite():
+            yield {**row, "train_loss": math.inf, "val_accuracy": accuracy}
+            return
+        if (steps - step - 1) % every == 0 and step >= first:
+            measured = evaluate(model, data)
+            accuracy = measured["val_accuracy"]
+            yield {**row, **measured}
 
 
 def evaluate(model: nn.Module, data: Data, images: int = 2048) -> dict[str, float]:
@@ -128,7 +173,7 @@ def final_loss(rows: list[Row]) -> float:
 
 
 def by_seed(rows: list[Row], case: str, method: str) -> dict[int, list[Row]]:
-    """The runs of a method, without the one that its rate was tuned on."""
+    """The runs of a method, without those that its rate was tuned on."""
     own = [row for row in rows if (row["case"], row["method"]) == (case, method) and row["seed"] not in TUNING_SEEDS]
     return {seed: [row for row in own if row["seed"] == seed] for seed in sorted({row["seed"] for row in own})}
 
@@ -136,7 +181,7 @@ def by_seed(rows: list[Row], case: str, method: str) -> dict[int, list[Row]]:
 class Runs:
     """Finished runs, kept in a file so that an interrupted benchmark goes on where it stopped."""
 
-    def __init__(self, path: Path | None, data: Data, methods: Mapping[str, Make]) -> None:
+    def __init__(self, path: Path | None, data: Data, methods: Mapping[str, Method]) -> None:
         self.path, self.data, self.methods = path, data, methods
         self.rows: list[Row] = read_csv(path) if path is not None and path.exists() else []
 
@@ -145,10 +190,14 @@ class Runs:
         keys = {m: {"case": case.name, "method": m, "lr": lr, "seed": seed} for m, lr in rates.items()}
         found = {m: [r for r in self.rows if all(r[n] == v for n, v in key.items())] for m, key in keys.items()}
         missing = [m for m in rates if not found[m]]
-        running = [train(self.data, case, self.methods[m], rates[m], seed) for m in missing]
-        for rows in zip(*running, strict=True):
-            for m, row in zip(missing, rows, strict=True):
-                found[m].append({**keys[m], **row})
+        running = {m: train(self.data, case, self.methods[m], rates[m], seed) for m in missing}
+        while running:
+            for m, rows in list(running.items()):
+                row = next(rows, None)
+                if row is None:
+                    del running[m]
+                else:
+                    found[m].append({**keys[m], **row})
         for m in missing:
             if seed not in TUNING_SEEDS:  # a rate that is no longer the best of the grid has had its run
                 self.rows = [r for r in self.rows if (r["case"], r["method"], r["seed"]) != (case.name, m, seed)]
@@ -163,21 +212,31 @@ class Runs:
             write_csv(self.path, self.rows)
         return found
 
-    def tuned(self, case: Case) -> dict[str, float]:
-        """For each method the rate of the case's grid with the least final training loss, on seeds of its own.
+    def tuned(self, case: Case, method: str) -> float:
+        """The learning rate with the least final training loss, on a grid in steps of the square root of 2.
 
-        Where there are finalists, they are the best on the first seed, and the mean over both decides.
+        On the first tuning seed the best is enclosed in steps of 2, then of the square root of 2. The mean over all
+        tuning seeds decides between it and its neighbours, and so on to theirs until the best has one on either side.
+        A run that diverged counts as infinite.
         """
-        first, second = TUNING_SEEDS
-        losses: dict[str, dict[float, float]] = {m: {} for m in self.methods}
-        for lr in case.grid:
-            for m, rows in self.get(case, dict.fromkeys(self.methods, lr), first).items():
-                losses[m][lr] = final_loss(rows)
-        best = {m: sorted(found, key=lambda lr, found=found: found[lr]) for m, found in losses.items()}
-        if case.finalists == 1:
-            return {m: rates[0] for m, rates in best.items()}
-        for place in range(case.finalists):
-            rates = {m: found[place] for m, found in best.items()}
-            for m, rows in self.get(case, rates, second).items():
-                losses[m][rates[m]] = (losses[m][rates[m]] + final_loss(rows)) / 2
-        return {m: min(best[m][: case.finalists], key=lambda lr, m=m: losses[m][lr]) for m in best}
+
+        def rate(place: int) -> float:
+            return float(f"{self.methods[method].start * 2 ** (place / 2):.3g}")
+
+        def loss(place: int, seeds: tuple[int, ...]) -> float:
+            return mean(final_loss(self.get(case, {method: rate(place)}, seed)[method]) for seed in seeds)
+
+        best = 0
+        for step, seeds in ((2, TUNING_SEEDS[:1]), (1, TUNING_SEEDS[:1]), (1, TUNING_SEEDS)):
+            best = enclosed(lambda place, seeds=seeds: loss(place, seeds), best, step)
+        return rate(best)
+
+
+def enclosed(function: Callable[[int], float], start: int, step: int) -> int:
+    """A place where a function is no larger than one step to either side; the lesser one where two are alike."""
+    values: dict[int, float] = {}
+    best = start
+    while missing := [place for place in (best, best - step, best + step) if place not in values]:
+        values |= {place: function(place) for place in missing}
+        best = min(values, key=lambda place: (values[place], place))
+    return best
