@@ -3,8 +3,8 @@
 The difference of two successive gradients is H times the last step, plus noise whose covariance has nearly the
 outlying eigenvectors of the Hessian H (for a log-likelihood it is the Fisher matrix; Papyan 2020, Martens 2020). Rows
 of such differences are collected, and every few steps folded into a running average of rank k: one Gram matrix, one
-small eigenproblem, one product. Where a step accumulates several backward passes, its rows are the deviations of their
-gradients from the mean instead, and folded at once.
+small eigenproblem, one product. Where a step accumulates several backward passes, the deviations of their gradients
+from the mean are rows as well, and folded at once.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class Differences:
     def record(self, blocks: Sequence[Block], scale: Tensor | None = None, skipped: Tensor | None = None) -> None:
         """Take in the gradients of the step that comes.
 
-        Several backward passes give a row each, their deviations from the mean, where their gradients were kept, make
-        up the gradient of the step, and differ at random; else the row is the difference from the last gradient. It has
-        entries along parameters that have a gradient now and had one in the last step. Where a gradient is
-        not finite, the last one stays, and the row is zero and does not count.
+        A row is the difference from the last gradient. Several backward passes give a row each beside it, their
+        deviations from the mean, where their gradients were kept, make up the gradient of the step, and differ at
+        random. A difference has entries along parameters that have a gradient now and had one in the last step. Where
+        a gradient is not finite, the last one stays, and the row is zero and does not count.
 
         Args:
             blocks: The parameters.
@@ -109,7 +109,7 @@ class Differences:
             now, last = self._now[i], self._last[i]
             torch.where(finite if finite.device == now.device else finite.to(now.device), now, last, out=now)
             if begun:
-                row = last if count else self.rows[i][self.pending]  # the last gradient is not needed any more
+                row = self.rows[i][min(count, MOST) if count else self.pending]
                 torch.sub(now, last, out=row) if row.dtype == now.dtype else row.copy_(now - last)
                 for j, both in enumerate(a and b for a, b in zip(there, had, strict=True)):
                     if not both:
@@ -126,17 +126,17 @@ class Differences:
         self._now, self._last, self._present = self._last, self._now, present
 
     def _take_passes(self, count: int, finite: Tensor, share: Tensor) -> None:
-        """Rows of the passes, or where they are no good, the difference that lies in place of the last gradient."""
+        """Count the rows of the passes, with the difference behind them; it alone where they are no good."""
         good, factor = self.passes.centred(count, self._now)
-        good = good & finite
-        self.pending, self.together = min(count, MOST), True
-        taken = good.to(share)
-        self.shares[: self.pending] = factor * taken
-        self.shares[0] += (1 - taken) * share
-        for rows, difference in zip(self.rows, self._last, strict=True):
-            kept, here = rows[: self.pending], good if good.device == rows.device else good.to(rows.device)
-            kept[0] = torch.where(here, kept[0], difference.to(kept))
-            kept[1:].masked_fill_(~here, 0.0)
+        used = min(count, MOST)
+        self.pending, self.together = used + 1, True
+        # A difference alone is worth as much as two passes, which show one direction; of more it is worth little.
+        passes = (good & finite).to(share) * (1 - 4 * share / count**2)
+        self.shares[:used] = factor * passes
+        self.shares[used] = share * (1 - passes)
+        for rows in self.rows:
+            here = good if good.device == rows.device else good.to(rows.device)
+            rows[:used].masked_fill_(~here, 0.0)
 
     def begin_step(self, blocks: Sequence[Block], *, several_processes: bool) -> None:
         """Wait for the backward passes of the step that comes.
@@ -239,7 +239,7 @@ class Differences:
         mean = (counted * clip * sizes).sum() / counted.sum()  # NaN where none counts
         recent = (1 - decay) * decay**ages
         mass = self.mass.to(gram) * decay**steps
-        new = counted[0] * (1 - decay) if together else (counted * recent).sum()
+        new = counted.amax() * (1 - decay) if together else (counted * recent).sum()
         total = (mass + new).clamp(min=torch.finfo(gram.dtype).tiny)
         inputs = torch.cat([weights.to(gram) * (mass / total), shares * recent * clip / total])
         values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])

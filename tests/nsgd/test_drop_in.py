@@ -325,7 +325,9 @@ def test_accumulated_passes_are_told_apart(name, tmp_path):
     assert isinstance(optimizer, NSGD)
     assert optimizer.steps == STEPS
     shares = optimizer._directions.differences.shares
-    assert shares[:4].tolist() == pytest.approx([4 / 3] * 4)  # n / (n - 1): rows of the last step's four passes
+    assert shares[:5].tolist() == pytest.approx(
+        [7 / 6] * 4 + [1 / 16]
+    )  # the last step's four passes, and its difference
     assert all(p.isfinite().all() for p in params)
 
 
