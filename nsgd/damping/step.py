@@ -236,7 +236,8 @@ class Damped(Optimizer):
 
         Returns:
             True if there are new directions; False if the loss, a gradient or a product was NaN or infinite: the
-            last directions are kept, and the refresh counts as skipped.
+            last directions are kept, and the refresh counts as skipped. From samples on an accelerator, where the
+            host does not wait to know, it is True, and ``skipped_refreshes`` tells.
 
         Raises:
             ValueError: If the solver is "differences"; the loss is no scalar, has no graph or reaches none of the
@@ -262,7 +263,7 @@ class Damped(Optimizer):
         random directions 1 each.
         """
         weights: list[float] = self._directions.weights.tolist()
-        if self.from_training_gradients:
+        if not self._directions.eigenvalues:  # of the noise, where there may be less of it than k
             weights = [weight for weight in weights if weight > 0]
         return tuple(weights)
 
@@ -273,7 +274,7 @@ class Damped(Optimizer):
         the basis, and one sync.
         """
         vectors = self._directions.along(list(params))
-        return vectors[: len(self.weights)] if self.from_training_gradients else vectors
+        return vectors[: len(self.weights)]
 
     @property
     def from_training_gradients(self) -> bool:
@@ -292,13 +293,13 @@ class Damped(Optimizer):
 
     @property
     def refreshes(self) -> int:
-        """How often the directions have changed so far."""
-        return self._directions.counts.refreshes
+        """How often the directions have changed so far; one sync where the last refresh is under way."""
+        return self._directions.known_counts.refreshes
 
     @property
     def skipped_refreshes(self) -> int:
-        """Refreshes that met a NaN or an infinity, and kept the last directions."""
-        return self._directions.counts.skipped_refreshes
+        """Refreshes that met a NaN or an infinity, and kept the last directions; syncs as ``refreshes`` does."""
+        return self._directions.known_counts.skipped_refreshes
 
     @property
     def hvps(self) -> int:

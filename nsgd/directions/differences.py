@@ -10,7 +10,7 @@ from the mean are rows as well, and folded at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.directions.flat import Block, like
+from nsgd.directions.mixing import inner_products, mix
 from nsgd.directions.passes import MOST, Passes
 
 ROWS = 10  # that are collected between two folds, once there are many: a fold costs two passes over all of them
@@ -30,9 +31,6 @@ _SHARE = 4
 _MOST = 1.5  # times the usual squared length that one row may count for: a spike of the loss must not own the average
 
 _WHOLE = 16  # folds from one that orthonormalises its vectors anew to the next
-
-# Entries of each vector that are mixed at once: what a cache holds on a CPU; elsewhere few launches, and little memory.
-_CHUNK, _LARGE_CHUNK = 1 << 14, 1 << 21
 
 
 class Differences:
@@ -225,7 +223,7 @@ class Differences:
         # Rounding adds up from fold to fold, though slowly.
         whole = self.folds % _WHOLE == 0
         self.folds += 1
-        gram = _gram(blocks, [rows[:n] for rows in self.rows], weights, whole=whole)  # (k + n, k + n)
+        gram = inner_products(blocks, [rows[:n] for rows in self.rows], weights, whole=whole)  # (k + n, k + n)
         shares = self.shares[:n].to(gram)
         sizes = shares * gram.diagonal()[k:]  # by step
         ages = torch.zeros(n, dtype=gram.dtype, device=gram.device)
@@ -248,7 +246,7 @@ class Differences:
         mixing = torch.where(good, mixing, torch.eye(k, k + n, dtype=gram.dtype, device=gram.device))
         overlap = (mixing @ gram[:, :k]).square().sum() / (weights > 0).sum().clamp(min=1)
         for block, rows in zip(blocks, self.rows, strict=True):
-            _mix(block, rows[:n], mixing, good)
+            mix(block, rows[:n], mixing, good)
         self.mass = torch.where(good, total, self.mass.to(gram)).to(self.mass)
         mean = torch.where(usual > 0, (usual + mean) / 2, mean)
         self.usual = torch.where(good & mean.isfinite(), mean, usual).to(self.usual)
@@ -258,43 +256,3 @@ class Differences:
 def chosen(items: Sequence[Any], there: Sequence[bool]) -> list[Any]:
     """Those items that are there."""
     return list(items) if all(there) else [item for item, is_there in zip(items, there, strict=True) if is_there]
-
-
-def _gram(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Tensor, *, whole: bool) -> Tensor:
-    """Inner products of the vectors and rows of all blocks, (k + n, k + n), where and as precise as the weights.
-
-    Where not the whole is wanted, the vectors are taken to be orthonormal: half of the price.
-    """
-    k, n = len(weights), len(rows[0])
-    total = torch.zeros(k + n, k + n, dtype=weights.dtype, device=weights.device)
-    for block, new in zip(blocks, rows, strict=True):
-        part = torch.zeros(k + n, k + n, dtype=block.dtype, device=block.device)
-        for _, vectors, chunk in _chunks(block, new):
-            part[k:, :k].addmm_(chunk, vectors.T)
-            part[k:, k:].addmm_(chunk, chunk.T)
-            if whole:
-                part[:k, :k].addmm_(vectors, vectors.T)
-        total += part.to(total)
-    total[:k, k:] = total[k:, :k].T
-    if not whole:
-        total.diagonal()[:k] = 1
-    return total
-
-
-def _mix(block: Block, rows: Tensor, mixing: Tensor, good: Tensor) -> None:
-    """Replace the basis by a mixture (k, k + n) of its vectors and the rows, where that is good."""
-    k = len(mixing)
-    factors = mixing.to(device=block.device, dtype=block.dtype)
-    old, new = factors[:, :k].contiguous(), factors[:, k:].contiguous()
-    good = good if good.device == block.device else good.to(block.device)
-    for columns, vectors, chunk in _chunks(block, rows):
-        # Zero times an entry that is not finite is none either.
-        block.basis[:, columns] = torch.where(good, (old @ vectors).addmm_(new, chunk), vectors).to(block.basis.dtype)
-
-
-def _chunks(block: Block, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some columns at a time: of the vectors (k, c), and of the rows (n, c)."""
-    width = _CHUNK if block.device.type == "cpu" else _LARGE_CHUNK
-    for start in range(0, block.size, width):
-        columns = slice(start, min(start + width, block.size))
-        yield columns, block.basis[:, columns].to(block.dtype), rows[:, columns].to(block.dtype)

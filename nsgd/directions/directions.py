@@ -12,15 +12,15 @@ from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import Closure, Losses
-from nsgd.curvature.low_rank import Which
 from nsgd.curvature.vectors import is_finite, split, vector_dtype
-from nsgd.directions.alarm import Alarm
+from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of
 from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
-from nsgd.directions.samples import gradient_moment
+from nsgd.directions.sample_average import Past, cleaned, fold
+from nsgd.directions.samples import checked_groups, write_gradients
 from nsgd.directions.schedule import Counts, refresh_due
 from nsgd.options import FROM_TRAINING, DampingOptions, Estimator
 
@@ -30,6 +30,8 @@ _DECAY = 0.95
 
 # Eigenvalues below this share of the largest, or below their residual, may be rounding, or a flat direction.
 _CERTAIN = 1e-3
+
+_NOT_FINITE = "the loss is NaN or infinite, or its gradient is; no curvature can be taken there"
 
 
 class Directions:
@@ -51,8 +53,10 @@ class Directions:
         self.differences: Differences | None = None  # until the first refresh from a second look at the loss
         if options.solver in FROM_TRAINING:
             self.differences = Differences()
+        self.past = _nothing()
         self.last_step: dict[str, Tensor] = {}  # coefficients (k,), squared norm, mean square outside the basis
         self._overlap = torch.tensor(math.nan)
+        self._outcome: OnHost | None = None  # whether the last refresh was any good, while the host has not asked
         self._complete = True  # whether every parameter has had a refresh
         self._key: tuple[Any, ...] = ()
         self._warned: set[str] = set()
@@ -130,6 +134,7 @@ class Directions:
             self.weights = self.weights.to(home, _small_dtype(home))
             self.damped = None if self.damped is None else self.damped.to(home)
             self.last_step = {name: value.to(home) for name, value in self.last_step.items()}
+            self.past = Past(self.past.count.to(self.weights), self.past.usual.to(self.weights))
 
     def along(self, params: Sequence[Tensor]) -> Tensor:
         """The directions along these parameters, (r, P), in the order of the weights; zero along those without."""
@@ -201,35 +206,76 @@ class Directions:
         if self.options.solver == "random":
             self._draw(params, batch_fraction)
             return True
+        groups = _groups(self.options.solver, loss)
+        if groups is not None:
+            return self._follow_samples(groups, params, scale, batch_fraction)
         spent = Spent()
-        damped: Tensor | None = None
-        eigenvalues: list[float] = []
+        signed = -scale if maximize else scale  # ascent on f is descent on -f
         try:
-            groups = _groups(self.options.solver, loss)
-            if groups is not None:
-                estimate = gradient_moment(groups, params, scale=scale)
-            else:
-                signed = -scale if maximize else scale  # ascent on f is descent on -f
-                pairs = eigenpairs_of(loss, params, self.options, spent, scale=signed, seed=self.counts.steps)
-                estimate, eigenvalues = (pairs.eigenvalues, pairs.eigenvectors), pairs.eigenvalues.tolist()
-                least = torch.maximum(pairs.residuals, _CERTAIN * pairs.eigenvalues.abs().max())
-                damped = pairs.eigenvalues > least
+            pairs = eigenpairs_of(loss, params, self.options, spent, scale=signed, seed=self.counts.steps)
         except FloatingPointError as error:
             spent.count(self.counts, batch_fraction)
-            self.counts.skipped_refreshes += 1
-            self.warn_once(
-                "nan",
-                f"refresh skipped at step {self.counts.steps}, the last directions are kept: {error}. Further "
-                "skips are counted in skipped_refreshes without a warning",
-            )
+            self._skip(self.counts.steps, str(error), depth=5)
             return False
         spent.count(self.counts, batch_fraction)
         self._leave_differences()
-        weights, vectors = self._averaged(estimate, params, products=bool(eigenvalues))
-        if damped is None or len(damped) != len(weights) or vectors is not estimate[1]:
-            damped = weights > 0
-        self.take(weights, vectors, params, eigenvalues, damped)
+        weights, vectors = self._averaged((pairs.eigenvalues, pairs.eigenvectors), params)
+        least = torch.maximum(pairs.residuals, _CERTAIN * pairs.eigenvalues.abs().max())
+        damped = pairs.eigenvalues > least if vectors is pairs.eigenvectors else weights > 0
+        self.take(weights, vectors, params, pairs.eigenvalues.tolist(), damped)
         return True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _follow_samples(self, groups: Losses, params: list[Tensor], scale: float, batch_fraction: float) -> bool:
+        """Average the gradients of groups of samples with the last directions, without waiting for the device.
+
+        Memory: a row of gradients for each group. Where they are not finite the last directions stay. On the CPU that
+        is known at once; elsewhere on the device alone, and to the host when somebody asks, or at the next refresh.
+        """
+        self._learn_outcome()
+        groups = checked_groups(groups)
+        rows = [torch.empty(len(groups), block.size, dtype=block.dtype, device=block.device) for block in self.blocks]
+        views = [b.view(row, i) for b, row in zip(self.blocks, rows, strict=True) for i in range(len(b.params))]
+        values, counted = write_gradients(groups, params, views, scale=scale)
+        Spent().count(self.counts, batch_fraction)
+        home = self.blocks[0].device
+        new = cleaned(self.blocks, rows, values, counted.to(home, _small_dtype(home), non_blocking=True))
+        if _is_known_at_once(home) and not new.good:
+            self._skip(self.counts.steps, _NOT_FINITE, depth=8)
+            return False
+        self._leave_differences()
+        follows = self.rank > 0 and not self.eigenvalues and self._complete  # moments and eigenvalues do not add up
+        past = self.past if follows else _nothing(home)
+        last, damped = self.weights, self.weights > 0 if self.damped is None else self.damped
+        decay = _DECAY if self.options.decay is None else self.options.decay
+        folded = fold(self.blocks, rows, new, last, past, decay=decay, k=self.options.k)
+        self.past = folded.past
+        self.weights = folded.weights
+        damped = torch.cat([damped, damped.new_zeros(len(self.weights) - len(damped))])
+        self.damped = torch.where(new.good, self.weights > 0, damped)
+        overlap = folded.overlap if len(last) else torch.full_like(folded.overlap, math.nan)
+        self._overlap = torch.where(new.good, overlap, self._overlap.to(overlap, non_blocking=True))
+        self._note_change([])
+        if not _is_known_at_once(home):
+            self._outcome = OnHost(new.good)
+        return True
+
+    def _skip(self, step: int, why: str, depth: int) -> None:
+        self.counts.skipped_refreshes += 1
+        self.warn_once(
+            "nan",
+            f"refresh skipped at step {step}, the last directions are kept: {why}. Further skips are counted in "
+            "skipped_refreshes without a warning",
+            depth,
+        )
+
+    def _learn_outcome(self) -> None:
+        """Count the last refresh as skipped, if it was; waits for the device where that has not come so far."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None and not outcome.is_true():
+            self.counts.refreshes -= 1
+            self._skip(self.counts.refreshed_at, _NOT_FINITE, depth=8)
 
     def _leave_differences(self) -> None:
         if self.differences is not None and self.rank:
@@ -260,23 +306,19 @@ class Directions:
         ones = torch.ones(len(basis))  # weights that have them damped, and say no more
         self.take(ones, basis, params, [], ones > 0)
 
-    def _averaged(
-        self, estimate: tuple[Tensor, Tensor], params: list[Tensor], *, products: bool
-    ) -> tuple[Tensor, Tensor]:
-        """An estimate averaged with the last ones: weights (r,), orthonormal rows (r, P)."""
-        options, counts = self.options, self.counts
-        decay = (0.0 if products else _DECAY) if options.decay is None else options.decay
-        which: Which = options.which if products else "LA"
-        alike = bool(self.eigenvalues) == products  # moments of gradients and eigenvalues do not add up
-        if products and decay == 0:  # eigenpairs stand for themselves, also the zeros among them
+    def _averaged(self, estimate: tuple[Tensor, Tensor], params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Eigenpairs averaged with the last ones: weights (r,), orthonormal rows (r, P)."""
+        decay = self.options.decay or 0.0
+        if decay == 0:  # they stand for themselves, also the zeros among them
             return estimate
         last = None
-        if self.rank and alike and self._complete:
+        if self.rank and self.eigenvalues and self._complete:  # moments of gradients and eigenvalues do not add up
             vectors = self.along(params).to(estimate[1])
             if is_finite(vectors):
-                last = Average(self.weights.cpu().double(), vectors, counts.averaged, counts.trace)
-        now = follow(last, estimate, decay=decay, k=options.k, which=which)
-        counts.averaged, counts.trace = now.count, now.usual
+                past = int(self.past.count), float(self.past.usual)
+                last = Average(self.weights.cpu().double(), vectors, *past)
+        now = follow(last, estimate, decay=decay, k=self.options.k, which=self.options.which)
+        self.past = Past(torch.tensor(float(now.count)), torch.tensor(now.usual, dtype=torch.float64))
         return now.weights, now.vectors
 
     def take(
@@ -292,24 +334,38 @@ class Directions:
             damped: Which of the directions are damped, (r,).
         """
         parts = dict(zip(map(id, params), split(vectors, params), strict=True))
-        shared = torch.zeros((), dtype=torch.float64)
+        shared: Tensor | None = None
         for block in self.blocks:
             old, block.basis = block.basis, block.rows(len(weights))
             for i, p in enumerate(block.params):
                 block.view(block.basis, i).copy_(parts[id(p)])
-            cosines = _products(old, block.basis).cpu().double()
-            shared = cosines if shared.ndim == 0 else shared + cosines
-        self._overlap = shared.square().sum() / max(1, min(shared.shape)) if self.rank else torch.tensor(math.nan)
+            cosines = _products(old, block.basis).to(self.weights)
+            shared = cosines if shared is None else shared + cosines
+        assert shared is not None
+        there = (self.weights != 0).sum() if not self.eigenvalues else torch.tensor(self.rank)
+        fewer = there.clamp(min=1, max=max(1, len(weights)))
+        self._overlap = shared.square().sum() / fewer if self.rank else torch.tensor(math.nan)
+        self.weights, self.damped = weights.detach().clone(), damped
+        self._note_change(eigenvalues)
+
+    def _note_change(self, eigenvalues: list[float]) -> None:
+        """Called when there are new directions."""
         self.alarm = Alarm()
         for name in ("coefficients", "squared_norm"):
             self.last_step.pop(name, None)
-        self.weights, self.eigenvalues, self.damped = weights.detach().clone(), eigenvalues, damped
+        self.eigenvalues = eigenvalues
         self._complete = True
         self._move()
         self.counts.refreshed_at = self.counts.steps
         self.counts.refreshes += 1
 
     # -- diagnostics -----------------------------------------------------------------------------------------
+
+    @property
+    def known_counts(self) -> Counts:
+        """The counts, with what came of the last refresh; waits for the device where that is still under way."""
+        self._learn_outcome()
+        return self.counts
 
     @property
     def overlap(self) -> float:
@@ -324,21 +380,24 @@ class Directions:
         inside = torch.linalg.vector_norm(self.last_step["coefficients"])
         return float(inside / self.last_step["squared_norm"].sqrt())
 
-    def warn_once(self, key: str, message: str) -> None:
-        """Warn, unless this has been said."""
+    def warn_once(self, key: str, message: str, depth: int = 4) -> None:
+        """Warn, unless this has been said; so many calls from here lies the line that the warning is of."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=depth)
 
     # -- copies and checkpoints ------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._learn_outcome()
         return {**self.__dict__, "_key": (), "alarm": Alarm(self.alarm.is_on())}  # identities are of this process
 
     def saved(self) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
         """What a checkpoint holds: plain values, and tensors for each parameter by its identity."""
         values: dict[str, Any] = {
-            **vars(self.counts),
+            **vars(self.known_counts),
+            "averaged": int(self.past.count),
+            "trace": float(self.past.usual),
             "differences": self.differences is not None,
             "overlap": self.overlap,
             "eigenvalues": list(self.eigenvalues),
@@ -363,6 +422,9 @@ class Directions:
         """Take over what :meth:`saved` gave; the blocks are those of the parameters now."""
         self.counts = Counts(**{name: values[name] for name in vars(self.counts) if name in values})
         self._forget()
+        self._outcome = None
+        held = (float(values.get(name, 0.0)) for name in ("averaged", "trace"))
+        self.past = Past(*(torch.tensor(value, dtype=torch.float64) for value in held))
         self.alarm = Alarm(bool(values.get("alarm", False)))
         self._complete = True
         known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
@@ -405,6 +467,16 @@ def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None
 def _small_dtype(device: torch.device) -> torch.dtype:
     """In what small tensors are kept: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _is_known_at_once(device: torch.device) -> bool:
+    """Whether the host may read what lies there without a wait."""
+    return device.type == "cpu"
+
+
+def _nothing(device: torch.device | None = None) -> Past:
+    dtype = torch.float64 if device is None else _small_dtype(device)
+    return Past(*(torch.zeros((), dtype=dtype, device=device) for _ in range(2)))
 
 
 @full_precision

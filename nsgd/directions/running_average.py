@@ -3,7 +3,7 @@
 One estimate from a few samples is mostly noise, and one from many is dear and soon stale. The exponential average of
 many small ones overlaps the exact directions better at a fraction of the price (benchmarks/results/tracking.csv).
 An estimate is a sum of weighted outer products: eigenvalues and eigenvectors of a sample's Hessian, or gradients of
-small groups of samples.
+small groups of samples, whose average the optimizer takes without a wait (:mod:`nsgd.directions.sample_average`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nsgd.curvature.low_rank import Which, low_rank, squared_lengths
 
 Estimate = tuple[Tensor, Tensor]  # weights (m,), vectors (m, P): a sum of weighted outer products
 
-_MOST = 2.0  # times the usual trace that one estimate may have
+MOST = 2.0  # times the usual trace that one estimate may have
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def clipped(new: Estimate, usual: float) -> tuple[Estimate, float]:
     """
     weights, vectors = new
     size = trace(new)
-    most = _MOST * usual
+    most = MOST * usual
     if 0 < most < size:
         weights, size = weights * (most / size), most
     return (weights, vectors), (usual + size) / 2

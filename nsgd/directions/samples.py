@@ -15,7 +15,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, gradient_of
-from nsgd.curvature.vectors import flatten, vector_dtype
+from nsgd.curvature.vectors import split, vector_dtype
 from nsgd.directions.passes import PassHook
 
 
@@ -86,40 +86,79 @@ def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 
             is not one of the module's.
         FloatingPointError: If a loss or a gradient is NaN or infinite.
     """
+    losses = checked_groups(losses)
+    rows = torch.empty(len(losses), sum(p.numel() for p in params), dtype=vector_dtype(params), device=params[0].device)
+    values, counts = write_gradients(losses, params, split(rows, params), scale=scale)
+    known = ~values.isnan()
+    if not known.all() and known.sum() > 1:  # the mean over no label at all, where a sample has none
+        values, rows, counts = values[known], rows[known.to(rows.device)], counts[known.cpu()]
+    check_finite(values, rows)  # all at once: each check waits for the device
+    return counts / counts.sum(), rows
+
+
+def checked_groups(losses: Losses) -> Losses:
+    """Pairs of closure and sample count, of two groups or more; a ValueError for anything else."""
     pairs = checked_pairs(losses)
     if len(pairs) < 2:
         raise ValueError(
             f"expected the losses of two or more groups of samples, got {len(pairs)}: a single gradient is a single "
             "direction; split the samples, or take solver='lanczos'"
         )
-    module = losses.module if isinstance(losses, SampleLosses) else None
-    if isinstance(losses, SampleLosses) and module is not None:
-        values, gradients = _at_once(losses, module, params)
+    return losses if isinstance(losses, SampleLosses) else pairs
+
+
+def write_gradients(
+    losses: Losses, params: Sequence[Tensor], rows: Sequence[Tensor], *, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of m groups of samples into rows; no host sync of its own.
+
+    Args:
+        losses: As :func:`checked_groups` returns them.
+        params: The parameters.
+        rows: Where the gradients go, a tensor (m, *shape) for each parameter, of any layout and device.
+        scale: What the losses were multiplied by; taken out of the gradients.
+
+    Returns:
+        Losses (m,), still multiplied by it, and sample counts (m,), float64 on the CPU.
+
+    Raises:
+        ValueError: If a loss is no scalar that reaches the parameters, or a parameter is not one of the module's.
+    """
+    counts = torch.tensor([n for _, n in losses], dtype=torch.float64)
+    if isinstance(losses, SampleLosses) and losses.module is not None:
+        values = _at_once(losses, losses.module, params, rows)
     else:
-        values, gradients = _one_by_one(pairs, params)
+        values = _one_by_one(losses, params, rows)
     if scale != 1.0:
-        gradients /= scale
-    counts = torch.tensor([n for _, n in pairs], dtype=torch.float64)
-    known = ~values.isnan().cpu()
-    if not known.all() and known.sum() > 1:  # the mean over no label at all, where a sample has none
-        values, gradients, counts = values[known], gradients[known.to(gradients.device)], counts[known]
-    check_finite(values, gradients)  # all at once: each check waits for the device
-    return counts / counts.sum(), gradients
+        for row in rows:
+            row /= scale
+    return values, counts
 
 
-def _one_by_one(pairs: Losses, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Losses (m,) and gradients (m, P) of groups, a backward pass for each."""
-    values, rows = [], []
+def _one_by_one(pairs: Losses, params: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """Losses (m,) of groups, a backward pass for each."""
+    values = []
     with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
-        for closure, _ in pairs:
+        for i, (closure, _) in enumerate(pairs):
             loss = closure()
-            rows.append(flatten(gradient_of(loss, params, create_graph=False), params))
+            gradient = gradient_of(loss, params, create_graph=False)
+            _write(rows, slice(i, i + 1), [g if g is None else g[None] for g in gradient])
             values.append(loss.detach().reshape(()))
-    return torch.stack(values), torch.stack(rows)
+    return torch.stack(values)
 
 
-def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Losses (m,) and gradients (m, P) of groups, by one vectorised backward pass; a smaller last group on its own."""
+@torch.no_grad()
+def _write(rows: Sequence[Tensor], which: slice, blocks: Sequence[Tensor | None]) -> None:
+    """Copy gradients, one block a parameter, to their rows; zero where there is none."""
+    for row, block in zip(rows, blocks, strict=True):
+        if block is None:
+            row[which].zero_()
+        else:
+            row[which].copy_(block)
+
+
+def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """Losses (m,) of groups, by one vectorised backward pass; a smaller last group on its own."""
     network = _Loss(losses.loss, module)
     names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
     foreign = sum(p not in names for p in params)
@@ -151,23 +190,26 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor]) 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
             run = vmap(grad_and_value(value), in_dims=dims, randomness="different")
-            found, values = run(wanted, buffers, *parts)
-    if values.requires_grad:  # by way of something else than the module's parameters, which were detached
-        used = [p for p in params if p.requires_grad]
-        if any(g is not None for g in torch.autograd.grad(values.sum(), used, allow_unused=True)):
-            raise ValueError(
-                "the loss reaches parameters by references outside of the module, such as a list for a penalty; "
-                "leave module out"
-            )
-        values = values.detach()
-    found = {name: block.detach() for name, block in found.items()}
-    dtype = vector_dtype(params)
-    blocks = [found[names[p]] if p.requires_grad else p.new_zeros(1).expand(whole, *p.shape) for p in params]
-    gradients = torch.cat([block.reshape(whole, -1).to(device=params[0].device, dtype=dtype) for block in blocks], 1)
+            found, losses_with_graph = run(wanted, buffers, *parts)
+    _check_reached(losses_with_graph, params)
+    values: Tensor = losses_with_graph.detach()
+    _write(rows, slice(whole), [found[names[p]] if p.requires_grad else None for p in params])
     if whole == len(losses):
-        return values, gradients
-    last_value, last = _one_by_one(losses[whole:], params)
-    return torch.cat([values, last_value.to(values)]), torch.cat([gradients, last])
+        return values
+    last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows])
+    return torch.cat([values, last.to(values)])
+
+
+def _check_reached(values: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise a ValueError where losses reach parameters by way of something else than the module's, as detached."""
+    if not values.requires_grad:
+        return
+    used = [p for p in params if p.requires_grad]
+    if any(g is not None for g in torch.autograd.grad(values.sum(), used, allow_unused=True)):
+        raise ValueError(
+            "the loss reaches parameters by references outside of the module, such as a list for a penalty; "
+            "leave module out"
+        )
 
 
 class _Loss(nn.Module):

@@ -19,8 +19,6 @@ class Counts:
     hvps: int = 0
     cost_gradients: float = 0.0
     spared_gradients: float = 0.0  # by directions drawn in place of estimates
-    averaged: int = 0  # estimates in the running average
-    trace: float = 0.0  # of them, of late
 
 
 def refresh_due(counts: Counts, options: DampingOptions, *, known: bool, alarm: bool) -> bool:
