@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
 from lightning_modules.training_samples import in_batches, training_samples
 from nsgd.damping.step import Damped
-from nsgd.directions.samples import SampleLosses
+from nsgd.directions.samples import SampleLosses, check_chunk_size
 from nsgd.options import Estimator
 
 _MOST_GROUPS = 64
@@ -51,6 +51,8 @@ class RefreshDirections(pl.Callback):
             refreshes those whose every trainable parameter it reaches, or the named one if it reaches any; the others
             pass it over. A GAN toggles its optimizers, so that the generator's loss does not reach the discriminator.
         seed: Seeds the samples of the training set.
+        chunk_size: Groups whose gradients are computed at once, as in :func:`nsgd.sample_losses`; fewer take less
+            memory.
 
     Raises:
         ValueError: If an option is out of range; when training starts, if no optimizer is damped.
@@ -63,14 +65,16 @@ class RefreshDirections(pl.Callback):
         source: Literal["batch", "train"] = "batch",
         optimizer: int | None = None,
         seed: int = 0,
+        chunk_size: int | None = None,
     ) -> None:
+        check_chunk_size(chunk_size)
         for name, count in (("samples", samples), ("group_size", group_size)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise ValueError(f"expected {name} of at least 1, or None for the default, got {count!r}")
         if source not in ("batch", "train"):
             raise ValueError(f"expected source to be batch or train, got {source!r}")
         self.samples, self.group_size, self.source, self.optimizer = samples, group_size, source, optimizer
-        self.seed = seed
+        self.seed, self.chunk_size = seed, chunk_size
         self._batch: Any = None
         self._batch_idx = 0
         self._full_size = 1  # samples in the largest batch so far: the last of an epoch may be short
@@ -219,7 +223,11 @@ class RefreshDirections(pl.Callback):
             try:
                 with batch_losses(module) as loss_of:
                     losses = SampleLosses(
-                        lambda *columns: scaled(loss_of, batch_of(columns)), tensors, parts[0][1], module
+                        lambda *columns: scaled(loss_of, batch_of(columns)),
+                        tensors,
+                        parts[0][1],
+                        module,
+                        self.chunk_size,
                     )
                     return optimizer.refresh(losses, **options)
             except Exception as error:  # of any kind: a training_step may hold anything; a real fault raises below too

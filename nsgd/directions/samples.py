@@ -18,6 +18,8 @@ from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs,
 from nsgd.curvature.vectors import split, vector_dtype
 from nsgd.directions.passes import PassHook
 
+_MOST_AT_ONCE = 1 << 28  # entries of the gradients that are computed at once: 1 GiB in float32
+
 
 class SampleLosses(list[tuple[Closure, int]]):
     """Mean losses of groups of samples, as pairs of closure and sample count; none is computed yet.
@@ -26,7 +28,12 @@ class SampleLosses(list[tuple[Closure, int]]):
     """
 
     def __init__(
-        self, loss: Callable[..., Tensor], tensors: Sequence[Tensor], group_size: int, module: nn.Module | None
+        self,
+        loss: Callable[..., Tensor],
+        tensors: Sequence[Tensor],
+        group_size: int,
+        module: nn.Module | None,
+        chunk_size: int | None = None,
     ) -> None:
         lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
         if len(lengths) != 1 or 0 in lengths:
@@ -35,7 +42,14 @@ class SampleLosses(list[tuple[Closure, int]]):
             raise ValueError(f"expected a group_size of at least 1, got {group_size!r}")
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(f"expected module to be the network, an nn.Module, got a {type(module).__name__}")
+        check_chunk_size(chunk_size)
+        if chunk_size is not None and module is None:
+            raise ValueError(
+                f"expected no chunk_size without module, got {chunk_size}: the groups are then taken one by one; leave "
+                "it out, or pass the network as module"
+            )
         self.loss, self.tensors, self.group_size, self.module = loss, tensors, group_size, module
+        self.chunk_size = chunk_size
 
         def pair(parts: tuple[Tensor, ...]) -> tuple[Closure, int]:
             return lambda: loss(*parts), len(parts[0])
@@ -46,7 +60,11 @@ class SampleLosses(list[tuple[Closure, int]]):
 
 
 def sample_losses(
-    loss: Callable[..., Tensor], *tensors: Tensor, group_size: int = 1, module: nn.Module | None = None
+    loss: Callable[..., Tensor],
+    *tensors: Tensor,
+    group_size: int = 1,
+    module: nn.Module | None = None,
+    chunk_size: int | None = None,
 ) -> SampleLosses:
     """Losses of small groups of samples: what directions by gradients come from.
 
@@ -60,12 +78,22 @@ def sample_losses(
             are computed at once by ``torch.func.vmap``: as one batch takes, where one by one they leave the machine
             idle (2 to 4 times faster on small convolutional networks and transformers on the CPU). Leave it out for a
             network that vmap cannot run (GRU, ``.item()`` in the forward pass).
+        chunk_size: Groups that are computed at once, with ``module``: what their activations and gradients may take of
+            memory, beside the row of gradients that each group leaves. None is as many as have gradients of 1 GiB, and
+            one at least. The gradients do not depend on it, but for which random numbers each group draws.
 
     Raises:
-        ValueError: If there are no tensors or no samples, lengths differ, ``group_size`` is no count, or ``module`` no
-            module.
+        ValueError: If there are no tensors or no samples, lengths differ, ``group_size`` or ``chunk_size`` is no count,
+            ``module`` no module, or there is a ``chunk_size`` without it.
     """
-    return SampleLosses(loss, tensors, group_size, module)
+    return SampleLosses(loss, tensors, group_size, module, chunk_size)
+
+
+def check_chunk_size(chunk_size: object) -> None:
+    """Raise a ValueError unless it is a count, or None."""
+    is_count = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if chunk_size is not None and not is_count:
+        raise ValueError(f"expected a chunk_size of at least 1, or None for what 1 GiB holds, got {chunk_size!r}")
 
 
 def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -87,7 +115,9 @@ def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 
         FloatingPointError: If a loss or a gradient is NaN or infinite.
     """
     losses = checked_groups(losses)
-    rows = torch.empty(len(losses), sum(p.numel() for p in params), dtype=vector_dtype(params), device=params[0].device)
+    size = sum(p.numel() for p in params)
+    with torch.inference_mode(False):  # what is written to
+        rows = torch.empty(len(losses), size, dtype=vector_dtype(params), device=params[0].device)
     values, counts = write_gradients(losses, params, split(rows, params), scale=scale)
     known = ~values.isnan()
     if not known.all() and known.sum() > 1:  # the mean over no label at all, where a sample has none
@@ -158,7 +188,7 @@ def _write(rows: Sequence[Tensor], which: slice, blocks: Sequence[Tensor | None]
 
 
 def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """Losses (m,) of groups, by one vectorised backward pass; a smaller last group on its own."""
+    """Losses (m,) of groups, by a vectorised backward pass for each chunk; a smaller last group on its own."""
     network = _Loss(losses.loss, module)
     names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
     foreign = sum(p not in names for p in params)
@@ -185,19 +215,25 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], 
         # Each group has buffers of its own, such as the statistics that BatchNorm updates in place. One that is larger
         # than all parameters, a memory bank, may be read but not written to.
         most = sum(p.numel() for p in params)
-        buffers = {name: b.repeat(whole, *[1] * b.ndim) for name, b in network.named_buffers() if b.numel() <= most}
+        buffers = {name: b for name, b in network.named_buffers() if b.numel() <= most}
         dims = (None, *[0] * (1 + len(parts)))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
-            run = vmap(grad_and_value(value), in_dims=dims, randomness="different")
-            found, losses_with_graph = run(wanted, buffers, *parts)
-    _check_reached(losses_with_graph, params)
-    values: Tensor = losses_with_graph.detach()
-    _write(rows, slice(whole), [found[names[p]] if p.requires_grad else None for p in params])
-    if whole == len(losses):
-        return values
-    last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows])
-    return torch.cat([values, last.to(values)])
+        run = vmap(grad_and_value(value), in_dims=dims, randomness="different")
+        values = []
+        step = losses.chunk_size or max(1, _MOST_AT_ONCE // max(1, most))
+        for start in range(0, whole, step):
+            chunk = slice(start, min(start + step, whole))
+            own = {name: b.repeat(chunk.stop - start, *[1] * b.ndim) for name, b in buffers.items()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
+                found, part = run(wanted, own, *(tensor[chunk] for tensor in parts))
+            _check_reached(part, params)
+            values.append(part.detach())
+            _write(rows, chunk, [found[names[p]] if p.requires_grad else None for p in params])
+            del found, part  # before the next chunk takes as much
+        if whole < len(losses):
+            last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows])
+            values.append(last.to(values[0]) if values else last)
+    return torch.cat(values)
 
 
 def _check_reached(values: Tensor, params: Sequence[Tensor]) -> None:

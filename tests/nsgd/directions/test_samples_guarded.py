@@ -83,12 +83,13 @@ def test_every_group_draws_a_dropout_mask_of_its_own(group_size):
     assert not torch.equal(gradient_moment(losses, [weight.weight])[1], gradients)
 
 
-def test_inference_mode_and_no_grad_around_make_no_difference():
+@pytest.mark.parametrize("at_once", [True, False])
+def test_inference_mode_and_no_grad_around_make_no_difference(at_once):
     case = Case()
-    expected = gradient_moment(case.losses(), case.params)[1]
+    expected = gradient_moment(case.losses(at_once), case.params)[1]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            found = gradient_moment(case.losses(), case.params)[1]
+            found = gradient_moment(case.losses(at_once), case.params)[1]
         assert torch.equal(found, expected)
         assert not found.requires_grad
 
