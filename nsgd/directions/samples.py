@@ -16,6 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, gradient_of
 from nsgd.curvature.vectors import split, vector_dtype
+from nsgd.directions.one_dtype import OneDtype
 from nsgd.directions.passes import PassHook
 
 _MOST_AT_ONCE = 1 << 28  # entries of the gradients that are computed at once: 1 GiB in float32
@@ -204,7 +205,8 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], 
     parts = [tensor[: whole * size].reshape(whole, size, *tensor.shape[1:]) for tensor in losses.tensors]
 
     def value(wanted: dict[str, Tensor], buffers: dict[str, Tensor], *part: Tensor) -> Tensor:
-        loss: Tensor = functional_call(network, {**wanted, **others, **buffers}, part)
+        with OneDtype():
+            loss: Tensor = functional_call(network, {**wanted, **others, **buffers}, part)
         if loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}; reduce it, as with .mean()")
         return loss.reshape(())

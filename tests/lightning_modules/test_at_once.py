@@ -220,7 +220,6 @@ def test_training_is_bit_identical_and_the_slow_way_is_said_once(make_trainer, r
         pytest.skip("Lightning refuses these for manual optimization")
     if kind is LongShort and "precision" in options:
         pytest.skip("not every CPU has it in bfloat16")
-    mixed = kind is Normalising and "precision" in options  # dtypes: vmap has no BatchNorm of two on the CPU
     _, plain = fit(make_trainer, random_state, kind, partial(torch.optim.SGD, **SETTINGS), [], **options)
     observed = partial(NSGD, **SETTINGS, k=3, gamma=1.0, refresh_every=1)
     optimizer, monitored = fit(make_trainer, random_state, kind, observed, [RefreshDirections()], **options)
@@ -230,8 +229,8 @@ def test_training_is_bit_identical_and_the_slow_way_is_said_once(make_trainer, r
     for what, value in plain.items():
         assert monitored[what] == value, what
     if kind is not LongShort:
-        assert taken == ["_at_once" if kind in AT_ONCE and not mixed else "_one_by_one"] * refreshes
-        assert len(said) == (kind not in AT_ONCE or mixed)
+        assert taken == ["_at_once" if kind in AT_ONCE else "_one_by_one"] * refreshes
+        assert len(said) == (kind not in AT_ONCE)
     for message in said:
         assert message.startswith("RefreshDirections takes the gradients of the samples one by one, which is slower")
         assert "\n" not in message

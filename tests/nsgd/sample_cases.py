@@ -79,6 +79,18 @@ def tokens():
     return torch.randint(5, (SAMPLES, 7))
 
 
+NORMALISED = {
+    "group_norm": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)),
+        images,
+    ),
+    "instance_norm": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.Flatten(), nn.ReLU(), nn.Linear(48, 3)
+        ),
+        images,
+    ),
+}
 NETS = {  # a network, and what it is given
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), rows),
     "conv": (
@@ -91,6 +103,7 @@ NETS = {  # a network, and what it is given
     "frozen": (Frozen, rows),
     "weighted": (Weighted, rows),
     "unused": (Unused, rows),
+    **NORMALISED,
     "batch_norm_eval": (lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval(), rows),
 }
 WITH_STATISTICS = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_cases import NETS, SAMPLES, TOLERANCE, WITH_STATISTICS, Case, assert_equal
+from sample_cases import NETS, NORMALISED, SAMPLES, TOLERANCE, WITH_STATISTICS, Case, assert_equal
 from torch import nn
+from traces import assert_untouched, random_states, same_random_states, snapshot
 
 from nsgd import NSGD, sample_losses
 from nsgd.directions.samples import gradient_moment
@@ -25,12 +26,16 @@ def test_gradients_at_once_are_those_one_by_one(net, group_size, dtype):
     assert_equal(found, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("net", ["mlp", "conv", "transformer", "weighted"])  # vmap has no LayerNorm of mixed dtypes
-def test_gradients_under_autocast_are_those_one_by_one_to_half_precision(net):
+@pytest.mark.parametrize("net", ["mlp", "conv", "transformer", "weighted", "layer_norm", *NORMALISED, *WITH_STATISTICS])
+@pytest.mark.parametrize("group_size", [2, 4])  # a last group of 2, which is on its own
+def test_gradients_under_autocast_are_those_one_by_one_to_half_precision(net, group_size):
     case = Case(net, torch.float32)
+    before, states = snapshot(case.model), random_states()
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = case.both(4)
-    full, _ = case.both(4)
+        found, expected = case.both(group_size)
+    assert_untouched(case.model, before)  # in train mode, with statistics as they were
+    same_random_states(states)
+    full, _ = case.both(group_size)
     assert found[1].dtype == torch.float32
     assert not torch.equal(found[1], full[1])  # autocast did reach the forward pass
     assert_equal(found, expected, 0.05)  # eps 2^-8, a few times over
