@@ -294,3 +294,9 @@ def noisy():
     model(data[0])  # running statistics that are not the initial ones
     losses = [(lambda x=x: model(x).square().mean(), len(x)) for x in data]
     return model, losses
+
+
+@pytest.fixture
+def averaging_is_free(monkeypatch):
+    """What refreshes from samples cost is the samples' gradients alone; what averaging adds has tests of its own."""
+    monkeypatch.setattr("nsgd.directions.directions.averaging_share", lambda **sizes: 0.0)

@@ -222,7 +222,8 @@ class Damped(Optimizer):
         """Estimate the sharpest directions at the current parameters, and average them with the last ones.
 
         ``.grad``, buffers, modes and random state stay as found, and ``loss.backward()`` still works afterwards.
-        Cost on the samples in the loss: one gradient from groups of them (solver "gradients"); with Lanczos
+        Cost on the samples in the loss: one gradient from groups of them (solver "gradients") and their average, which
+        costs a small dense network more than that (:attr:`cost_gradients`); with Lanczos
         2k + 2 products or fewer beside it, at two gradients each (three over several batches). With solver "random"
         the directions are drawn, nothing is averaged, and the loss is not looked at. With solver "auto" the directions
         come from what is given here from now on, and no longer from training gradients.
@@ -308,7 +309,13 @@ class Damped(Optimizer):
 
     @property
     def cost_gradients(self) -> float:
-        """What the refreshes cost so far, in gradients of a training batch (forward and backward passes)."""
+        """What the refreshes cost so far, a count of work in gradients of a training batch (forward and backward pass).
+
+        From a share f of a batch's samples a refresh costs f (1 + a), with a the flops of averaging over those of the
+        samples' gradients: 2P (4k^2 + 2km + m^2) for m groups and P parameters, over three forward passes on each
+        sample. Those of a forward pass are counted at the first refresh by torch's formulas, 2P at least. By products
+        it costs f times one for the gradient and two, or three over several batches, for each product.
+        """
         return self._directions.counts.cost_gradients
 
     @property

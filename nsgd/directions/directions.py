@@ -22,6 +22,7 @@ from nsgd.directions.running_average import Average, follow
 from nsgd.directions.sample_average import Past, cleaned, fold
 from nsgd.directions.samples import checked_groups, write_gradients
 from nsgd.directions.schedule import Counts, refresh_due
+from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
 from nsgd.options import FROM_TRAINING, DampingOptions, Estimator
 
 # Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
@@ -237,8 +238,16 @@ class Directions:
         groups = checked_groups(groups)
         rows = [torch.empty(len(groups), block.size, dtype=block.dtype, device=block.device) for block in self.blocks]
         views = [b.view(row, i) for b, row in zip(self.blocks, rows, strict=True) for i in range(len(b.params))]
-        values, counted = write_gradients(groups, params, views, scale=scale)
-        Spent().count(self.counts, batch_fraction)
+        counter = None if self.counts.sample_flops else ForwardFlops()
+        values, counted = write_gradients(groups, params, views, scale=scale, forward=counter)
+        size, samples = sum(block.size for block in self.blocks), int(counted.sum())
+        if counter is not None:
+            self.counts.sample_flops = sample_flops(counter, samples, size)
+        spent = Spent()
+        spent.gradients += averaging_share(
+            groups=len(groups), samples=samples, k=self.options.k, size=size, flops=self.counts.sample_flops
+        )
+        spent.count(self.counts, batch_fraction)
         home = self.blocks[0].device
         new = cleaned(self.blocks, rows, values, counted.to(home, _small_dtype(home), non_blocking=True))
         if _is_known_at_once(home) and not new.good:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +141,12 @@ def checked_groups(losses: Losses) -> Losses:
 
 
 def write_gradients(
-    losses: Losses, params: Sequence[Tensor], rows: Sequence[Tensor], *, scale: float = 1.0
+    losses: Losses,
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    *,
+    scale: float = 1.0,
+    forward: AbstractContextManager[Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients of m groups of samples into rows; no host sync of its own.
 
@@ -148,6 +155,7 @@ def write_gradients(
         params: The parameters.
         rows: Where the gradients go, a tensor (m, *shape) for each parameter, of any layout and device.
         scale: What the losses were multiplied by; taken out of the gradients.
+        forward: What the forward passes run in, and the backward passes do not.
 
     Returns:
         Losses (m,), still multiplied by it, and sample counts (m,), float64 on the CPU.
@@ -156,22 +164,26 @@ def write_gradients(
         ValueError: If a loss is no scalar that reaches the parameters, or a parameter is not one of the module's.
     """
     counts = torch.tensor([n for _, n in losses], dtype=torch.float64)
+    forward = nullcontext() if forward is None else forward
     if isinstance(losses, SampleLosses) and losses.module is not None:
-        values = _at_once(losses, losses.module, params, rows)
+        values = _at_once(losses, losses.module, params, rows, forward)
     else:
-        values = _one_by_one(losses, params, rows)
+        values = _one_by_one(losses, params, rows, forward)
     if scale != 1.0:
         for row in rows:
             row /= scale
     return values, counts
 
 
-def _one_by_one(pairs: Losses, params: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+def _one_by_one(
+    pairs: Losses, params: Sequence[Tensor], rows: Sequence[Tensor], forward: AbstractContextManager[Any]
+) -> Tensor:
     """Losses (m,) of groups, a backward pass for each."""
     values = []
     with torch.inference_mode(False), torch.enable_grad(), untouched(device=params[0].device):
         for i, (closure, _) in enumerate(pairs):
-            loss = closure()
+            with forward:
+                loss = closure()
             gradient = gradient_of(loss, params, create_graph=False)
             _write(rows, slice(i, i + 1), [g if g is None else g[None] for g in gradient])
             values.append(loss.detach().reshape(()))
@@ -188,7 +200,13 @@ def _write(rows: Sequence[Tensor], which: slice, blocks: Sequence[Tensor | None]
             row[which].copy_(block)
 
 
-def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+def _at_once(
+    losses: SampleLosses,
+    module: nn.Module,
+    params: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    forward: AbstractContextManager[Any],
+) -> Tensor:
     """Losses (m,) of groups, by a vectorised backward pass for each chunk; a smaller last group on its own."""
     network = _Loss(losses.loss, module)
     names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
@@ -205,7 +223,7 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], 
     parts = [tensor[: whole * size].reshape(whole, size, *tensor.shape[1:]) for tensor in losses.tensors]
 
     def value(wanted: dict[str, Tensor], buffers: dict[str, Tensor], *part: Tensor) -> Tensor:
-        with OneDtype():
+        with forward, OneDtype():
             loss: Tensor = functional_call(network, {**wanted, **others, **buffers}, part)
         if loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}; reduce it, as with .mean()")
@@ -233,7 +251,7 @@ def _at_once(losses: SampleLosses, module: nn.Module, params: Sequence[Tensor], 
             _write(rows, chunk, [found[names[p]] if p.requires_grad else None for p in params])
             del found, part  # before the next chunk takes as much
         if whole < len(losses):
-            last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows])
+            last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows], forward)
             values.append(last.to(values[0]) if values else last)
     return torch.cat(values)
 

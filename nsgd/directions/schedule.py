@@ -18,6 +18,7 @@ class Counts:
     skipped_refreshes: int = 0
     hvps: int = 0
     cost_gradients: float = 0.0
+    sample_flops: float = 0.0  # of a forward pass on one sample; 0 until it is counted
     spared_gradients: float = 0.0  # by directions drawn in place of estimates
 
 

@@ -22,6 +22,8 @@ from lightning_modules.callbacks import refresh
 from nsgd import NSGD
 from nsgd.directions import samples
 
+pytestmark = pytest.mark.usefixtures("averaging_is_free")  # costs are those of the samples
+
 SETTINGS = {"lr": 0.05, "momentum": 0.9}
 
 

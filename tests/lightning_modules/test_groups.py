@@ -32,6 +32,8 @@ from lightning_modules import RefreshDirections
 from lightning_modules.batch_loss import batch_loss, batch_losses, some_samples
 from nsgd import NSGD
 
+pytestmark = pytest.mark.usefixtures("averaging_is_free")  # costs are those of the samples
+
 ALONE = {"lr": 0.1, "k": 5, "refresh_every": 1, "decay": 0.0}  # every refresh on its own
 
 

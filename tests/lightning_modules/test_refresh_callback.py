@@ -33,6 +33,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules import Classifier, Digits, RefreshDirections
 from nsgd import NSGD, damp, top_eigenpairs
 
+pytestmark = pytest.mark.usefixtures("averaging_is_free")  # costs are those of the samples
+
 SOURCES = [{"samples": 5}, {"samples": None}, {"samples": 20, "source": "train"}]
 # 2k + 2 products are the whole Krylov space of 12 parameters, and nothing is averaged.
 EXACT = {"k": 5, "refresh_every": 1, "lr": 0.1, "solver": "lanczos", "decay": 0.0}

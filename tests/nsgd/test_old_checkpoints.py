@@ -21,6 +21,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.usefixtures("averaging_is_free")  # in that release it was
 def test_a_run_goes_on_as_in_the_release_that_wrote_it(name):
     saved = torch.load(FOLDER / f"{name}.pt", weights_only=True)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))

@@ -12,6 +12,8 @@ from torch.optim import SGD, AdamW
 from nsgd import NSGD, damp
 from nsgd.directions.alarm import Alarm, OnHost
 
+pytestmark = pytest.mark.usefixtures("averaging_is_free")
+
 INSIDE, OUTSIDE = torch.eye(3, dtype=torch.float64)[:2]
 
 

@@ -145,6 +145,7 @@ def test_every_refresh_draws_afresh(training, basis_of):
 
 
 @pytest.mark.parametrize("batch_fraction", [0.25, 1.0])
+@pytest.mark.usefixtures("averaging_is_free")
 def test_auto_draws_as_often_as_gradients_of_the_same_samples_refresh(training, batch_fraction):
     def refreshed_at(solver):
         run, found = training(), []

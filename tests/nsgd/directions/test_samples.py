@@ -115,7 +115,7 @@ def test_a_slice_of_the_losses_has_so_many_groups():
 
 @pytest.mark.parametrize("net", ["mlp", "conv", "transformer", "tied", "frozen"])
 def test_an_optimizer_takes_the_same_directions_either_way(net, basis_of):
-    bases, weights = [], []
+    bases, weights, costs = [], [], []
     for at_once in (True, False):
         case = Case(net)
         optimizer = NSGD(case.params, lr=0.05, momentum=0.9, k=2, refresh_every=2)
@@ -123,9 +123,11 @@ def test_an_optimizer_takes_the_same_directions_either_way(net, basis_of):
             optimizer.zero_grad()
             optimizer.backward(case.loss(case.x, case.y), curvature=case.losses(at_once))
             optimizer.step()
-        assert (optimizer.refreshes, optimizer.hvps, optimizer.cost_gradients) == (3, 0, 3.0)
+        assert (optimizer.refreshes, optimizer.hvps) == (3, 0)
         rows = basis_of(optimizer)
         bases.append(rows.T @ rows)
         weights.append(optimizer.weights)
+        costs.append(optimizer.cost_gradients)
+    assert costs[0] == costs[1] > 3
     assert weights[0] == pytest.approx(weights[1], rel=1e-8)
     torch.testing.assert_close(*bases, rtol=0, atol=1e-8)
