@@ -57,11 +57,14 @@ class NSGD(Damped, SGD):
             bore a rate at which one of two runs at 0.1 had a jump of the loss).
         gamma: Factor on the step along directions of positive curvature: 0 is Bulk-SGD, 1 is SGD, above 1 the
             paper's "overshoot".
-        refresh_every: For samples and products: steps between two refreshes, or "auto": as soon as ``overhead`` pays
-            for one (for 45 gradients of the whole batch, by products at k = 10, that is every 450 steps).
-        overhead: With "auto", what all refreshes together may cost, in gradients of a training batch a step; twice
-            that after a step that left the directions with more than twice its usual length, as when a sharp one has
-            escaped them.
+        refresh_every: For samples and products: steps between two refreshes, or "auto": as often as ``overhead`` pays.
+        overhead: With "auto", what refreshes may cost, as a share of the seconds of the steps between them. The price
+            of a refresh is measured over the first few, without waiting for the device. Then the interval is settled,
+            once: the log of "nsgd" and ``refresh_interval`` tell it, checkpoints keep it, and as ``refresh_every`` it
+            makes a run that can be repeated. Until then, and for solver "random", refreshes together cost ``overhead``
+            gradients a step (``cost_gradients``): for 45 gradients of the whole batch, by products at k = 10, one comes
+            every 450 steps. After a step that left the directions with more than twice its usual length, as when a
+            sharp one has escaped them, they may cost twice as much.
         decay: For samples and products: share of the last directions in their running average with a new estimate, a
             refresh; 0 takes each estimate alone. None is 0.95 for samples and 0 for products
             (benchmarks/results/tracking.csv).
@@ -172,7 +175,7 @@ def damp(
         gamma: Factor on the step along directions of positive curvature. A group may carry its own, as ``gamma``, or
             ``nsgd_gamma`` where the optimizer has an option of that name.
         refresh_every: For samples and products: steps between two refreshes, or "auto", as in :class:`nsgd.NSGD`.
-        overhead: With "auto", gradients a step that refreshes may cost.
+        overhead: With "auto", what refreshes may cost, as a share of the seconds of the steps.
         decay: For samples and products: share of the last directions in their running average, a refresh.
         step_decay: For differences of training gradients: what an older one weighs in their average, a step.
         which: "LA", "LM" or "SA", for products.

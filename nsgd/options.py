@@ -53,7 +53,7 @@ class DampingOptions:
         check_factors(self.gamma, self.bulk_scale)
         if not isinstance(self.overhead, int | float) or not 0 < self.overhead < math.inf:
             raise ValueError(
-                "expected overhead to be a number above 0, the gradients a step that refreshes may cost, got "
+                "expected overhead to be a number above 0, the share of training that refreshes may cost, got "
                 f"{self.overhead!r}"
             )
         for name in ("decay", "step_decay"):

@@ -300,3 +300,10 @@ def noisy():
 def averaging_is_free(monkeypatch):
     """What refreshes from samples cost is the samples' gradients alone; what averaging adds has tests of its own."""
     monkeypatch.setattr("nsgd.directions.directions.averaging_share", lambda **sizes: 0.0)
+
+
+@pytest.fixture(autouse=True)
+def no_clock(request, monkeypatch):
+    """No test depends on the speed of the machine: refreshes go by the count, but where a test brings a clock."""
+    if "clock" not in request.fixturenames:
+        monkeypatch.setattr("nsgd.directions.pace.Pace.is_known", False)

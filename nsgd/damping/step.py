@@ -42,10 +42,10 @@ class Damped(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """The base optimizer's step, damped. A closure is handed to the base optimizer, which calls it as it wants.
 
-        Never waits for the device. Costs two passes over the basis and a few over a vector as long as the parameters,
-        which holds the step; once in some steps, where directions come from training gradients, the fold of
-        :class:`nsgd.directions.differences.Differences`. A step at ``lr=0`` is the base optimizer's, and counts for
-        nothing: torch's checkpoints take one to make the state.
+        Never waits for the device, but in the one step that settles :attr:`refresh_interval`. Costs two passes over the
+        basis and a few over a vector as long as the parameters, which holds the step; once in some steps, where
+        directions come from training gradients, the fold of :class:`nsgd.directions.differences.Differences`. A step at
+        ``lr=0`` is the base optimizer's, and counts for nothing: torch's checkpoints take one to make the state.
         """
         if all(_at_rest(group) for group in self.param_groups):
             loss = self._base_step(closure)
@@ -78,6 +78,7 @@ class Damped(Optimizer):
                 self._damp(prepared, measured=measured)
         self._directions.counts.steps += 1
         self._directions.end_step()
+        self._directions.time_step()
         return loss
 
     def _before_step(self) -> list[tuple[Block, list[bool]]]:
@@ -208,9 +209,10 @@ class Damped(Optimizer):
     ) -> bool:
         """Refresh if it is due, or if there are no directions yet; call it before ``backward``.
 
-        With ``refresh_every="auto"`` a refresh is due as soon as all refreshes together cost no more than ``overhead``
-        gradients a step. Where a step left the basis with twice its usual length or more, a sharp direction may have
-        escaped: then they may cost twice as much, so that the next one comes at once.
+        With ``refresh_every="auto"`` one is due every :attr:`refresh_interval` steps, once that is settled; before, as
+        soon as all refreshes together cost no more than ``overhead`` gradients a step. Where a step left the basis with
+        twice its usual length or more, a sharp direction may have escaped: then they may cost twice as much, and come
+        twice as often.
 
         Takes and returns what :meth:`refresh` does.
         """
@@ -246,7 +248,8 @@ class Damped(Optimizer):
         """
         self._directions.arrange(self._curvature_params())
         maximize = bool(self.param_groups[0].get("maximize", False))
-        return self._directions.refresh(loss, scale, batch_fraction, maximize=maximize)
+        with self._directions.timed_refresh():
+            return self._directions.refresh(loss, scale, batch_fraction, maximize=maximize)
 
     # -- diagnostics -----------------------------------------------------------------------------------------
 
@@ -317,6 +320,19 @@ class Damped(Optimizer):
         it costs f times one for the gradient and two, or three over several batches, for each product.
         """
         return self._directions.counts.cost_gradients
+
+    @property
+    def refresh_interval(self) -> int | None:
+        """Steps between two refreshes: ``refresh_every``, or how often ``overhead`` pays for one, once that is settled.
+
+        For it the seconds of a refresh and of a step are measured, once, over three refreshes after the first. None
+        while it is not settled, and where no refresh is needed.
+        """
+        directions = self._directions
+        if directions.differences is not None:
+            return None
+        every = directions.options.refresh_every
+        return directions.counts.interval or None if every == "auto" else every
 
     @property
     def options(self) -> DampingOptions:

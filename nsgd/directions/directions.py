@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nsgd.curvature.vectors import is_finite, split, vector_dtype
 from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of
+from nsgd.directions.pace import Pace, settled_interval
 from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
@@ -51,6 +53,7 @@ class Directions:
         self.eigenvalues: list[float] = []
         self.counts = Counts()
         self.alarm = Alarm()
+        self.pace = Pace()
         self.differences: Differences | None = None  # until the first refresh from a second look at the loss
         if options.solver in FROM_TRAINING:
             self.differences = Differences()
@@ -171,6 +174,26 @@ class Directions:
             self.differences.begin_step(self.blocks, several_processes=_processes() > 1)
 
     # -- from a second look at the loss ----------------------------------------------------------------------
+
+    @property
+    def _is_timed(self) -> bool:
+        """Whether the price of refreshes in seconds is wanted, and not known yet."""
+        by_price = self.options.refresh_every == "auto" and self.options.solver != "random"
+        return by_price and self.differences is None and not self.counts.interval and bool(self.blocks)
+
+    def timed_refresh(self) -> AbstractContextManager[None]:
+        """Around a refresh, so that its time is noted where that is wanted."""
+        return self.pace.refresh(self.blocks[0].device) if self._is_timed else nullcontext()
+
+    def time_step(self) -> None:
+        """Called when a step has been made; where the price of refreshes is known, settles their interval: one wait."""
+        if not self._is_timed:
+            return
+        device = self.blocks[0].device
+        self.pace.end_step(device)
+        if self.pace.is_known:
+            self.counts.interval = settled_interval(self.pace, self.options.overhead, device)
+            self.pace = Pace()
 
     @property
     def refresh_due(self) -> bool:
@@ -434,6 +457,7 @@ class Directions:
         self._outcome = None
         held = (float(values.get(name, 0.0)) for name in ("averaged", "trace"))
         self.past = Past(*(torch.tensor(value, dtype=torch.float64) for value in held))
+        self.pace = Pace()
         self.alarm = Alarm(bool(values.get("alarm", False)))
         self._complete = True
         known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}

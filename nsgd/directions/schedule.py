@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nsgd.options import DampingOptions
@@ -19,6 +20,7 @@ class Counts:
     hvps: int = 0
     cost_gradients: float = 0.0
     sample_flops: float = 0.0  # of a forward pass on one sample; 0 until it is counted
+    interval: int = 0  # steps between two refreshes, from their price in seconds; 0 until that is known
     spared_gradients: float = 0.0  # by directions drawn in place of estimates
 
 
@@ -38,5 +40,7 @@ def refresh_due(counts: Counts, options: DampingOptions, *, known: bool, alarm: 
         return True
     if options.refresh_every != "auto":
         return steps - counts.refreshed_at >= options.refresh_every
+    if counts.interval:
+        return steps - counts.attempted_at >= math.ceil(counts.interval / (2 if alarm else 1))
     budget = options.overhead * (steps - options.warmup_steps) * (2 if alarm else 1)
     return counts.cost_gradients + counts.spared_gradients <= budget
