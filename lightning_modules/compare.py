@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,16 @@ import yaml
 from lightning_modules.launch import Launcher, launch
 from lightning_modules.progress import Update, read_line
 from lightning_modules.rows import Rows, read_csv, write_csv
-from lightning_modules.runs import Run, make_run, plan_runs, predicted_seconds, settle, steps_of, tuning_rows
+from lightning_modules.runs import (
+    Run,
+    make_run,
+    options_of,
+    plan_runs,
+    predicted_seconds,
+    settle,
+    steps_of,
+    tuning_rows,
+)
 from lightning_modules.statistics import summarise, times_to_target
 from lightning_modules.study import Study
 from lightning_modules.study_folder import claim_folder
@@ -64,7 +74,9 @@ def run_study(
     """Make the runs that are not finished yet, and write results.csv, summary.csv and the other tables into a folder.
 
     A run that dies is tried once more; one that dies again is left out of every table, and counts as a miss where a
-    target was to be reached. Starting again makes the runs that are missing.
+    target was to be reached. Starting again makes the runs that are missing. How often a method refreshes its
+    directions, where its options leave that to the clock, is measured once before its runs and kept in ``rehearsals``:
+    with a copy of that and of config.yaml, another folder holds the same study.
 
     Args:
         study: The study.
@@ -88,6 +100,9 @@ def run_study(
     plan = plan_runs(study)
     settled = (out / "settled.yaml").exists()  # a trial made now could no longer be chosen
     left = [run for run in plan if not run.finished(out) and not (settled and run.stage == "tune")]
+    for method in dict.fromkeys(run.method for run in left):
+        with suppress(Exception):  # of a module of the user's: the run that meets it dies, and says so
+            options_of(study, out, method)
     if left:
         start = began if jobs > 1 or launcher != "local" else 0.0
         say(_forecast(study, out, left, jobs, launcher, start))

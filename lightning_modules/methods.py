@@ -42,8 +42,10 @@ class NSGDOptions:
     Args:
         k: Number of directions.
         gamma: Factor on the step along them.
-        refresh_every: Steps between two refreshes, or "auto" for as many as ``overhead`` pays.
-        overhead: Gradients a step that refreshes may cost, with "auto".
+        refresh_every: Steps between two refreshes, or "auto" for as many as ``overhead`` pays; a study settles the
+            number once for each method, before the runs, and keeps it in its folder.
+        overhead: With "auto", what refreshes may cost, as a share of the seconds of the steps between them; for random
+            directions, in gradients a step.
         decay: Share of the last directions in their running average; null for 0.95 with gradients, else 0.
         samples: Samples that the directions come from; null for the whole batch.
         group_size: Samples in a group, whose gradients give the directions; null for 1, or 8 with BatchNorm.

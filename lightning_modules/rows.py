@@ -32,6 +32,21 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def write_yaml_once(path: Path, values: Mapping[str, Any]) -> None:
+    """The same, but that a file which is there already stays: of several processes the first one's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    partial.write_text(yaml.safe_dump(dict(values), sort_keys=False))
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links: the last one wins
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _partial(path: Path) -> Path:
     """A name of its own: runs in several processes may write the same file at the same time."""
     return path.with_name(f"{path.name}.{uuid4().hex}.partial")

@@ -14,8 +14,9 @@ import yaml
 from lightning_modules.averages import READ_OUTS, ReadOut, ReadOuts
 from lightning_modules.callbacks import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
-from lightning_modules.methods import RECIPES, Method, Settings, damping_of, prepare
+from lightning_modules.methods import RECIPES, Method, NSGDOptions, Settings, damping_of, prepare
 from lightning_modules.quiet import quiet, quiet_trainer
+from lightning_modules.rehearsal import settled_options
 from lightning_modules.rows import Rows, read_csv, write_csv, write_yaml
 from lightning_modules.scoring import EVALUATED, score_read_outs
 from lightning_modules.stages import Split
@@ -148,22 +149,38 @@ def make_run(study: Study, out: Path, run: Run, on_step: OnStep) -> None:
     for name in (*(f"{name}.csv" for name in MEASUREMENTS), "failed.txt"):
         (folder / name).unlink(missing_ok=True)  # of a run that was interrupted
     torch.set_num_threads(study.threads)
-    settings, steps = _settings_of(study, out, run), steps_of(study, out, run)
-    write_yaml(
-        folder / "run.yaml", {"number": run.number, "method": run.method, "seed": run.seed, "steps": steps, **settings}
-    )
+    settings, steps, nsgd = _settings_of(study, out, run), steps_of(study, out, run), options_of(study, out, run.method)
+    settled = {} if nsgd == study.nsgd else {"refresh_every": nsgd.refresh_every}
+    own = {"number": run.number, "method": run.method, "seed": run.seed, "steps": steps}
+    write_yaml(folder / "run.yaml", {**own, **settings, **settled})
     measured = study.measure if run.stage == "study" and run.seed == 0 else []
     measurements = make_measurements(measured, folder=folder)
     record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts()
-    trainer = _train(study, run.method, settings, run.seed, steps, measurements, [read_outs, record])
+    trainer = _train(study, run.method, settings, nsgd, run.seed, steps, measurements, [read_outs, record])
     write_csv(folder / "metrics.csv", record.rows)
     write_csv(folder / "results.csv", _results(study, run, settings, trainer, read_outs, record.rows[-1]))
+
+
+def options_of(study: Study, out: Path, method: Method) -> NSGDOptions:
+    """The options of NSGD that every run of a method takes; how often it refreshes is measured first, where it is not.
+
+    As in :func:`lightning_modules.rehearsal.settled_options`.
+    """
+
+    def train(method: Method, nsgd: NSGDOptions, steps: int) -> Rows:
+        torch.set_num_threads(study.threads)
+        record = RecordSteps(lambda step, loss: None)
+        _train(study, method, study.given(method), nsgd, _TUNING_SEED, steps, [], [record])
+        return record.rows
+
+    return settled_options(study, out, method, train)
 
 
 def _train(
     study: Study,
     method: Method,
     settings: Settings,
+    nsgd: NSGDOptions,
     seed: int,
     steps: int,
     measurements: Sequence[pl.Callback],
@@ -171,8 +188,8 @@ def _train(
 ) -> pl.Trainer:
     pl.seed_everything(seed, verbose=False)
     module = study.module()
-    prepare(module, method, settings, study.nsgd, seed=seed)
-    directions = damping_of(method, settings, study.nsgd)
+    prepare(module, method, settings, nsgd, seed=seed)
+    directions = damping_of(method, settings, nsgd)
     refresh = [] if directions is None else directions.refresh()
     with quiet():
         trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks])
@@ -206,11 +223,11 @@ def predicted_seconds(study: Study, out: Path, runs: Sequence[Run]) -> float:
     batches = {stage: _batches(study.loader_of(stage)) for stage in ("val", "test")}
     for method in dict.fromkeys(run.method for run in runs):
         record = RecordSteps(lambda step, loss: None)
-        _train(study, method, study.given(method), _TUNING_SEED, _TIMED_STEPS, [], [record])
+        options = options_of(study, out, method)
+        _train(study, method, study.given(method), options, _TUNING_SEED, _TIMED_STEPS, [], [record])
         first, last = record.rows[0], record.rows[-1]
         step = (last["seconds"] - first["seconds"]) / max(1, len(record.rows) - 1)
         if 0 < first["refreshes"] == last["refreshes"]:  # one in the first step, and no other among those timed
-            options = study.nsgd
             every = (
                 (first["gradients"] - 1) / options.overhead
                 if options.refresh_every == "auto"
