@@ -97,7 +97,8 @@ def fold(
     """The running average with one estimate more: a plain mean until so many are in that the decay sets in.
 
     No host sync; where the estimate is not good, all stays as it is. With m groups it costs two Gram matrices, of
-    r + m vectors and of k, two products with them, and, but for the rows, no memory of their size.
+    r + m vectors and of k, two products with them, and, but for the rows, no memory of their size. Off the CPU pairs of
+    nearly one weight may stand for each other (:func:`nsgd.curvature.small.orthogonal_iteration`).
 
     Args:
         blocks: The parameters, with r vectors each; they are replaced by k, or by r + m where that is less.

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsgd import NSGD, sample_losses
-from nsgd.curvature import guard
-from nsgd.curvature.small import inverse_root
+from nsgd.curvature import guard, low_rank
+from nsgd.curvature.small import inverse_root, orthogonal_iteration
 from nsgd.directions import directions
 from nsgd.directions.flat import blocks_of
 from nsgd.directions.sample_average import Cleaned, Past, cleaned, fold
@@ -153,6 +153,31 @@ def test_vectors_of_tiny_weights_are_orthonormal_in_float32():
         torch.testing.assert_close(rows @ rows.T, expected, rtol=0, atol=1e-6)
     assert there.sum() >= 5
     assert float(average.weights[there].min() / average.weights.max()) < 1e-3
+
+
+@pytest.mark.parametrize("decay_of_sizes", [0.3, 0.6, 1.0])
+def test_eigenpairs_without_a_wait_catch_what_exact_ones_do(monkeypatch, decay_of_sizes):
+    """As on an accelerator, where pairs that are close stand for each other: the directions are as good."""
+    size, k = 200, 10
+    axes = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)).Q
+    spectrum = torch.arange(1, size + 1, dtype=torch.float64) ** -decay_of_sizes
+    caught = []
+    for iterated in (False, True):
+        if iterated:
+            monkeypatch.setattr(low_rank, "small_eigh", orthogonal_iteration)
+        (block,) = blocks = blocks_of([(0, nn.Parameter(torch.zeros(size)))], None)
+        weights, past = torch.zeros(0, dtype=torch.float64), Past(*torch.zeros(2, dtype=torch.float64))
+        for i in range(30):
+            generator = torch.Generator().manual_seed(i)
+            normal = torch.randn(16, size, generator=generator, dtype=torch.float64)
+            rows = [(normal * spectrum @ axes).float()]
+            new = cleaned(blocks, rows, torch.zeros(16), torch.ones(16, dtype=torch.float64))
+            found = fold(blocks, rows, new, weights, past, decay=0.95, k=k)
+            weights, past = found.weights, found.past
+        basis = block.basis.double()
+        torch.testing.assert_close(basis @ basis.T, torch.eye(k, dtype=torch.float64), rtol=0, atol=2e-6)
+        caught.append(float(((basis @ axes.T).square() * spectrum.square()).sum() / spectrum[:k].square().sum()))
+    assert caught[1] == pytest.approx(caught[0], rel=0.01)
 
 
 @pytest.mark.parametrize("off", [0.0, 1e-3, 0.1])
