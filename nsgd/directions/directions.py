@@ -272,7 +272,7 @@ class Directions:
         )
         spent.count(self.counts, batch_fraction)
         home = self.blocks[0].device
-        new = cleaned(self.blocks, rows, values, counted.to(home, _small_dtype(home), non_blocking=True))
+        new = cleaned(rows, values, counted.to(home, _small_dtype(home), non_blocking=True))
         if _is_known_at_once(home) and not new.good:
             self._skip(self.counts.steps, _NOT_FINITE, depth=8)
             return False

@@ -16,7 +16,7 @@ from nsgd.curvature.guard import full_precision
 from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.curvature.small import inverse_root
 from nsgd.directions.flat import Block, like
-from nsgd.directions.mixing import chunks, inner_products, mix
+from nsgd.directions.mixing import inner_products, mix
 from nsgd.directions.running_average import MOST
 
 # Powers of two by which gradients are scaled, so that float32 holds the sums of their squares.
@@ -49,13 +49,12 @@ class Folded:
     past: Past
 
 
-def cleaned(blocks: Sequence[Block], rows: Sequence[Tensor], values: Tensor, counts: Tensor) -> Cleaned:
+def cleaned(rows: Sequence[Tensor], values: Tensor, counts: Tensor) -> Cleaned:
     """Leave groups without a label out, and bring the others into range, in place; no host sync.
 
-    Costs two passes over the rows.
+    Costs four passes over the rows.
 
     Args:
-        blocks: The parameters.
         rows: Gradients of the groups, (m, P) for each block. Those of groups that are left out become zero; all of
             them, where a loss or a gradient of the others is not finite, or fewer than two groups are left.
         values: Losses (m,); NaN where a group has no label.
@@ -66,18 +65,18 @@ def cleaned(blocks: Sequence[Block], rows: Sequence[Tensor], values: Tensor, cou
     largest = torch.zeros_like(counts)  # entry of each group
     for row in rows:
         if row.numel():
-            low, high = row.aminmax(dim=1)
-            largest = torch.maximum(largest, like(torch.maximum(-low, high), counts))
+            # Not by aminmax, which takes twenty times as long along a dimension on the CPU.
+            bound = torch.maximum(row.amax(dim=1), -row.amin(dim=1))
+            largest = torch.maximum(largest, like(bound, counts))
     finite = values.isfinite() & largest.isfinite()
     good = (finite | ~known).all() & (known.sum() > 1)
     kept = known & good
     most = torch.where(kept, largest, 0.0).max()
     power = torch.frexp(most).exponent.clamp(-_LARGEST_POWER, _LARGEST_POWER)
     scale = torch.ldexp(torch.ones_like(most), -power)
-    for block, row in zip(blocks, rows, strict=True):
-        factor, left_out = like(scale, row), ~kept.to(row.device)[:, None]
-        for columns, _, _ in chunks(block, row):
-            row[:, columns].mul_(factor).masked_fill_(left_out, 0.0)
+    factors = torch.where(kept, scale, 0.0)
+    for row in rows:
+        row.mul_(like(factors, row)[:, None]).nan_to_num_(0.0, 0.0, 0.0)  # zero times infinity is NaN
     shares = torch.where(kept, counts, 0.0)
     return Cleaned(shares / shares.sum().clamp(min=1.0), scale, good)
 

@@ -40,7 +40,7 @@ class Average:
         values = torch.zeros(m) if values is None else values
         sizes = [block.size for block in self.blocks]
         rows = [part.to(b.dtype) for part, b in zip(gradients.split(sizes, 1), self.blocks, strict=True)]
-        new = cleaned(self.blocks, rows, values, counts)
+        new = cleaned(rows, values, counts)
         found = fold(self.blocks, rows, new, self.weights, self.past, decay=self.decay, k=self.k)
         self.weights, self.past = found.weights, found.past
         return new, found
@@ -171,7 +171,7 @@ def test_eigenpairs_without_a_wait_catch_what_exact_ones_do(monkeypatch, decay_o
             generator = torch.Generator().manual_seed(i)
             normal = torch.randn(16, size, generator=generator, dtype=torch.float64)
             rows = [(normal * spectrum @ axes).float()]
-            new = cleaned(blocks, rows, torch.zeros(16), torch.ones(16, dtype=torch.float64))
+            new = cleaned(rows, torch.zeros(16), torch.ones(16, dtype=torch.float64))
             found = fold(blocks, rows, new, weights, past, decay=0.95, k=k)
             weights, past = found.weights, found.past
         basis = block.basis.double()
