@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
 from nsgd.directions.flat import Block, Span, like
+from nsgd.directions.shards import parts_of, totals
 
 
 @torch.no_grad()
@@ -31,8 +32,8 @@ def project(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         step, _ = block.step
         coefficients.append(like(block.basis @ like(step, block.basis), blocks[0].step[0]))
         squared_norm.append(like(torch.dot(step, step), blocks[0].step[0]))
-    total = sum(coefficients[1:], coefficients[0])
-    return torch.nan_to_num_(total, nan=0.0, posinf=0.0, neginf=0.0), sum(squared_norm[1:], squared_norm[0])
+    total, square = totals([block.params[0] for block in blocks], coefficients, squared_norm)
+    return torch.nan_to_num_(total, nan=0.0, posinf=0.0, neginf=0.0), square
 
 
 @torch.no_grad()
@@ -85,13 +86,12 @@ def sgd_step(
     params, targets = [block.params[i] for i in places], [views[i] for i in places]
     decay, lr = group["weight_decay"], group["lr"]
     if group["momentum"] != 0:
-        torch._foreach_copy_(targets, [state[p]["momentum_buffer"] for p in params])
+        torch._foreach_copy_(targets, parts_of([state[p]["momentum_buffer"] for p in params]))
         factor = -lr
     else:
-        gradients: list[Any] = [p.grad for p in params]
-        torch._foreach_copy_(targets, gradients)
+        torch._foreach_copy_(targets, parts_of([p.grad for p in params]))
         if decay != 0:
-            torch._foreach_add_(targets, params, alpha=-decay if group["maximize"] else decay)
+            torch._foreach_add_(targets, parts_of(params), alpha=-decay if group["maximize"] else decay)
         factor = -lr / (1 - lr * decay)
         if group["maximize"]:
             factor = -factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsgd.directions.shards import from_saved, same_everywhere, to_save
 from nsgd.options import PER_GROUP, DampingOptions
 
 if TYPE_CHECKING:
@@ -43,11 +45,14 @@ def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
     options = asdict(directions.options)
     if options["basis_dtype"] is not None:
         options["basis_dtype"] = str(options["basis_dtype"]).removeprefix("torch.")
-    saved["param_groups"][0].update(nsgd_version=_VERSION, nsgd_options=options, nsgd_counts=counts)
+    # One value, whatever is in it: torch.distributed.checkpoint takes lists to pieces, and wants as many on loading.
+    written = json.dumps(counts)
+    saved["param_groups"][0].update(nsgd_version=_VERSION, nsgd_options=options, nsgd_counts=written)
     extra = {}
     for i, p in zip(_numbers(saved), _params(optimizer), strict=True):
         if id(p) in tensors:
-            extra[i] = {**saved["state"].get(i, {}), **tensors[id(p)]}
+            own = {name: to_save(value, p) for name, value in tensors[id(p)].items()}
+            extra[i] = {**saved["state"].get(i, {}), **own}
     saved["state"] = {**saved["state"], **extra}
     return saved
 
@@ -80,7 +85,7 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
     groups = state_dict["param_groups"]
     first = groups[0] if groups else {}
     if "nsgd_version" in first:
-        options, counts = _options(first["nsgd_options"]), dict(first["nsgd_counts"])
+        options, counts = _options(first["nsgd_options"]), json.loads(first["nsgd_counts"])
         own = {"nsgd_version", "nsgd_options", "nsgd_counts"}
     elif "refreshed_at" in first:  # release 0.1.0
         options = _options({name: first[name] for name in (*SHARED, "gamma", "bulk_scale") if name in first})
@@ -117,7 +122,11 @@ def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, A
         directions.options = loaded.options
     directions.arrange(optimizer._curvature_params())
     numbered = zip(_numbers(loaded.plain), _params(optimizer), strict=True)
-    directions.load(loaded.counts, {id(p): loaded.tensors[i] for i, p in numbered if i in loaded.tensors})
+    found = {id(p): (p, loaded.tensors[i]) for i, p in numbered if i in loaded.tensors}
+    if not same_everywhere(sum(len(entry) for _, entry in found.values()), _params(optimizer)):
+        found = {}  # as of a checkpoint that only the first process has read
+    own = {i: {name: from_saved(value, p) for name, value in entry.items()} for i, (p, entry) in found.items()}
+    directions.load(loaded.counts, own)
 
 
 def _options(saved: dict[str, Any]) -> DampingOptions:

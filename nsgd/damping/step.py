@@ -25,6 +25,7 @@ from nsgd.directions.alarm import jump
 from nsgd.directions.differences import chosen
 from nsgd.directions.directions import Directions, check_size
 from nsgd.directions.flat import Block
+from nsgd.directions.shards import check_shards, is_sharded
 from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions, check_factors
 
 
@@ -65,8 +66,9 @@ class Damped(Optimizer):
                     stack.enter_context(in_float32(moving, self.state))
                 measured = bool(moving) and not self._step_is_known(moving)
                 for block, there in prepared if measured else ():
-                    with torch.no_grad():
-                        torch._foreach_copy_(chosen(block.step[1], there), chosen(block.params, there))
+                    if any(there):
+                        with torch.no_grad():
+                            torch._foreach_copy_(chosen(block.step[1], there), chosen(block.parts, there))
 
             if closure is None:
                 prepare()
@@ -74,7 +76,7 @@ class Damped(Optimizer):
             else:
                 # The directions may be refreshed inside the closure, so the step begins when it has run.
                 loss = self._base_step(_followed_by(closure, prepare))
-            if prepared and any(any(there) for _, there in prepared):
+            if prepared and any(block.sharded or any(there) for block, there in prepared):
                 self._damp(prepared, measured=measured)
         self._directions.counts.steps += 1
         self._directions.end_step()
@@ -112,7 +114,8 @@ class Damped(Optimizer):
         with torch.no_grad():
             for block, there in moving:
                 if measured:
-                    torch._foreach_sub_(chosen(block.step[1], there), chosen(block.params, there))  # old - new
+                    if any(there):
+                        torch._foreach_sub_(chosen(block.step[1], there), chosen(block.parts, there))  # old - new
                     block.step[0].neg_()
                 else:
                     for span in block.spans:
@@ -141,7 +144,7 @@ class Damped(Optimizer):
             gamma, bulk_scale = factor
             entries = slice(spans[0].entries.start, spans[-1].entries.stop)
             members = slice(spans[0].params.start, spans[-1].params.stop)
-            views, params = (chosen(items[members], there[members]) for items in (block.step[1], block.params))
+            views, params = (chosen(items[members], there[members]) for items in (block.step[1], block.parts))
             if params:
                 change = coefficients * (self._gammas(gamma, coefficients) - bulk_scale)
                 correct(block, entries, views, params, change, bulk_scale)
@@ -244,7 +247,8 @@ class Damped(Optimizer):
 
         Raises:
             ValueError: If the solver is "differences"; the loss is no scalar, has no graph or reaches none of the
-                parameters; fewer than k parameters can train; or gradients are wanted and there are no groups.
+                parameters; fewer than k parameters can train; gradients are wanted and there are no groups; or
+                parameters are sharded.
         """
         self._directions.arrange(self._curvature_params())
         maximize = bool(self.param_groups[0].get("maximize", False))
@@ -274,8 +278,8 @@ class Damped(Optimizer):
     def directions(self, params: Iterable[Tensor]) -> Tensor:
         """The directions along these parameters, (r, P), in the order of the weights; zero along parameters without.
 
-        Orthonormal where the parameters are all those that have directions; r is 0 before the first. Costs a copy of
-        the basis, and one sync.
+        Orthonormal where the parameters are all those that have directions; r is 0 before the first. Of sharded
+        parameters P counts what this process holds. Costs a copy of the basis, and one sync.
         """
         vectors = self._directions.along(list(params))
         return vectors[: len(self.weights)]
@@ -365,7 +369,11 @@ class Damped(Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_directions" in self.__dict__:
-            self._directions.arrange(self._curvature_params())
+            try:
+                self._directions.arrange(self._curvature_params())
+            except ValueError:  # no parameters that it can follow: as it was
+                self.param_groups.pop()
+                raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_factors(group[self._key("gamma")], group[self._key("bulk_scale")])
@@ -425,10 +433,11 @@ class Damped(Optimizer):
                 "with requires_grad_()"
             )
         check_params(params)
-        if any(hasattr(p, "to_local") for p in params):
+        check_shards(params)
+        if options.solver not in FROM_TRAINING and any(map(is_sharded, params)):
             raise ValueError(
-                "expected parameters that are whole in each process, got sharded ones (DTensor, as of FSDP or tensor "
-                "parallelism); train with DistributedDataParallel, or with the plain optimizer"
+                f"expected solver='differences' for sharded parameters, got {options.solver!r}: no process holds the "
+                "vectors that the others need; leave it out, or train with DistributedDataParallel"
             )
         check_size(options.k, params)
         if isinstance(self, LBFGS) and any(p.dtype.itemsize < 4 for p in params):

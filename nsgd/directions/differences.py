@@ -21,6 +21,7 @@ from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.directions.flat import Block, like
 from nsgd.directions.mixing import inner_products, mix
 from nsgd.directions.passes import MOST, Passes
+from nsgd.directions.shards import everywhere, parts_of
 
 ROWS = 10  # that are collected between two folds, once there are many: a fold costs two passes over all of them
 
@@ -93,12 +94,13 @@ class Differences:
                 flat.zero_()
             if any(there):
                 targets = chosen(self._views[id(flat)], there)
-                torch._foreach_copy_(targets, chosen([p.grad for p in block.params], there))
+                torch._foreach_copy_(targets, parts_of(chosen([p.grad for p in block.params], there)))
             if scale is not None:
                 flat.div_(scale.to(flat))
             whole = like(flat.sum().isfinite(), self._known)
             finite = whole if finite is None else finite & whole
         assert finite is not None
+        finite = everywhere(finite, [block.params[0] for block in blocks])
         if skipped is not None:
             finite = finite & like(skipped.reshape(()) == 0, finite)
         begun = any(any(had) for had in self._present)

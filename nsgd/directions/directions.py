@@ -24,6 +24,7 @@ from nsgd.directions.running_average import Average, follow
 from nsgd.directions.sample_average import Past, cleaned, fold
 from nsgd.directions.samples import checked_groups, write_gradients
 from nsgd.directions.schedule import Counts, refresh_due
+from nsgd.directions.shards import check_shards, parts_of
 from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
 from nsgd.options import FROM_TRAINING, DampingOptions, Estimator
 
@@ -88,7 +89,7 @@ class Directions:
             self._key = ()
             return []
         for block in self.blocks:
-            for p, shape in zip(block.params, block.shapes, strict=True):
+            for p, shape in zip(block.parts, block.shapes, strict=True):
                 if p.shape != shape:
                     raise ValueError(
                         f"expected a parameter of shape {tuple(shape)}, as it was when the optimizer was made, got "
@@ -102,6 +103,7 @@ class Directions:
         return self.blocks
 
     def _rearrange(self, params: Sequence[tuple[int, Tensor]]) -> None:
+        check_shards([p for _, p in params])
         known = self.by_parameter()
         before = [(id(p), block.dtype) for block in self.blocks for p in block.params]
         rows = None
@@ -141,9 +143,13 @@ class Directions:
             self.past = Past(self.past.count.to(self.weights), self.past.usual.to(self.weights))
 
     def along(self, params: Sequence[Tensor]) -> Tensor:
-        """The directions along these parameters, (r, P), in the order of the weights; zero along those without."""
+        """The directions along these parameters, (r, P), in the order of the weights; zero along those without.
+
+        Along sharded parameters P counts what this process holds.
+        """
         known = self.by_parameter()
-        blocks = [known[id(p)] if id(p) in known else p.new_zeros(self.rank, p.numel()) for p in params]
+        own = [parts_of([p])[0] for p in params]
+        blocks = [known.get(id(p), part.new_zeros(self.rank, *part.shape)) for p, part in zip(params, own, strict=True)]
         dtype, device = vector_dtype(params), params[0].device
         return torch.cat([as_rows(block).to(device=device, dtype=dtype) for block in blocks], dim=1)
 
@@ -171,7 +177,8 @@ class Directions:
     def end_step(self) -> None:
         """Called when a step has been made, or left out."""
         if self.differences is not None:
-            self.differences.begin_step(self.blocks, several_processes=_processes() > 1)
+            alone = _processes() == 1 and not any(block.sharded for block in self.blocks)
+            self.differences.begin_step(self.blocks, several_processes=not alone)
 
     # -- from a second look at the loss ----------------------------------------------------------------------
 
@@ -211,6 +218,11 @@ class Directions:
             raise ValueError(
                 "expected no curvature with solver='differences', which takes directions from training gradients "
                 "alone, got some; leave it out, or take solver='auto', which goes by the curvature once it is given any"
+            )
+        if any(block.sharded for block in self.blocks):
+            raise ValueError(
+                "expected parameters that are whole in each process for directions from curvature, got sharded ones; "
+                "leave curvature out: differences of training gradients need no more than shards"
             )
         if (processes := _processes()) > 1:
             raise ValueError(
@@ -480,7 +492,7 @@ class Directions:
         elif self.differences is None:
             self.counts.attempted_at = -1  # the next step refreshes
         self._move()
-        if self.differences is not None and "rows" in values and self.blocks:
+        if self.differences is not None and "rows" in values and tensors and self.blocks:
             self.differences.load(self.blocks, values["rows"], tensors)
         self.end_step()
 

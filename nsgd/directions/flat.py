@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsgd.directions.shards import is_sharded, parts_of
+
 
 class Span(NamedTuple):
     """The parameters of one group in a block."""
@@ -21,28 +23,34 @@ class Span(NamedTuple):
 class Block:
     """Parameters of one device and precision, end to end, with their part of the basis.
 
-    Memory: (r + 1) P, the basis and one vector for the step.
+    Of sharded parameters P counts what this process holds. Memory: (r + 1) P, the basis and one vector for the step.
     """
 
     def __init__(self, params: Sequence[tuple[int, Tensor]], basis_dtype: torch.dtype | None) -> None:
         self.params = [p for _, p in params]
-        self.shapes = [p.shape for p in self.params]
+        self.sharded = is_sharded(self.params[0])
         self.device, self.dtype = self.params[0].device, flat_dtype(self.params[0])
         self.basis_dtype = basis_dtype or self.dtype
         ends, self.spans = 0, list[Span]()
         self.starts: list[int] = []
         # How parts of a vector are laid out, which stays as it is here when a parameter's own layout changes: as the
         # parameter, where that is stored densely, so that copies run over memory in order.
-        self.strides = [_dense_stride(p) for p in self.params]
-        for i, (group, p) in enumerate(params):
+        self.shapes = [p.shape for p in self.parts]
+        self.strides = [_dense_stride(p) for p in self.parts]
+        for i, (group, _) in enumerate(params):
             self.starts.append(ends)
             first = self.spans.pop() if self.spans and self.spans[-1].group == group else None
             start, place = (first.entries.start, first.params.start) if first else (ends, i)
-            ends += p.numel()
+            ends += self.shapes[i].numel()
             self.spans.append(Span(group, slice(start, ends), slice(place, i + 1)))
         self.size = ends
         self.basis = self.rows(0)  # (r, P)
         self._step: tuple[Tensor, list[Tensor]] | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What this process holds of the parameters: themselves, or their shards."""
+        return parts_of(self.params)
 
     def rows(self, count: int) -> Tensor:
         """So many zero vectors in the precision of the basis, (count, P)."""
@@ -58,10 +66,10 @@ class Block:
 
     def view(self, vectors: Tensor, i: int) -> Tensor:
         """The part of vectors (..., P) along parameter i, (..., *shape)."""
-        p, start = self.params[i], self.starts[i]
-        part = vectors[..., start : start + p.numel()]
+        shape, start = self.shapes[i], self.starts[i]
+        part = vectors[..., start : start + shape.numel()]
         lead = vectors.shape[:-1]
-        return part.as_strided((*lead, *p.shape), (*vectors.stride()[:-1], *self.strides[i]))
+        return part.as_strided((*lead, *shape), (*vectors.stride()[:-1], *self.strides[i]))
 
     @property
     def step(self) -> tuple[Tensor, list[Tensor]]:
@@ -88,7 +96,7 @@ def blocks_of(params: Iterable[tuple[int, Tensor]], basis_dtype: torch.dtype | N
     """Blocks of parameters, given with the numbers of their groups, in order of first appearance."""
     by_kind: dict[Any, list[tuple[int, Tensor]]] = {}
     for group, p in params:
-        by_kind.setdefault((p.device, flat_dtype(p)), []).append((group, p))
+        by_kind.setdefault((p.device, flat_dtype(p), is_sharded(p)), []).append((group, p))
     return [Block(members, basis_dtype) for members in by_kind.values()]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsgd.directions.flat import Block
+from nsgd.directions.shards import totals
 
 # Entries of each vector that are mixed at once: what a cache holds on a CPU; elsewhere few launches, and little memory.
 _CHUNK, _LARGE_CHUNK = 1 << 14, 1 << 21
@@ -22,7 +23,7 @@ def inner_products(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Ten
     Where not the whole is wanted, the vectors are taken to be orthonormal: half of the price.
     """
     k, n = len(weights), len(rows[0])
-    total = torch.zeros(k + n, k + n, dtype=weights.dtype, device=weights.device)
+    parts = []
     for block, new in zip(blocks, rows, strict=True):
         part = torch.zeros(k + n, k + n, dtype=block.dtype, device=block.device)
         for _, vectors, chunk in chunks(block, new):
@@ -30,7 +31,8 @@ def inner_products(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Ten
             part[k:, k:].addmm_(chunk, chunk.T)
             if whole:
                 part[:k, :k].addmm_(vectors, vectors.T)
-        total += part.to(total)
+        parts.append(part.to(weights))
+    (total,) = totals([block.params[0] for block in blocks], parts)
     total[:k, k:] = total[k:, :k].T
     if not whole:
         total.diagonal()[:k] = 1

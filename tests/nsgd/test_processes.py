@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,20 +94,3 @@ def test_the_path_is_that_of_one_process_on_the_whole_batch(tmp_path, maker, pas
     for p, q in zip(split["params"], whole["params"], strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
     assert split["weights"] == pytest.approx(whole["weights"], rel=1e-8)
-
-
-class Sharded(Tensor):
-    """What looks like a parameter that several processes share."""
-
-    def to_local(self) -> Tensor:
-        return self.as_subclass(Tensor)
-
-
-@pytest.mark.parametrize("way", ["nsgd", "damp"])
-def test_sharded_parameters_are_refused_in_one_sentence(way):
-    param = nn.Parameter(torch.ones(30)).as_subclass(Sharded).detach().requires_grad_()
-    plain = torch.optim.SGD([param], lr=0.1)
-    before = copy.copy(plain.param_groups[0])
-    with pytest.raises(ValueError, match="expected parameters that are whole in each process, got sharded ones"):
-        NSGD([param], lr=0.1) if way == "nsgd" else damp(plain)
-    assert plain.param_groups[0] == before

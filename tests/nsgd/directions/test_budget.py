@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -198,7 +199,10 @@ def test_steps_of_no_length_neither_alarm_nor_count(maker, kind, idle):
     plain, paused = scheduled(maker, rate(kind)), scheduled(maker, rate(kind))
     assert alarms_of(plain, steps) == []
     assert alarms_of(paused, [idle, idle, *steps[:3], idle, *steps[3:], idle, idle]) == []
-    means = [toy.optimizer.state_dict()["param_groups"][0]["nsgd_counts"]["mean_square"] for toy in (plain, paused)]
+    means = [
+        json.loads(toy.optimizer.state_dict()["param_groups"][0]["nsgd_counts"])["mean_square"]
+        for toy in (plain, paused)
+    ]
     assert means[0] == pytest.approx(means[1], rel=1e-9)
     # A step at a rate of 0 is none: the alarm is of the one before.
     assert alarms_of(paused, [(0.01, 10 * OUTSIDE), idle]) == ([0, 1] if idle[0] == 0 and kind is float else [0])

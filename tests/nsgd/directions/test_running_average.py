@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ class Toy:
         assert self.optimizer.refresh([(lambda g=g: g @ self.weight, 1) for g in gradients])
 
     def group(self):
-        return self.optimizer.state_dict()["param_groups"][0]["nsgd_counts"]
+        return json.loads(self.optimizer.state_dict()["param_groups"][0]["nsgd_counts"])
 
 
 def noise(seed, count=8):
