@@ -25,6 +25,7 @@ from nsgd.directions.alarm import jump
 from nsgd.directions.differences import chosen
 from nsgd.directions.directions import Directions, check_size
 from nsgd.directions.flat import Block
+from nsgd.directions.processes import flag_of_the_first
 from nsgd.directions.shards import check_shards, is_sharded
 from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions, check_factors
 
@@ -126,7 +127,7 @@ class Damped(Optimizer):
                 last = directions.last_step.get("mean_square")
                 jumped, mean = jump(coefficients, squared_norm, self.param_groups[0].get("lr", 1.0), last)
                 directions.last_step["mean_square"] = mean
-                directions.alarm.note(jumped)
+                directions.alarm.note(flag_of_the_first(jumped))
             for block, there in moving:
                 self._correct(block, there, coefficients)
 
@@ -233,6 +234,10 @@ class Damped(Optimizer):
         the directions are drawn, nothing is averaged, and the loss is not looked at. With solver "auto" the directions
         come from what is given here from now on, and no longer from training gradients.
 
+        In several processes all of them call it, each with what it has: samples are gathered, products averaged, and
+        a NaN in one has all of them skip. What is given runs the network itself, not ``DistributedDataParallel``; a
+        loss that is computed already may come from either.
+
         Args:
             loss: A loss with its graph, a closure that computes one, or pairs of closure and sample count
                 (see :func:`nsgd.curvature.hessian.loss_hessian`); for gradients, one pair for each of two groups or
@@ -247,8 +252,9 @@ class Damped(Optimizer):
 
         Raises:
             ValueError: If the solver is "differences"; the loss is no scalar, has no graph or reaches none of the
-                parameters; fewer than k parameters can train; gradients are wanted and there are no groups; or
-                parameters are sharded.
+                parameters; fewer than k parameters can train; gradients are wanted and there are no groups; parameters
+                are sharded; or processes give curvature of different kinds.
+            RuntimeError: If another process has met an error.
         """
         self._directions.arrange(self._curvature_params())
         maximize = bool(self.param_groups[0].get("maximize", False))

@@ -21,6 +21,7 @@ from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.directions.flat import Block, like
 from nsgd.directions.mixing import inner_products, mix
 from nsgd.directions.passes import MOST, Passes
+from nsgd.directions.processes import settled
 from nsgd.directions.shards import everywhere, parts_of
 
 ROWS = 10  # that are collected between two folds, once there are many: a fold costs two passes over all of them
@@ -243,6 +244,7 @@ class Differences:
         total = (mass + new).clamp(min=torch.finfo(gram.dtype).tiny)
         inputs = torch.cat([weights.to(gram) * (mass / total), shares * recent * clip / total])
         values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])
+        values, mixing = settled(gram, [block.params[0] for block in blocks], values, mixing)
         good = gram.isfinite().all() & mixing.isfinite().all()
         values = torch.where(good, values, weights.to(gram))
         mixing = torch.where(good, mixing, torch.eye(k, k + n, dtype=gram.dtype, device=gram.device))

@@ -18,13 +18,22 @@ from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of
 from nsgd.directions.pace import Pace, settled_interval
+from nsgd.directions.processes import (
+    alike,
+    gathered,
+    inner_modules_only,
+    mean,
+    of_the_first,
+    together,
+    world,
+)
 from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
 from nsgd.directions.sample_average import Past, cleaned, fold
 from nsgd.directions.samples import checked_groups, write_gradients
 from nsgd.directions.schedule import Counts, refresh_due
-from nsgd.directions.shards import check_shards, parts_of
+from nsgd.directions.shards import check_shards, is_sharded, parts_of
 from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
 from nsgd.options import FROM_TRAINING, DampingOptions, Estimator
 
@@ -177,7 +186,7 @@ class Directions:
     def end_step(self) -> None:
         """Called when a step has been made, or left out."""
         if self.differences is not None:
-            alone = _processes() == 1 and not any(block.sharded for block in self.blocks)
+            alone = world() == 1 and not any(block.sharded for block in self.blocks)
             self.differences.begin_step(self.blocks, several_processes=not alone)
 
     # -- from a second look at the loss ----------------------------------------------------------------------
@@ -219,46 +228,53 @@ class Directions:
                 "expected no curvature with solver='differences', which takes directions from training gradients "
                 "alone, got some; leave it out, or take solver='auto', which goes by the curvature once it is given any"
             )
-        if any(block.sharded for block in self.blocks):
+        params = [p for block in self.blocks for p in block.params]
+        if not any(p.requires_grad for p in params):
+            raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
+        if any(map(is_sharded, params)):
             raise ValueError(
                 "expected parameters that are whole in each process for directions from curvature, got sharded ones; "
                 "leave curvature out: differences of training gradients need no more than shards"
             )
-        if (processes := _processes()) > 1:
+        device = self.blocks[0].device
+        with together(device):
+            for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
+            check_size(self.options.k, params)
+            if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
+                loss = list(loss)
+            groups = None if self.options.solver == "random" else _groups(self.options.solver, loss)
+        # What a refresh costs is counted alike, so that the next one is due at the same step everywhere.
+        batch_fraction = mean(batch_fraction, device)
+        if not alike(groups is not None, device):
             raise ValueError(
-                f"expected one process, got {processes}: each would take directions of its own, and the replicas "
-                "would drift apart; train on one device, or leave curvature out: differences of training gradients are "
-                "the same in every process"
+                "expected curvature of one kind in all processes, got groups of samples in some and a loss in others; "
+                "pass groups of samples in each of them"
             )
-        for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
-        params = [p for block in self.blocks for p in block.params]
-        if not any(p.requires_grad for p in params):
-            raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
-        check_size(self.options.k, params)
-        if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
-            loss = list(loss)
         if self.options.solver == "random":
             self._draw(params, batch_fraction)
             return True
-        groups = _groups(self.options.solver, loss)
         if groups is not None:
             return self._follow_samples(groups, params, scale, batch_fraction)
         spent = Spent()
         signed = -scale if maximize else scale  # ascent on f is descent on -f
         try:
-            pairs = eigenpairs_of(loss, params, self.options, spent, scale=signed, seed=self.counts.steps)
+            values, vectors, residuals = eigenpairs_of(
+                loss, params, self.options, spent, scale=signed, seed=self.counts.steps
+            )
         except FloatingPointError as error:
             spent.count(self.counts, batch_fraction)
             self._skip(self.counts.steps, str(error), depth=5)
             return False
         spent.count(self.counts, batch_fraction)
         self._leave_differences()
-        weights, vectors = self._averaged((pairs.eigenvalues, pairs.eigenvectors), params)
-        least = torch.maximum(pairs.residuals, _CERTAIN * pairs.eigenvalues.abs().max())
-        damped = pairs.eigenvalues > least if vectors is pairs.eigenvectors else weights > 0
-        self.take(weights, vectors, params, pairs.eigenvalues.tolist(), damped)
+        weights, averaged = self._averaged((values, vectors), params)
+        damped = values > torch.maximum(residuals, _CERTAIN * values.abs().max())
+        if averaged is not vectors:
+            averaged, weights = of_the_first(device, averaged, weights)
+            damped = weights > 0
+        self.take(weights, averaged, params, values.tolist(), damped)
         return True
 
     @torch.inference_mode(False)
@@ -266,25 +282,30 @@ class Directions:
     def _follow_samples(self, groups: Losses, params: list[Tensor], scale: float, batch_fraction: float) -> bool:
         """Average the gradients of groups of samples with the last directions, without waiting for the device.
 
-        Memory: a row of gradients for each group. Where they are not finite the last directions stay. On the CPU that
-        is known at once; elsewhere on the device alone, and to the host when somebody asks, or at the next refresh.
+        Memory: a row of gradients for each group, of all processes. Where they are not finite the last directions stay.
+        On the CPU that is known at once; elsewhere on the device alone, and to the host when somebody asks, or at the
+        next refresh.
         """
         self._learn_outcome()
-        groups = checked_groups(groups)
-        rows = [torch.empty(len(groups), block.size, dtype=block.dtype, device=block.device) for block in self.blocks]
-        views = [b.view(row, i) for b, row in zip(self.blocks, rows, strict=True) for i in range(len(b.params))]
+        home = self.blocks[0].device
         counter = None if self.counts.sample_flops else ForwardFlops()
-        values, counted = write_gradients(groups, params, views, scale=scale, forward=counter)
+        with together(home), inner_modules_only():
+            groups = checked_groups(groups)
+            own = [torch.empty(len(groups), b.size, dtype=b.dtype, device=b.device) for b in self.blocks]
+            views = [b.view(row, i) for b, row in zip(self.blocks, own, strict=True) for i in range(len(b.params))]
+            losses, counted = write_gradients(groups, params, views, scale=scale, forward=counter)
         size, samples = sum(block.size for block in self.blocks), int(counted.sum())
         if counter is not None:
-            self.counts.sample_flops = sample_flops(counter, samples, size)
+            self.counts.sample_flops = mean(sample_flops(counter, samples, size), home)
+        shares = (counted / samples).to(home, _small_dtype(home), non_blocking=True)  # every process counts alike
+        losses, shares, *rows = gathered(losses, shares, *own)
         spent = Spent()
-        spent.gradients += averaging_share(
-            groups=len(groups), samples=samples, k=self.options.k, size=size, flops=self.counts.sample_flops
+        share = averaging_share(
+            groups=len(shares), samples=samples, k=self.options.k, size=size, flops=self.counts.sample_flops
         )
+        spent.gradients += mean(share, home)
         spent.count(self.counts, batch_fraction)
-        home = self.blocks[0].device
-        new = cleaned(rows, values, counted.to(home, _small_dtype(home), non_blocking=True))
+        new = cleaned(rows, losses, shares)
         if _is_known_at_once(home) and not new.good:
             self._skip(self.counts.steps, _NOT_FINITE, depth=8)
             return False
@@ -347,6 +368,7 @@ class Directions:
         # A function of the count, so that a resumed run draws what an uninterrupted one does.
         seed = (self.options.seed * 1_000_003 + counts.refreshes) % 2**63
         basis = random_basis(params, k=self.options.k, seed=seed)
+        (basis,) = of_the_first(self.blocks[0].device, basis)
         ones = torch.ones(len(basis))  # weights that have them damped, and say no more
         self.take(ones, basis, params, [], ones > 0)
 
@@ -534,8 +556,3 @@ def check_size(k: int, params: Sequence[Tensor]) -> None:
     size = sum(p.numel() for p in params)
     if k > size:
         raise ValueError(f"expected k of at most {size}, the number of trainable parameters, got {k}")
-
-
-def _processes() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1

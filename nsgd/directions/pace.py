@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from nsgd.directions.processes import of_the_first
+
 _LOG = logging.getLogger("nsgd")
 
 # Refreshes and steps that are timed before the interval is settled. The first refresh, which may compile kernels and
@@ -105,7 +107,8 @@ def settled_interval(pace: Pace, overhead: float, device: torch.device) -> int:
         device: Where the parameters are.
     """
     refresh, step = pace.price()
-    interval = shared_interval(interval_of(refresh, step, overhead), device)
+    (shared,) = of_the_first(device, torch.tensor([interval_of(refresh, step, overhead)]))
+    interval = int(shared)
     _LOG.info(
         "the directions are refreshed every %d steps from here on: a refresh took %.3g ms, a step %.3g ms, and "
         "overhead is %g; refresh_every=%d repeats it",
@@ -118,12 +121,3 @@ def interval_of(refresh: float, step: float, overhead: float) -> int:
     """Steps between two refreshes, given the seconds of both; one at least."""
     price = refresh / step if step > 0 else math.inf
     return max(1, math.ceil(min(price / overhead, _MOST)))
-
-
-def shared_interval(interval: int, device: torch.device) -> int:
-    """That of the first process, where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return interval
-    number = torch.tensor([interval], device=device)
-    torch.distributed.broadcast(number, 0)
-    return int(number)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch import Tensor
 
-from nsgd.curvature.eigen import Eigenpairs, Solver, top_eigenpairs
-from nsgd.curvature.hessian import Closure, Losses, loss_hessian
+from nsgd.curvature.eigen import Solver, top_eigenpairs
+from nsgd.curvature.hessian import HVP, Closure, Losses, loss_hessian
+from nsgd.directions.processes import averaged, inner_modules_only, led, together
 from nsgd.directions.schedule import Counts
 from nsgd.options import DampingOptions
 
@@ -37,8 +39,10 @@ def eigenpairs_of(
     *,
     scale: float,
     seed: int,
-) -> Eigenpairs:
+) -> list[Tensor]:
     """Top eigenpairs of a loss's Hessian at the price of a refresh: up to 2k + 2 products by Lanczos.
+
+    In several processes they are those of the mean of all their losses, the same in each.
 
     Args:
         loss: As for :func:`nsgd.curvature.hessian.loss_hessian`.
@@ -47,23 +51,35 @@ def eigenpairs_of(
         spent: Counts the products.
         scale: What the loss was multiplied by, negative for an objective that is maximised.
         seed: Of the solver.
+
+    Returns:
+        Eigenvalues (k,), descending, eigenvectors (k, P) and residuals (k,).
     """
     solver: Solver = "arpack" if options.solver == "arpack" else "lanczos"
-    with loss_hessian(loss, params, scale=scale) as hessian:
+    with ExitStack() as stack:
+        with together(params[0].device):
+            stack.enter_context(inner_modules_only())
+            hessian = stack.enter_context(loss_hessian(loss, params, scale=scale))
+        start = averaged(hessian.gradient)
 
         def hvp(vector: Tensor) -> Tensor:
             spent.hvps += 1
             spent.gradients = hessian.cost(spent.hvps)
             return hessian.hvp(vector)
 
-        return top_eigenpairs(
-            hvp,
-            params,
-            k=options.k,
-            which=options.which,
-            solver=solver,
-            start=hessian.gradient,
-            max_hvps=2 * options.k + _EXTRA_PRODUCTS if solver == "lanczos" else None,
-            seed=seed,
-            repeated=False,
-        )
+        def solve(product: HVP) -> list[Tensor]:
+            pairs = top_eigenpairs(
+                product,
+                params,
+                k=options.k,
+                which=options.which,
+                solver=solver,
+                start=start,
+                max_hvps=2 * options.k + _EXTRA_PRODUCTS if solver == "lanczos" else None,
+                seed=seed,
+                repeated=False,
+            )
+            return [pairs.eigenvalues, pairs.eigenvectors, pairs.residuals]
+
+        values = start.new_empty(options.k)
+        return led(solve, hvp, [values, start.new_empty(options.k, start.numel()), values])

@@ -17,6 +17,7 @@ from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.curvature.small import inverse_root
 from nsgd.directions.flat import Block, like
 from nsgd.directions.mixing import inner_products, mix
+from nsgd.directions.processes import settled
 from nsgd.directions.running_average import MOST
 
 # Powers of two by which gradients are scaled, so that float32 holds the sums of their squares.
@@ -58,7 +59,7 @@ def cleaned(rows: Sequence[Tensor], values: Tensor, counts: Tensor) -> Cleaned:
         rows: Gradients of the groups, (m, P) for each block. Those of groups that are left out become zero; all of
             them, where a loss or a gradient of the others is not finite, or fewer than two groups are left.
         values: Losses (m,); NaN where a group has no label.
-        counts: Samples (m,), where the result is wanted.
+        counts: Samples (m,), or what each group counts for, where the result is wanted.
     """
     values = like(values, counts)
     known = ~values.isnan()
@@ -78,7 +79,7 @@ def cleaned(rows: Sequence[Tensor], values: Tensor, counts: Tensor) -> Cleaned:
     for row in rows:
         row.mul_(like(factors, row)[:, None]).nan_to_num_(0.0, 0.0, 0.0)  # zero times infinity is NaN
     shares = torch.where(kept, counts, 0.0)
-    return Cleaned(shares / shares.sum().clamp(min=1.0), scale, good)
+    return Cleaned(shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny), scale, good)
 
 
 @torch.no_grad()
@@ -132,7 +133,9 @@ def fold(
     usual = torch.where(share > 0, (past.usual + clipped) / 2, clipped)
     clip = torch.where(size > 0, clipped / size, 1.0)
     inputs = torch.cat([weights.clamp(min=0.0) * share, new.shares * clip * (1 - share)])
+    owners = [block.params[0] for block in blocks]
     values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])
+    values, mixing = settled(gram, owners, values, mixing)
 
     there = gram.diagonal()[:k] > 0.5  # unit vectors, or zero
     factors = torch.cat([mixing[:, :k], mixing[:, k:] / new.scale], dim=1)
@@ -141,7 +144,7 @@ def fold(
     none = [row[:0] for row in rows]
     gram_after = inner_products(blocks, none, weights, whole=True)
     # Of a mixture in float32, the vectors of small weights are a little off; the orthonormal ones that are closest.
-    whitening = inverse_root(gram_after)
+    (whitening,) = settled(gram_after, owners, inverse_root(gram_after))
     for block, row in zip(blocks, none, strict=True):
         mix(block, row, whitening, new.good)
     shared = (whitening @ mixing @ gram[:, :k]).square().sum()

@@ -136,18 +136,13 @@ def test_a_negative_learning_rate_of_a_group_is_refused():
         NSGD([{"params": [nn.Parameter(torch.ones(9))], "lr": -1}], lr=0.1, k=2)
 
 
-def test_a_refresh_with_everything_frozen_or_with_several_processes_is_refused(monkeypatch):
+def test_a_refresh_with_everything_frozen_is_refused():
     w = nn.Parameter(torch.ones(3))
     optimizer = NSGD([w], lr=0.1, k=2)
     loss = quadratic(w)
     w.requires_grad_(False)
     with pytest.raises(ValueError, match="requires a gradient in a group with curvature"):
         optimizer.refresh(loss)
-    w.requires_grad_(True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="expected one process, got 2"):
-        optimizer.refresh(quadratic(w))
 
 
 @pytest.mark.parametrize("base", [torch.optim.Adafactor, torch.optim.AdamW, torch.optim.SGD])

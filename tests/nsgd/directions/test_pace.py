@@ -15,7 +15,7 @@ from torch import nn
 
 from nsgd import NSGD
 from nsgd.directions import pace
-from nsgd.directions.pace import interval_of, shared_interval
+from nsgd.directions.pace import interval_of
 
 STEP = 0.01
 
@@ -286,14 +286,13 @@ def test_events_are_recorded_in_the_stream_of_the_device(monkeypatch):
 
 
 def test_the_first_of_several_processes_decides(monkeypatch):
-    def broadcast(tensor, source):
-        assert source == 0
-        tensor.fill_(12)
+    class Timed:
+        def price(self):
+            return 3.0, 6.0
 
-    assert shared_interval(5, torch.device("cpu")) == 5
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    assert shared_interval(5, torch.device("cpu")) == 12
+    assert pace.settled_interval(Timed(), 0.1, torch.device("cpu")) == 5
+    monkeypatch.setattr(pace, "of_the_first", lambda device, number: [torch.full_like(number, 12)])
+    assert pace.settled_interval(Timed(), 0.1, torch.device("cpu")) == 12
 
 
 def test_the_real_clock_settles_some_interval(clock, monkeypatch):
