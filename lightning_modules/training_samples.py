@@ -23,6 +23,7 @@ def training_samples(
     seed: int,
     parts: Callable[[int], list[slice]],
     otherwise: str,
+    share: tuple[int, int] = (0, 1),
 ) -> list[tuple[Any, int]]:
     """Batches of different samples of the training set on the module's device, with their sample counts.
 
@@ -37,6 +38,7 @@ def training_samples(
         seed: Draws the samples and their augmentation.
         parts: Ranges that so many samples are cut into, one for each batch.
         otherwise: What to do where there is no data set with a length, for the message.
+        share: Which of so many equal shares of the samples: those of one process, of several.
 
     Raises:
         ValueError: If the trainer's loader is no DataLoader over a data set with a length.
@@ -49,7 +51,7 @@ def training_samples(
         )
     dataset: Any = loader.dataset
     generator = torch.Generator().manual_seed(seed % 2**63)
-    chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
+    chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()[share[0] :: share[1]]
 
     def batch_of(indices: list[int]) -> tuple[Any, int]:
         whole = loader.batch_sampler is None  # the data set makes whole batches itself
@@ -57,7 +59,7 @@ def training_samples(
         return trainer.strategy.batch_to_device(batch), len(indices)
 
     with untouched(device=module.device):  # transforms and augmentation draw random numbers
-        seed_generators(seed)
+        seed_generators(seed * share[1] + share[0])
         return [batch_of(chosen[part]) for part in parts(len(chosen))]
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
 from lightning_modules.training_samples import in_batches, training_samples
 from nsgd.damping.step import Damped
+from nsgd.directions.processes import alike
 from nsgd.directions.samples import SampleLosses, check_chunk_size
 from nsgd.options import Estimator
 
@@ -40,10 +41,13 @@ class RefreshDirections(pl.Callback):
     from Hessian-vector products. A running batch that cannot be cut, and the loss of a module that optimizes manually
     and has no ``curvature_loss(batch)``, give products of the loss itself.
 
+    With several processes (``strategy="ddp"``) each takes samples of its own batch, and all follow the same directions.
+    Where only some of them can cut their batch into samples, none refreshes on it. Parameters have to be whole in each.
+
     Args:
-        samples: Samples that the directions come from, in at most 64 groups; None for the whole running batch, or,
-            with ``source="train"``, for 2,560, the paper's number. For products a running batch that is no larger is
-            used whole, at no extra forward pass.
+        samples: Samples that the directions come from, of all processes together, in at most 64 groups in each; None
+            for the whole running batch, or, with ``source="train"``, for 2,560, the paper's number. For products a
+            running batch that is no larger is used whole, at no extra forward pass.
         group_size: Samples in a group; by default 1, or 8 where the module has BatchNorm layers, whose statistics of
             one sample say little.
         source: "batch" for a slice of the running batch, "train" for a sample of the training set, fresh each time.
@@ -145,7 +149,8 @@ class RefreshDirections(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else float(scaler.get_scale())
         parts = self._parts(trainer, module, optimizer)
-        if parts is None:
+        in_groups = parts is not None and len(parts) > 1 and optimizer.options.solver in ("auto", "gradients")
+        if not alike(-1 if parts is None else in_groups, module.device) or parts is None:
             return
         size = batch_size_of(self._batch) or 1
         self._full_size = max(self._full_size, size)
@@ -176,16 +181,17 @@ class RefreshDirections(pl.Callback):
         if not (module.automatic_optimization or hasattr(module, "curvature_loss")):
             return []
         if not in_groups:
-            if self.samples is None or size is None or self.samples >= size:
+            samples = self._share(trainer, module)
+            if samples is None or size is None or samples >= size:
                 return []
-            return [(some_samples(self._batch, slice(self.samples)), self.samples)]
+            return [(some_samples(self._batch, slice(samples)), samples)]
         if size is None or not is_cuttable(self._batch):
             self._tell_once(
                 "RefreshDirections cannot cut this batch into samples, so the directions come from Hessian-vector "
                 "products of its whole loss, which cost more; solver='lanczos' on the optimizer says that this is meant"
             )
             return []
-        count = min(self.samples or size, size)
+        count = min(self._share(trainer, module) or size, size)
         ranges = self._groups(module, count)
         averaged = not optimizer.from_training_gradients and optimizer.weights and not optimizer.eigenvalues
         if len(ranges) == 1 and (solver == "gradients" or averaged):
@@ -213,6 +219,8 @@ class RefreshDirections(pl.Callback):
             pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]
             return optimizer.refresh(pairs, **options)
         columns = _columns(parts) if self._at_once else None  # copies the samples
+        if not alike(columns is not None, module.device):
+            columns = None
         if self._at_once and columns is None:
             self._tell_once(
                 "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
@@ -270,11 +278,21 @@ class RefreshDirections(pl.Callback):
                 "lower group_size"
             )
 
+    def _share(self, trainer: pl.Trainer, module: nn.Module) -> int | None:
+        """Samples of this process: two groups at least, or all where these are fewer."""
+        if self.samples is None:
+            return None
+        return max(-(-self.samples // trainer.world_size), min(self.samples, 2 * self._least(module)))
+
+    def _least(self, module: nn.Module) -> int:
+        """Samples in a group, unless they are many."""
+        return self.group_size or (8 if _is_normalised(module) else 1)
+
     def _groups(self, module: nn.Module, count: int) -> list[slice]:
         """Cut so many samples into groups."""
-        normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+        normalised = _is_normalised(module)
         # Every gradient is kept until all are there, so that many samples come in larger groups.
-        step = max(self.group_size or (8 if normalised else 1), -(-count // _MOST_GROUPS))
+        step = max(self._least(module), -(-count // _MOST_GROUPS))
         starts = list(range(0, count, step))
         if normalised and len(starts) > 1 and count - starts[-1] == 1:
             starts.pop()  # BatchNorm cannot do with one sample: the last group takes it in
@@ -292,7 +310,12 @@ class RefreshDirections(pl.Callback):
             seed=self.seed * 1_000_003 + trainer.global_step,
             parts=partial(self._groups, module) if size is None else in_batches(size),
             otherwise="use source='batch'",
+            share=(trainer.global_rank, trainer.world_size),
         )
+
+
+def _is_normalised(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
 def _prefix(trainer: pl.Trainer, optimizer: Damped) -> str:
