@@ -298,6 +298,8 @@ class Directions:
         if counter is not None:
             self.counts.sample_flops = mean(sample_flops(counter, samples, size), home)
         shares = (counted / samples).to(home, _small_dtype(home), non_blocking=True)  # every process counts alike
+        # A group without a label is left out, but a process without any has met a NaN: then all of them skip.
+        losses = torch.where(losses.isnan().all(), math.inf, losses)
         losses, shares, *rows = gathered(losses, shares, *own)
         spent = Spent()
         share = averaging_share(
