@@ -86,6 +86,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits": digits,
     "time_to_target": benchmark("time_to_target", "Medians over paired seeds, as many as the counts say."),
     "damping_rule": benchmark("damping_rule", "Means over paired seeds."),
+    "rule_and_blocks": benchmark("rule_and_blocks", "Medians over paired seeds."),
     "tracking": benchmark("tracking", "Means over points of each path; more trackers are in the file.", shown),
     "eigen": benchmark("eigen", "Medians over checkpoints and seeds.", lambda first: ", k = 10," in first),
     "step": benchmark("step", "Medians of iterations taken in turn."),
