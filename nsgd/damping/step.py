@@ -376,7 +376,9 @@ class Damped(Optimizer):
         super().add_param_group(param_group)
         if "_directions" in self.__dict__:
             try:
-                self._directions.arrange(self._curvature_params())
+                found = self._curvature_params()
+                check_params([p for _, p in found])
+                self._directions.arrange(found)
             except ValueError:  # no parameters that it can follow: as it was
                 self.param_groups.pop()
                 raise
@@ -417,8 +419,9 @@ class Damped(Optimizer):
             for group in self.param_groups:
                 for name in PER_GROUP:
                     group.setdefault(self._key(name), self.defaults[self._key(name)])
-            self._directions.arrange(self._curvature_params())
-            self._directions.end_step()
+            if "_directions" in found:  # a copy, or a pickle; a checkpoint is taken over later
+                self._directions.arrange(self._curvature_params())
+                self._directions.end_step()
 
     def _begin_damping(self, options: DampingOptions) -> None:
         """Called once, when the base optimizer is complete."""

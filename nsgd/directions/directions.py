@@ -223,6 +223,7 @@ class Directions:
         self, loss: Tensor | Closure | Losses, scale: float, batch_fraction: float, *, maximize: bool = False
     ) -> bool:
         """Estimate the directions anew, and average them with the last ones; see the optimizer's ``refresh``."""
+        self._learn_outcome()
         if self.options.solver == "differences":
             raise ValueError(
                 "expected no curvature with solver='differences', which takes directions from training gradients "
@@ -286,7 +287,6 @@ class Directions:
         On the CPU that is known at once; elsewhere on the device alone, and to the host when somebody asks, or at the
         next refresh.
         """
-        self._learn_outcome()
         home = self.blocks[0].device
         counter = None if self.counts.sample_flops else ForwardFlops()
         with together(home), inner_modules_only():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -29,6 +31,6 @@ def drawn_mse_loss(prediction: Tensor) -> Tensor:
             f"{prediction.dtype}, {prediction.ndim} dimensions" if isinstance(prediction, Tensor) else type(prediction)
         )
         raise ValueError(f"expected predictions of real numbers, one row a sample, got {got}; pass model(x)")
-    size = max(1, prediction[0].numel())
+    size = max(1, math.prod(prediction.shape[1:]))
     noise = torch.randn_like(prediction.detach()) * (size / 2) ** 0.5
     return mse_loss(prediction, prediction.detach() + noise)

@@ -26,8 +26,8 @@ def backward_in_chunks(
 
     Args:
         loss: Mean loss of the samples that it is given.
-        tensors: The batch, cut along the first dimension into nearly equal parts; one row a sample.
-        chunks: Number of parts; of a smaller batch each sample is one.
+        tensors: The batch, cut along the first dimension; one row a sample.
+        chunks: Number of parts, at most; fewer where only those are of one size, so that none weighs more than another.
         backward: What is called with each part's share of the loss, such as
             ``lambda part: scaler.scale(part).backward()`` or ``accelerator.backward``.
 
@@ -44,7 +44,9 @@ def backward_in_chunks(
     if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
         raise ValueError(f"expected chunks to be a whole number of at least 1, got {chunks!r}")
     samples = lengths.pop()
-    parts = [tensor.tensor_split(min(chunks, samples)) for tensor in tensors]
+    most = min(chunks, samples)
+    equal = [count for count in range(2, most + 1) if samples % count == 0]
+    parts = [tensor.tensor_split(equal[-1] if equal else most) for tensor in tensors]
     total: Tensor | None = None
     for part in zip(*parts, strict=True):
         value = loss(*part)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as _C
 from torch.utils.hooks import RemovableHandle
 
 from nsgd.directions.flat import Block
@@ -59,11 +60,20 @@ class Passes:
         self._odd = False  # whether one had a gradient that cannot be kept
         self._params: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
+        self._finalizer: weakref.finalize[Any, Any] | None = None  # takes the hooks away with this object
         self._rows: list[Tensor] = []  # where gradients are kept
         self._views: list[list[Tensor]] = []  # of these, by row and parameter; empty where none are kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fired": [], "_params": [], "_handles": [], "_rows": [], "_views": []}
+        own: dict[str, Any] = {
+            "_fired": [],
+            "_params": [],
+            "_handles": [],
+            "_finalizer": None,
+            "_rows": [],
+            "_views": [],
+        }
+        return {**self.__dict__, **own}
 
     def watch(self, blocks: Sequence[Block]) -> None:
         """Count the passes of these parameters from now on; gradients are kept after the next :meth:`begin`."""
@@ -75,11 +85,14 @@ class Passes:
             if p.requires_grad
         ]
         self._fired = [0] * len(self._params)
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer.atexit = False
 
     def leave(self) -> None:
         """Count none any more."""
-        for handle in self._handles:
-            handle.remove()
+        if self._finalizer is not None:
+            self._finalizer()
+        self._finalizer = None
         self._handles, self._params, self._fired, self._rows, self._views = [], [], [], [], []
 
     def begin(self, blocks: Sequence[Block], rows: Sequence[Tensor]) -> None:
@@ -125,10 +138,12 @@ class Passes:
         self._fired[index] += 1
         if not self.keeping:
             return
-        if gradient.layout != torch.strided:
+        place = self._views[count % MOST][index]
+        # Batched ones, many gradients at once, show the shape of one; torch has no public way to tell.
+        batched = _C.is_batchedtensor(gradient) or _C.is_legacy_batchedtensor(gradient)
+        if batched or gradient.layout != torch.strided or gradient.shape != place.shape:
             self._odd = True
             return
-        place = self._views[count % MOST][index]
         if count < MOST:
             place.copy_(gradient)
         else:
@@ -137,15 +152,14 @@ class Passes:
     def end(self) -> int:
         """How many passes the step has had; 0 where their gradients were not kept, or not one for each parameter."""
         count = max(self._fired, default=0)
-        self.patience = _PATIENCE if count > 1 else max(0, self.patience - 1)
-        if not self.keeping or count < 2 or self._odd:
+        several = count > 1 and not self._odd and all(fired in (0, count) for fired in self._fired)
+        self.patience = _PATIENCE if several else max(0, self.patience - 1)
+        if not several or not self.keeping:
             return 0
         for i, fired in enumerate(self._fired):
             if fired == 0:  # unused: no part of any pass
                 for views in self._views[:count]:
                     views[i].zero_()
-            elif fired != count:
-                return 0
         return count
 
     def centred(self, count: int, gradients: Sequence[Tensor]) -> tuple[Tensor, float]:
@@ -183,13 +197,19 @@ class Passes:
         if not self.first:
             self.first = [torch.zeros_like(vector) for vector in now]
             self.likeness = torch.zeros(2, dtype=torch.float32, device=good.device)
-        cosine = _inner(now, self.first) / (_inner(now, now) * _inner(self.first, self.first)).sqrt()
+        # Roots before the product, which float32 might not hold.
+        cosine = _inner(now, self.first) / (_inner(now, now).sqrt() * _inner(self.first, self.first).sqrt())
         known = good & cosine.isfinite()
         new = torch.stack([torch.where(known, cosine, 0), known]).to(self.likeness)
         self.likeness = self.likeness * torch.where(known, _MEMORY, 1.0) + new * (1 - _MEMORY)
         for vector, before in zip(now, self.first, strict=True):
             torch.where(good.to(vector.device), vector, before, out=before)
         return (self.likeness[1] > 0) & (self.likeness[0] < _UNLIKE * self.likeness[1])
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+import nsgd.directions.directions
 from lightning_modules import RefreshDirections
 from nsgd import NSGD
 
@@ -74,12 +75,15 @@ def as_lightning_starts_them(rank: int, world: int) -> dict[str, Any]:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world))
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # few workers
+    # Each process averages the samples of all, for gradients of its own alone: counted, it is not one process's price.
+    nsgd.directions.directions.averaging_share = lambda **sizes: 0.0
     results = {way: fitted(rank, world, Small(options), callback) for way, (options, callback) in WAYS.items()}
     options, callback = WAYS["samples"]
     results["one by one"] = fitted(rank, world, Small(options, at_once=False), callback)
     return results
 
 
+@pytest.mark.usefixtures("averaging_is_free")
 def test_training_in_two_processes_is_that_of_one(tmp_path):
     first, second = several(as_lightning_starts_them, 2, tmp_path)
     for way in first:

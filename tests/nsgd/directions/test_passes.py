@@ -359,7 +359,44 @@ def test_hooks_go_with_the_optimizer_and_with_differences(training):
     assert all(p.grad is not None for p in params)
 
 
+def test_hooks_of_optimizers_that_are_gone_are_taken_away(training):
+    params = list(training().model.parameters())
+    for _ in range(3):
+        NSGD(params, lr=0.1, k=3)
+    gc.collect()
+    assert not any(p._backward_hooks for p in params)
+
+
+def test_many_gradients_at_once_beside_the_passes_are_no_rows(training):
+    run = training()
+    params = list(run.model.parameters())
+    optimizer = NSGD(params, lr=0.1, k=3)
+    accumulate(run, optimizer, 0, 5)
+    out = run.model(run.batches[0][0][:1]).squeeze(0)
+    torch.autograd.grad(out, params, torch.eye(len(out)), is_grads_batched=True)
+    accumulate(run, optimizer, 5, 6)
+    assert float(optimizer._directions.differences.shares[0]) == 0.5  # the difference alone
+    accumulate(run, optimizer, 6, 15)
+    assert float(optimizer._directions.differences.shares[1]) > 0.9
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e13])
+def test_passes_are_compared_at_any_scale(scale):
+    given = Given(step_decay=0.9, k=5, dtype=torch.float32)
+    for step in passes_of(12, 4):
+        run_passes(given, [[(scale * g).float() for g in gradient] for gradient in step])
+    assert float(state_of(given).shares[1]) > 0.9
+
+
 # -- a batch in chunks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("samples", "parts"), [(9, 3), (10, 5), (12, 6), (13, 8), (16, 8), (3, 3), (1, 1)])
+def test_parts_are_of_one_size_where_they_can_be(samples, parts):
+    model, sizes = nn.Linear(2, 1), []
+    backward_in_chunks(lambda x: (sizes.append(len(x)), model(x).mean())[1], torch.randn(samples, 2))
+    assert len(sizes) == parts
+    assert max(sizes) - min(sizes) == (1 if samples == 13 else 0)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 8, 1000])
