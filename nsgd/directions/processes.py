@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nsgd.curvature.hessian import HVP
-from nsgd.directions.shards import is_sharded, mesh_groups
+from nsgd.directions.shards import is_sharded, mesh_groups, same_in
 
 # Share of the largest inner product by which those of two processes may differ and still be the same but for rounding.
 _ALIKE = 1e-3
@@ -106,12 +106,7 @@ def mean(value: float, device: torch.device) -> float:
 
 def alike(value: int, device: torch.device) -> bool:
     """Whether a number is the same in all processes; waits for them."""
-    if world() == 1:
-        return True
-    bounds = torch.tensor([value, -value], device=device)
-    distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
-    high, low = bounds.tolist()
-    return bool(high == -low)
+    return world() == 1 or same_in(value, device)
 
 
 @contextmanager

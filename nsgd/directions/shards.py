@@ -105,15 +105,18 @@ def everywhere(flag: Tensor, owners: Sequence[Tensor]) -> Tensor:
     return number.bool()
 
 
+def same_in(number: int, device: torch.device, group: Any = None) -> bool:
+    """Whether a number is the same in all processes of a group, torch's default one if None; waits for them."""
+    bounds = torch.tensor([number, -number], device=device)
+    distributed.all_reduce(bounds, distributed.ReduceOp.MAX, group=group)
+    high, low = bounds.tolist()
+    return bool(high == -low)
+
+
 def same_everywhere(number: int, params: Sequence[Tensor]) -> bool:
     """Whether a number is the same in all processes that hold shards; waits for them."""
     sharded = [p for p in params if is_sharded(p)]
-    if not sharded:
-        return True
-    bounds = torch.tensor([number, -number], device=sharded[0].device)
-    distributed.all_reduce(bounds, distributed.ReduceOp.MAX, group=_shard_group(sharded[0]))
-    high, low = bounds.tolist()
-    return bool(high == -low)
+    return not sharded or same_in(number, sharded[0].device, _shard_group(sharded[0]))
 
 
 def to_save(rows: Tensor, param: Any) -> Tensor:
