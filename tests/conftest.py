@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from nsgd.directions import samples
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub, which would be asked again and again
 
 Forward = Callable[..., Tensor]  # the model, or a functional call of it
@@ -300,6 +302,22 @@ def noisy():
 def averaging_is_free(monkeypatch):
     """What refreshes from samples cost is the samples' gradients alone; what averaging adds has tests of its own."""
     monkeypatch.setattr("nsgd.directions.directions.averaging_share", lambda **sizes: 0.0)
+
+
+@pytest.fixture
+def groups_at_once(monkeypatch):
+    """How many groups of samples each call of vmap takes, in order."""
+    sizes, run = [], samples.vmap
+
+    def seen(function, **options):
+        def inner(*args):
+            sizes.append(len(args[-1]))
+            return run(function, **options)(*args)
+
+        return inner
+
+    monkeypatch.setattr(samples, "vmap", seen)
+    return sizes
 
 
 @pytest.fixture(autouse=True)

@@ -254,20 +254,11 @@ def test_both_ways_give_the_same_directions(make_trainer, random_state, monkeypa
         torch.testing.assert_close(torch.tensor(found["tensors"][name]), torch.tensor(value), rtol=0, atol=1e-4)
 
 
-def test_a_chunk_size_says_how_many_are_taken_at_once(make_trainer, random_state, monkeypatch):
-    sizes, run = [], samples.vmap
+def test_a_chunk_size_says_how_many_are_taken_at_once(make_trainer, random_state, groups_at_once):
 
-    def seen(function, **options):
-        def inner(*args):
-            sizes.append(len(args[-1]))
-            return run(function, **options)(*args)
-
-        return inner
-
-    monkeypatch.setattr(samples, "vmap", seen)
     make = partial(NSGD, **SETTINGS, k=3, gamma=0.1, refresh_every=8)
     fit(make_trainer, random_state, Classes, make, [RefreshDirections(8, chunk_size=3)])
-    assert sizes == [3, 3, 2]
+    assert groups_at_once == [3, 3, 2]
     with pytest.raises(ValueError, match="expected a chunk_size of at least 1, or None for what 1 GiB holds, got 0"):
         RefreshDirections(chunk_size=0)
 

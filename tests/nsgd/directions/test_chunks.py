@@ -25,18 +25,9 @@ def test_gradients_are_the_same_whatever_the_chunk_size(net, group_size, chunk_s
     assert_equal(gradient_moment(losses, case.params), expected, 1e-12)
 
 
-def test_so_many_groups_are_computed_at_once(monkeypatch):
-    case, sizes = Case(), []
-    run = samples.vmap
+def test_so_many_groups_are_computed_at_once(monkeypatch, groups_at_once):
+    case = Case()
 
-    def seen(function, **options):
-        def inner(*args):
-            sizes.append(len(args[-1]))
-            return run(function, **options)(*args)
-
-        return inner
-
-    monkeypatch.setattr(samples, "vmap", seen)
     for chunk_size in (4, None):
         gradient_moment(sample_losses(case.loss, case.x, case.y, module=case.model, chunk_size=chunk_size), case.params)
     size = sum(p.numel() for p in case.params)
@@ -44,7 +35,7 @@ def test_so_many_groups_are_computed_at_once(monkeypatch):
     gradient_moment(case.losses(), case.params)
     monkeypatch.setattr(samples, "_MOST_AT_ONCE", size // 2)
     gradient_moment(case.losses(), case.params)
-    assert sizes == [4, 4, 2, 10, 3, 3, 3, 1, *[1] * 10]
+    assert groups_at_once == [4, 4, 2, 10, 3, 3, 3, 1, *[1] * 10]
 
 
 def peak_memory(action):
