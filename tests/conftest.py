@@ -301,7 +301,7 @@ def noisy():
 @pytest.fixture
 def averaging_is_free(monkeypatch):
     """What refreshes from samples cost is the samples' gradients alone; what averaging adds has tests of its own."""
-    monkeypatch.setattr("nsgd.directions.directions.averaging_share", lambda **sizes: 0.0)
+    monkeypatch.setattr("nsgd.directions.refresh.averaging_share", lambda **sizes: 0.0)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from nsgd.directions.differences import chosen
 from nsgd.directions.directions import Directions, check_size
 from nsgd.directions.flat import Block
 from nsgd.directions.processes import flag_of_the_first
+from nsgd.directions.refresh import refresh
 from nsgd.directions.shards import check_shards, is_sharded
 from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions, check_factors
 
@@ -259,7 +260,7 @@ class Damped(Optimizer):
         self._directions.arrange(self._curvature_params())
         maximize = bool(self.param_groups[0].get("maximize", False))
         with self._directions.timed_refresh():
-            return self._directions.refresh(loss, scale, batch_fraction, maximize=maximize)
+            return refresh(self._directions, loss, scale, batch_fraction, maximize=maximize)
 
     # -- diagnostics -----------------------------------------------------------------------------------------
 

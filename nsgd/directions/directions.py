@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,39 +12,20 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
-from nsgd.curvature.hessian import Closure, Losses
-from nsgd.curvature.vectors import is_finite, split, vector_dtype
+from nsgd.curvature.vectors import split, vector_dtype
 from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of
 from nsgd.directions.pace import Pace, settled_interval
 from nsgd.directions.processes import (
-    alike,
-    gathered,
-    inner_modules_only,
-    mean,
-    of_the_first,
-    together,
     world,
 )
-from nsgd.directions.products import Spent, eigenpairs_of
-from nsgd.directions.random_basis import random_basis
-from nsgd.directions.running_average import Average, follow
-from nsgd.directions.sample_average import Past, cleaned, fold
-from nsgd.directions.samples import checked_groups, write_gradients
+from nsgd.directions.sample_average import Past
 from nsgd.directions.schedule import Counts, refresh_due
-from nsgd.directions.shards import check_shards, is_sharded, parts_of
-from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
-from nsgd.options import FROM_TRAINING, DampingOptions, Estimator
+from nsgd.directions.shards import check_shards, parts_of
+from nsgd.options import FROM_TRAINING, DampingOptions
 
-# Of the last directions in their running average with gradients of 32 samples, which alone are mostly noise
-# (benchmarks/results/tracking.csv). Products on a sample stand for themselves.
-_DECAY = 0.95
-
-# Eigenvalues below this share of the largest, or below their residual, may be rounding, or a flat direction.
-_CERTAIN = 1e-3
-
-_NOT_FINITE = "the loss is NaN or infinite, or its gradient is; no curvature can be taken there"
+NOT_FINITE = "the loss is NaN or infinite, or its gradient is; no curvature can be taken there"
 
 
 class Directions:
@@ -67,11 +48,11 @@ class Directions:
         self.differences: Differences | None = None  # until the first refresh from a second look at the loss
         if options.solver in FROM_TRAINING:
             self.differences = Differences()
-        self.past = _nothing()
+        self.past = Past(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
         self.last_step: dict[str, Tensor] = {}  # coefficients (k,), squared norm, mean square outside the basis
-        self._overlap = torch.tensor(math.nan)
-        self._outcome: OnHost | None = None  # whether the last refresh was any good, while the host has not asked
-        self._complete = True  # whether every parameter has had a refresh
+        self.last_overlap = torch.tensor(math.nan)
+        self.outcome: OnHost | None = None  # whether the last refresh was any good, while the host has not asked
+        self.complete = True  # whether every parameter has had a refresh
         self._key: tuple[Any, ...] = ()
         self._warned: set[str] = set()
 
@@ -134,7 +115,7 @@ class Directions:
                 if id(p) in known:
                     block.view(block.basis, i).copy_(known[id(p)])
                 elif self.rank:
-                    self._complete = False
+                    self.complete = False
 
     def by_parameter(self) -> dict[int, Tensor]:
         """The directions along each parameter, (r, *shape), by its identity; empty where there are none."""
@@ -179,7 +160,7 @@ class Directions:
             for block in self.blocks:
                 block.basis = block.rows(self.options.k)
         self.weights, overlap = self.differences.fold(self.blocks, self.weights, self.options.step_decay)
-        self._overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
+        self.last_overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
         self.counts.refreshes += 1
         self.counts.refreshed_at = self.counts.steps
 
@@ -219,116 +200,8 @@ class Directions:
         known = self.rank > 0 and self.differences is None
         return refresh_due(self.counts, self.options, known=known, alarm=self.alarm.is_on())
 
-    def refresh(
-        self, loss: Tensor | Closure | Losses, scale: float, batch_fraction: float, *, maximize: bool = False
-    ) -> bool:
-        """Estimate the directions anew, and average them with the last ones; see the optimizer's ``refresh``."""
-        self._learn_outcome()
-        if self.options.solver == "differences":
-            raise ValueError(
-                "expected no curvature with solver='differences', which takes directions from training gradients "
-                "alone, got some; leave it out, or take solver='auto', which goes by the curvature once it is given any"
-            )
-        params = [p for block in self.blocks for p in block.params]
-        if not any(p.requires_grad for p in params):
-            raise ValueError("expected a parameter that requires a gradient in a group with curvature=True, got none")
-        if any(map(is_sharded, params)):
-            raise ValueError(
-                "expected parameters that are whole in each process for directions from curvature, got sharded ones; "
-                "leave curvature out: differences of training gradients need no more than shards"
-            )
-        device = self.blocks[0].device
-        with together(device):
-            for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
-                if not 0 < value < math.inf:
-                    raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
-            check_size(self.options.k, params)
-            if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
-                loss = list(loss)
-            groups = None if self.options.solver == "random" else _groups(self.options.solver, loss)
-        # What a refresh costs is counted alike, so that the next one is due at the same step everywhere.
-        batch_fraction = mean(batch_fraction, device)
-        if not alike(groups is not None, device):
-            raise ValueError(
-                "expected curvature of one kind in all processes, got groups of samples in some and a loss in others; "
-                "pass groups of samples in each of them"
-            )
-        if self.options.solver == "random":
-            self._draw(params, batch_fraction)
-            return True
-        if groups is not None:
-            return self._follow_samples(groups, params, scale, batch_fraction)
-        spent = Spent()
-        signed = -scale if maximize else scale  # ascent on f is descent on -f
-        try:
-            values, vectors, residuals = eigenpairs_of(
-                loss, params, self.options, spent, scale=signed, seed=self.counts.steps
-            )
-        except FloatingPointError as error:
-            spent.count(self.counts, batch_fraction)
-            self._skip(self.counts.steps, str(error), depth=5)
-            return False
-        spent.count(self.counts, batch_fraction)
-        self._leave_differences()
-        weights, averaged = self._averaged((values, vectors), params)
-        damped = values > torch.maximum(residuals, _CERTAIN * values.abs().max())
-        if averaged is not vectors:
-            averaged, weights = of_the_first(device, averaged, weights)
-            damped = weights > 0
-        self.take(weights, averaged, params, values.tolist(), damped)
-        return True
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _follow_samples(self, groups: Losses, params: list[Tensor], scale: float, batch_fraction: float) -> bool:
-        """Average the gradients of groups of samples with the last directions, without waiting for the device.
-
-        Memory: a row of gradients for each group, of all processes. Where they are not finite the last directions stay.
-        On the CPU that is known at once; elsewhere on the device alone, and to the host when somebody asks, or at the
-        next refresh.
-        """
-        home = self.blocks[0].device
-        counter = None if self.counts.sample_flops else ForwardFlops()
-        with together(home), inner_modules_only():
-            groups = checked_groups(groups)
-            own = [torch.empty(len(groups), b.size, dtype=b.dtype, device=b.device) for b in self.blocks]
-            views = [b.view(row, i) for b, row in zip(self.blocks, own, strict=True) for i in range(len(b.params))]
-            losses, counted = write_gradients(groups, params, views, scale=scale, forward=counter)
-        size, samples = sum(block.size for block in self.blocks), int(counted.sum())
-        if counter is not None:
-            self.counts.sample_flops = mean(sample_flops(counter, samples, size), home)
-        shares = (counted / samples).to(home, _small_dtype(home), non_blocking=True)  # every process counts alike
-        # A group without a label is left out, but a process without any has met a NaN: then all of them skip.
-        losses = torch.where(losses.isnan().all(), math.inf, losses)
-        losses, shares, *rows = gathered(losses, shares, *own)
-        spent = Spent()
-        share = averaging_share(
-            groups=len(shares), samples=samples, k=self.options.k, size=size, flops=self.counts.sample_flops
-        )
-        spent.gradients += mean(share, home)
-        spent.count(self.counts, batch_fraction)
-        new = cleaned(rows, losses, shares)
-        if _is_known_at_once(home) and not new.good:
-            self._skip(self.counts.steps, _NOT_FINITE, depth=8)
-            return False
-        self._leave_differences()
-        follows = self.rank > 0 and not self.eigenvalues and self._complete  # moments and eigenvalues do not add up
-        past = self.past if follows else _nothing(home)
-        last, damped = self.weights, self.weights > 0 if self.damped is None else self.damped
-        decay = _DECAY if self.options.decay is None else self.options.decay
-        folded = fold(self.blocks, rows, new, last, past, decay=decay, k=self.options.k)
-        self.past = folded.past
-        self.weights = folded.weights
-        damped = torch.cat([damped, damped.new_zeros(len(self.weights) - len(damped))])
-        self.damped = torch.where(new.good, self.weights > 0, damped)
-        overlap = folded.overlap if len(last) else torch.full_like(folded.overlap, math.nan)
-        self._overlap = torch.where(new.good, overlap, self._overlap.to(overlap, non_blocking=True))
-        self._note_change([])
-        if not _is_known_at_once(home):
-            self._outcome = OnHost(new.good)
-        return True
-
-    def _skip(self, step: int, why: str, depth: int) -> None:
+    def skip(self, step: int, why: str, depth: int) -> None:
+        """Count a refresh as skipped, and say so once."""
         self.counts.skipped_refreshes += 1
         self.warn_once(
             "nan",
@@ -337,14 +210,15 @@ class Directions:
             depth,
         )
 
-    def _learn_outcome(self) -> None:
+    def learn_outcome(self) -> None:
         """Count the last refresh as skipped, if it was; waits for the device where that has not come so far."""
-        outcome, self._outcome = self._outcome, None
+        outcome, self.outcome = self.outcome, None
         if outcome is not None and not outcome.is_true():
             self.counts.refreshes -= 1
-            self._skip(self.counts.refreshed_at, _NOT_FINITE, depth=8)
+            self.skip(self.counts.refreshed_at, NOT_FINITE, depth=8)
 
-    def _leave_differences(self) -> None:
+    def leave_differences(self) -> None:
+        """Go by a second look at the loss from now on, and no longer by training gradients."""
         if self.differences is not None and self.rank:
             self.warn_once(
                 "source",
@@ -358,36 +232,10 @@ class Directions:
 
     def _forget(self) -> None:
         self.weights, self.damped = self.weights[:0], None
-        self.eigenvalues, self._overlap = [], torch.tensor(math.nan)
+        self.eigenvalues, self.last_overlap = [], torch.tensor(math.nan)
         self.last_step.clear()
         for block in self.blocks:
             block.basis = block.rows(0)
-
-    def _draw(self, params: list[Tensor], batch_fraction: float) -> None:
-        counts = self.counts
-        counts.attempted_at = counts.steps
-        counts.spared_gradients += batch_fraction
-        # A function of the count, so that a resumed run draws what an uninterrupted one does.
-        seed = (self.options.seed * 1_000_003 + counts.refreshes) % 2**63
-        basis = random_basis(params, k=self.options.k, seed=seed)
-        (basis,) = of_the_first(self.blocks[0].device, basis)
-        ones = torch.ones(len(basis))  # weights that have them damped, and say no more
-        self.take(ones, basis, params, [], ones > 0)
-
-    def _averaged(self, estimate: tuple[Tensor, Tensor], params: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Eigenpairs averaged with the last ones: weights (r,), orthonormal rows (r, P)."""
-        decay = self.options.decay or 0.0
-        if decay == 0:  # they stand for themselves, also the zeros among them
-            return estimate
-        last = None
-        if self.rank and self.eigenvalues and self._complete:  # moments of gradients and eigenvalues do not add up
-            vectors = self.along(params).to(estimate[1])
-            if is_finite(vectors):
-                past = int(self.past.count), float(self.past.usual)
-                last = Average(self.weights.cpu().double(), vectors, *past)
-        now = follow(last, estimate, decay=decay, k=self.options.k, which=self.options.which)
-        self.past = Past(torch.tensor(float(now.count)), torch.tensor(now.usual, dtype=torch.float64))
-        return now.weights, now.vectors
 
     def take(
         self, weights: Tensor, vectors: Tensor, params: Sequence[Tensor], eigenvalues: list[float], damped: Tensor
@@ -412,17 +260,17 @@ class Directions:
         assert shared is not None
         there = (self.weights != 0).sum() if not self.eigenvalues else torch.tensor(self.rank)
         fewer = there.clamp(min=1, max=max(1, len(weights)))
-        self._overlap = shared.square().sum() / fewer if self.rank else torch.tensor(math.nan)
+        self.last_overlap = shared.square().sum() / fewer if self.rank else torch.tensor(math.nan)
         self.weights, self.damped = weights.detach().clone(), damped
-        self._note_change(eigenvalues)
+        self.note_change(eigenvalues)
 
-    def _note_change(self, eigenvalues: list[float]) -> None:
+    def note_change(self, eigenvalues: list[float]) -> None:
         """Called when there are new directions."""
         self.alarm = Alarm()
         for name in ("coefficients", "squared_norm"):
             self.last_step.pop(name, None)
         self.eigenvalues = eigenvalues
-        self._complete = True
+        self.complete = True
         self._move()
         self.counts.refreshed_at = self.counts.steps
         self.counts.refreshes += 1
@@ -432,13 +280,13 @@ class Directions:
     @property
     def known_counts(self) -> Counts:
         """The counts, with what came of the last refresh; waits for the device where that is still under way."""
-        self._learn_outcome()
+        self.learn_outcome()
         return self.counts
 
     @property
     def overlap(self) -> float:
         """Mean squared cosine between the last two bases; NaN before the second; one sync."""
-        return float(self._overlap)
+        return float(self.last_overlap)
 
     @property
     def alignment(self) -> float:
@@ -457,7 +305,7 @@ class Directions:
     # -- copies and checkpoints ------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        self._learn_outcome()
+        self.learn_outcome()
         return {**self.__dict__, "_key": (), "alarm": Alarm(self.alarm.is_on())}  # identities are of this process
 
     def saved(self) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
@@ -490,12 +338,12 @@ class Directions:
         """Take over what :meth:`saved` gave; the blocks are those of the parameters now."""
         self.counts = Counts(**{name: values[name] for name in vars(self.counts) if name in values})
         self._forget()
-        self._outcome = None
+        self.outcome = None
         held = (float(values.get(name, 0.0)) for name in ("averaged", "trace"))
         self.past = Past(*(torch.tensor(value, dtype=torch.float64) for value in held))
         self.pace = Pace()
         self.alarm = Alarm(bool(values.get("alarm", False)))
-        self._complete = True
+        self.complete = True
         known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
         given = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
         training = values.get("differences", self.options.solver in FROM_TRAINING and not given)
@@ -504,14 +352,14 @@ class Directions:
         self.differences = Differences() if training else None
         if self.differences is not None:
             self.differences.passes.watch(self.blocks)
-        mean = values.get("mean_square", math.nan)
-        if not math.isnan(mean):
-            self.last_step["mean_square"] = torch.tensor(mean, dtype=torch.float64)
+        mean_square = values.get("mean_square", math.nan)
+        if not math.isnan(mean_square):
+            self.last_step["mean_square"] = torch.tensor(mean_square, dtype=torch.float64)
         if known:
             self.weights = torch.tensor(values["weights"], dtype=torch.float64)
             self.damped = None if values["damped"] is None else torch.tensor(values["damped"], dtype=torch.bool)
             self.eigenvalues = list(values["eigenvalues"])
-            self._overlap = torch.tensor(values["overlap"], dtype=torch.float64)
+            self.last_overlap = torch.tensor(values["overlap"], dtype=torch.float64)
             self._fill(known)
         elif self.differences is None:
             self.counts.attempted_at = -1  # the next step refreshes
@@ -521,31 +369,9 @@ class Directions:
         self.end_step()
 
 
-def _groups(solver: Estimator, loss: Tensor | Closure | Losses) -> Losses | None:
-    """The losses of groups of samples, where the directions come from their gradients; None where from products."""
-    if not isinstance(loss, list):
-        if solver == "gradients":
-            raise ValueError(
-                f"solver='gradients' expected a list of losses of groups of samples, got a {type(loss).__name__}; "
-                "pass curvature=nsgd.sample_losses(lambda x, y: loss_fn(model(x), y), x, y), or take solver='lanczos'"
-            )
-        return None
-    return loss if solver == "gradients" or (solver == "auto" and len(loss) > 1) else None
-
-
 def _small_dtype(device: torch.device) -> torch.dtype:
     """In what small tensors are kept: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _is_known_at_once(device: torch.device) -> bool:
-    """Whether the host may read what lies there without a wait."""
-    return device.type == "cpu"
-
-
-def _nothing(device: torch.device | None = None) -> Past:
-    dtype = torch.float64 if device is None else _small_dtype(device)
-    return Past(*(torch.zeros((), dtype=dtype, device=device) for _ in range(2)))
 
 
 @full_precision

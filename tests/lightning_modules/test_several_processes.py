@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import nsgd.directions.directions
+import nsgd.directions.refresh
 from lightning_modules import RefreshDirections
 from nsgd import NSGD
 
@@ -76,7 +76,7 @@ def as_lightning_starts_them(rank: int, world: int) -> dict[str, Any]:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # few workers
     # Each process averages the samples of all, for gradients of its own alone: counted, it is not one process's price.
-    nsgd.directions.directions.averaging_share = lambda **sizes: 0.0
+    nsgd.directions.refresh.averaging_share = lambda **sizes: 0.0
     results = {way: fitted(rank, world, Small(options), callback) for way, (options, callback) in WAYS.items()}
     options, callback = WAYS["samples"]
     results["one by one"] = fitted(rank, world, Small(options, at_once=False), callback)

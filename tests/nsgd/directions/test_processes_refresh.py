@@ -148,7 +148,7 @@ def uneven(rank: int, world: int) -> list[Any]:
     """
     jump = nsgd.damping.step.jump
     nsgd.damping.step.jump = lambda *args: (torch.tensor(rank == 1), jump(*args)[1])
-    nsgd.directions.directions.averaging_share = lambda **sizes: 0.2 * rank
+    nsgd.directions.refresh.averaging_share = lambda **sizes: 0.2 * rank
     Pace.is_known = False  # refreshes go by the count
     results = []
     for samples in (4 + rank, 2 + 3 * rank):

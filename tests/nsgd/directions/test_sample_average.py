@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nsgd import NSGD, sample_losses
 from nsgd.curvature import guard, low_rank
 from nsgd.curvature.small import inverse_root, orthogonal_iteration
-from nsgd.directions import directions
+from nsgd.directions import refresh
 from nsgd.directions.flat import blocks_of
 from nsgd.directions.sample_average import Cleaned, Past, cleaned, fold
 
@@ -204,7 +204,7 @@ def test_neither_a_refresh_nor_a_step_reads_a_value(monkeypatch, at_once):
     """On meta tensors, which have none: whatever the host asked them would raise."""
     state = guard.RandomState
     monkeypatch.setattr(guard, "RandomState", lambda device: state(None))
-    monkeypatch.setattr(directions, "OnHost", lambda good: None)
+    monkeypatch.setattr(refresh, "OnHost", lambda good: None)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to("meta")
     optimizer = NSGD(model.parameters(), lr=0.1, k=4, solver="gradients", refresh_every=2)
     x, y = torch.empty(6, 6, device="meta"), torch.empty(6, device="meta", dtype=torch.long)
@@ -221,7 +221,7 @@ class OnDevice:
     """A run whose device the host does not read at once, as if it were an accelerator."""
 
     def __init__(self, monkeypatch, refresh_every=1):
-        monkeypatch.setattr(directions, "_is_known_at_once", lambda device: False)
+        monkeypatch.setattr(refresh, "_is_known_at_once", lambda device: False)
         self.weight = nn.Parameter(torch.zeros(8, dtype=torch.float64))
         self.optimizer = NSGD([self.weight], lr=0.1, k=3, refresh_every=refresh_every)
 
@@ -273,7 +273,7 @@ def test_directions_are_the_same_whether_the_host_reads_or_not(monkeypatch):
     for known in (True, False):
         run = OnDevice(monkeypatch)
         if known:
-            monkeypatch.setattr(directions, "_is_known_at_once", lambda device: True)
+            monkeypatch.setattr(refresh, "_is_known_at_once", lambda device: True)
         for seed in range(4):
             run.refresh(seed)
         states.append(run.state())

@@ -90,7 +90,7 @@ def test_flops_are_counted_once_and_kept(monkeypatch):
     model, losses, _ = losses_of("cnn", at_once=True)
     optimizer, resumed = (NSGD(model.parameters(), lr=0.1, k=4, solver="gradients") for _ in range(2))
     optimizer.refresh(losses)
-    monkeypatch.setattr("nsgd.directions.directions.ForwardFlops", None)  # would raise
+    monkeypatch.setattr("nsgd.directions.refresh.ForwardFlops", None)  # would raise
     optimizer.refresh(losses)
     resumed.load_state_dict(optimizer.state_dict())
     resumed.refresh(losses)
