@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from lightning_modules.nets import resnet
-from lightning_modules.rows import read_csv, write_csv
-from lightning_modules.transformers import vision_transformer
+from lightning_modules.models.nets.resnet import resnet
+from lightning_modules.models.nets.transformers import vision_transformer
+from lightning_modules.support.files import read_csv, write_csv
 from nsgd import Eigenpairs, sample_losses, top_eigenpairs
 from nsgd.curvature.low_rank import low_rank
 from nsgd.directions.samples import gradient_moment

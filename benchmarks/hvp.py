@@ -26,9 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.profiler import profile
 
-from lightning_modules.nets import make_net, resnet
-from lightning_modules.rows import write_csv
-from lightning_modules.transformers import vision_transformer
+from lightning_modules.models.nets.named import make_net
+from lightning_modules.models.nets.resnet import resnet
+from lightning_modules.models.nets.transformers import vision_transformer
+from lightning_modules.support.files import write_csv
 from nsgd.curvature.hessian import loss_hessian
 from nsgd.curvature.vectors import flatten, split
 

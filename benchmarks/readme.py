@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightning_modules.methods import RECIPES
-from lightning_modules.rows import read_csv
+from lightning_modules.study.methods import RECIPES
+from lightning_modules.support.files import read_csv
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_modules.nets import make_net, resnet
-from lightning_modules.rows import write_csv
+from lightning_modules.models.nets.named import make_net
+from lightning_modules.models.nets.resnet import resnet
+from lightning_modules.support.files import write_csv
 from nsgd import NSGD, sample_losses
 from nsgd.directions.differences import ROWS
 

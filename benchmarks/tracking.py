@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lightning_modules.rows import write_csv
+from lightning_modules.support.files import write_csv
 from nsgd import NSGD, Eigenpairs, backward_in_chunks, sample_losses, top_eigenpairs
 from nsgd.curvature.hessian import Losses, loss_hessian
 from nsgd.directions.directions import Directions

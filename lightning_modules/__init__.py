@@ -6,29 +6,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_modules.averages import ReadOuts as ReadOuts
-    from lightning_modules.callbacks import AveragingExperiment as AveragingExperiment
-    from lightning_modules.callbacks import BatchQuadratic as BatchQuadratic
-    from lightning_modules.callbacks import SharpnessMonitor as SharpnessMonitor
-    from lightning_modules.callbacks import ValleyWalk as ValleyWalk
+    from lightning_modules.callbacks.averages import ReadOuts as ReadOuts
+    from lightning_modules.callbacks.measurements import AveragingExperiment as AveragingExperiment
+    from lightning_modules.callbacks.measurements import BatchQuadratic as BatchQuadratic
+    from lightning_modules.callbacks.measurements import SharpnessMonitor as SharpnessMonitor
+    from lightning_modules.callbacks.measurements import ValleyWalk as ValleyWalk
+    from lightning_modules.callbacks.measurements.measurement import Measurement as Measurement
     from lightning_modules.callbacks.refresh import RefreshDirections as RefreshDirections
     from lightning_modules.callbacks.write_averages import WriteAverages as WriteAverages
-    from lightning_modules.classifier import Classifier as Classifier
-    from lightning_modules.data import Digits as Digits
-    from lightning_modules.data import HuggingFace as HuggingFace
-    from lightning_modules.language import Characters as Characters
-    from lightning_modules.language import LanguageModel as LanguageModel
-    from lightning_modules.sharpness_aware import SharpnessAware as SharpnessAware
+    from lightning_modules.data.characters import Characters as Characters
+    from lightning_modules.data.digits import Digits as Digits
+    from lightning_modules.data.hugging_face import HuggingFace as HuggingFace
+    from lightning_modules.data.images import ImageData as ImageData
+    from lightning_modules.data.images import Images as Images
+    from lightning_modules.models.classifier import Classifier as Classifier
+    from lightning_modules.models.language import LanguageModel as LanguageModel
+    from lightning_modules.models.sharpness_aware import SharpnessAware as SharpnessAware
 
 _HOMES = {
-    "averages": ("ReadOuts",),
-    "callbacks": ("AveragingExperiment", "BatchQuadratic", "SharpnessMonitor", "ValleyWalk"),
+    "callbacks.averages": ("ReadOuts",),
+    "callbacks.measurements": ("AveragingExperiment", "BatchQuadratic", "SharpnessMonitor", "ValleyWalk"),
+    "callbacks.measurements.measurement": ("Measurement",),
     "callbacks.refresh": ("RefreshDirections",),
     "callbacks.write_averages": ("WriteAverages",),
-    "classifier": ("Classifier",),
-    "data": ("Digits", "HuggingFace"),
-    "language": ("Characters", "LanguageModel"),
-    "sharpness_aware": ("SharpnessAware",),
+    "data.characters": ("Characters",),
+    "data.digits": ("Digits",),
+    "data.hugging_face": ("HuggingFace",),
+    "data.images": ("ImageData", "Images"),
+    "models.classifier": ("Classifier",),
+    "models.language": ("LanguageModel",),
+    "models.sharpness_aware": ("SharpnessAware",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -125,7 +125,7 @@ def test_the_tables_are_what_the_result_files_say():
 
 @pytest.mark.parametrize("command", ["compare", "escape", "fit", "test"])
 def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
-    from lightning_modules.cli import main
+    from lightning_modules.commands.main import main
 
     lines = " ".join(re.findall(rf"^nsgd {command} .*$", README, flags=re.M))
     flags = set(re.findall(r"--[a-z_.]+", lines)) - {"--help"}
@@ -144,7 +144,7 @@ def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
 def test_the_study_of_the_readme_is_one():
     (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, flags=re.M | re.S)
     from lightning_modules import Digits
-    from lightning_modules.study import Study
+    from lightning_modules.study.options import Study
 
     options = yaml.safe_load(text)
     assert options["data"]["class_path"] == "HuggingFace"

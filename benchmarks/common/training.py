@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from common import Data, small_cnn
-from lightning_modules.nets import resnet
-from lightning_modules.rows import read_csv, write_csv
+from lightning_modules.models.nets.resnet import resnet
+from lightning_modules.support.files import read_csv, write_csv
 from nsgd import NSGD, sample_losses
 
 SAMPLES = 32  # of the running batch, one by one, give the directions where the solver is "gradients"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from lightning_modules.callbacks.measurement import Measurement
+from lightning_modules.callbacks.measurements.measurement import Measurement
 from nsgd.damping.step import Damped
 
 

@@ -14,8 +14,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_modules.batch_loss import batch_loss, batch_losses, batch_size_of, is_cuttable, some_samples
-from lightning_modules.training_samples import in_batches, training_samples
+from lightning_modules.data.cutting import batch_size_of, is_cuttable, some_samples
+from lightning_modules.data.training_samples import in_batches, training_samples
+from lightning_modules.models.batch_loss import batch_loss, batch_losses
 from nsgd.damping.step import Damped
 from nsgd.directions.processes import alike
 from nsgd.directions.samples import SampleLosses, check_chunk_size

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from lightning_modules.averages import ReadOuts, calibration_batches
-from lightning_modules.paths import unused
+from lightning_modules.callbacks.averages import ReadOuts, calibration_batches
+from lightning_modules.support.files import unused
 
 _OTHERWISE = "take WriteAverages out"
 

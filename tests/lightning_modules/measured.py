@@ -13,11 +13,11 @@ from strangers import Smooth, classes, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_modules.callbacks.averaging import AveragingExperiment
-from lightning_modules.callbacks.measurement import Measurement
-from lightning_modules.callbacks.quadratic import BatchQuadratic
-from lightning_modules.callbacks.sharpness import SharpnessMonitor
-from lightning_modules.callbacks.valley import ValleyWalk
+from lightning_modules.callbacks.measurements.averaging import AveragingExperiment
+from lightning_modules.callbacks.measurements.measurement import Measurement
+from lightning_modules.callbacks.measurements.quadratic import BatchQuadratic
+from lightning_modules.callbacks.measurements.sharpness import SharpnessMonitor
+from lightning_modules.callbacks.measurements.valley import ValleyWalk
 
 Make = Callable[..., Measurement]
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules import Digits
-from lightning_modules.compare import run_study
-from lightning_modules.methods import NSGDOptions
-from lightning_modules.score import Score
-from lightning_modules.study import Study
+from lightning_modules.study.compare import run_study
+from lightning_modules.study.methods import NSGDOptions
+from lightning_modules.study.options import Study
+from lightning_modules.study.score import Score
 
 ACCURACY = Score("val_accuracy", "max")
 MEASURES = ("test_accuracy", "val_accuracy", "train_loss")  # of our classifier

@@ -1,0 +1,176 @@
+"""Weight averages as read-outs of one run: EMA, SWA and two points beside the last weights.
+
+An average is never a run of its own. All are gathered along the same trajectory, which they do not touch, and each
+is read out with BatchNorm statistics recalibrated on the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from lightning_modules.data.training_samples import in_batches, training_samples
+from lightning_modules.models.batch_loss import batch_losses
+from nsgd.curvature.guard import untouched
+
+ReadOut = Literal["last", "ema", "swa", "two-point"]
+READ_OUTS: tuple[ReadOut, ...] = get_args(ReadOut)
+
+
+class ReadOuts(pl.Callback):
+    """Gather averages of the weights while a module trains; training itself stays bit-identical.
+
+    Args:
+        ema_decay: Decay of the exponential moving average, updated every step; (1 + t) / (10 + t) while that is less.
+        swa_share: Share of the steps, at the end, that the uniform average (SWA) runs over, step by step.
+        two_point_share: Distance of the two averaged points, as a share of all steps; the second is the last.
+
+    A run whose number of steps is not known beforehand has the EMA only. Memory: three times the parameters. State is
+    saved in checkpoints.
+    """
+
+    def __init__(self, ema_decay: float = 0.99, swa_share: float = 0.25, two_point_share: float = 0.1) -> None:
+        for name, value in (("ema_decay", ema_decay), ("swa_share", swa_share), ("two_point_share", two_point_share)):
+            if not 0 < value < 1:
+                raise ValueError(f"expected {name} between 0 and 1, got {value}")
+        self.ema_decay, self.swa_share, self.two_point_share = ema_decay, swa_share, two_point_share
+        self._averages: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, int] = {}
+        self._seen = 0  # optimizer steps
+        self._training: list[bool] | None = None  # modes of all modules in the last of them
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the weights in after every optimizer step."""
+        step = trainer.global_step
+        if step == self._seen:
+            return
+        self._seen = step
+        self._training = [m.training for m in pl_module.modules()]
+        # Without a warm-up a short run would read out its initial weights.
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        self._update("ema", pl_module, get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+        total = trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:  # a run of unknown length has no last share
+            return
+        if step > total * (1 - self.swa_share):
+            self._update("swa", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+        if step == max(1, round(total * (1 - self.two_point_share))):
+            self._update("two-point", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _update(self, name: str, module: pl.LightningModule, average: Any) -> None:
+        current = [p.detach() for p in module.parameters()]
+        if name not in self._averages:
+            self._averages[name] = [p.clone() for p in current]
+        else:
+            average(self._averages[name], current, self._counts[name])
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    @property
+    def available(self) -> list[ReadOut]:
+        """The read-outs that have been gathered; an average that never began is not among them."""
+        return [name for name in READ_OUTS if name == "last" or name in self._averages]
+
+    @contextmanager
+    def applied(
+        self, name: ReadOut, module: pl.LightningModule, calibration: Iterable[Any] | None = None
+    ) -> Iterator[pl.LightningModule]:
+        """Hold the module at a read-out, in eval mode; its weights, buffers and modes are put back on leaving.
+
+        Args:
+            name: One of :attr:`available`.
+            module: The module that was trained.
+            calibration: Training batches, on the module's device, that BatchNorm statistics are taken from, by the
+                module's own training loss; without them those of the run are kept, which belong to its last weights.
+
+        Raises:
+            ValueError: If this read-out was not gathered.
+        """
+        if name not in self.available:
+            raise ValueError(f"expected a read-out among {', '.join(self.available)}, got {name!r}")
+        params = list(module.parameters())
+        last = [p.detach().clone() for p in params]
+        with untouched(module, device=module.device):
+            try:
+                if name != "last":
+                    values = self._averages[name]
+                    if name == "two-point":
+                        values = [(a + b.to(a)) / 2 for a, b in zip(values, last, strict=True)]
+                    _assign(params, values)
+                module.eval()
+                if calibration is not None:
+                    _recalibrate(module, calibration, self._training)
+                yield module
+            finally:
+                _assign(params, last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages so far."""
+        return {"averages": self._averages, "counts": self._counts, "seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with saved averages."""
+        self._averages, self._counts = state_dict["averages"], state_dict["counts"]
+        self._seen = state_dict["seen"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move loaded averages to the module's device."""
+        self._averages = {
+            name: [a.to(p.device) for a, p in zip(values, pl_module.parameters(), strict=True)]
+            for name, values in self._averages.items()
+        }
+
+
+@torch.no_grad()
+def _assign(params: list[torch.nn.Parameter], values: list[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
+
+
+def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, count: int, *, otherwise: str) -> Any:
+    """Training batches for BatchNorm statistics, the same for each read-out; None without BatchNorm.
+
+    Args and errors: as :func:`lightning_modules.data.training_samples.training_samples`; batches have at most 128
+    samples.
+    """
+    if not _norms(module):
+        return None
+    parts = in_batches(128)
+    return [batch for batch, _ in training_samples(trainer, module, count, seed=0, parts=parts, otherwise=otherwise)]
+
+
+def _norms(module: torch.nn.Module) -> list[Any]:
+    return [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def _recalibrate(module: pl.LightningModule, batches: Iterable[Any], training: Sequence[bool] | None) -> None:
+    """Take BatchNorm statistics anew, as the mean over batches, like ``torch.optim.swa_utils.update_bn``.
+
+    By the training loss, which any module has, and not by ``forward``, which need not be what it trains with. Layers
+    that training leaves alone, frozen in eval mode or in another network, keep theirs.
+    """
+    norms = [m for m in _norms(module) if m.track_running_stats]
+    with batch_losses(module) as loss, torch.no_grad():  # puts buffers, modes and momenta back
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # the mean over all batches
+        module.train()
+        if training is not None:
+            for m, mode in zip(module.modules(), training, strict=True):
+                m.training = mode
+        for i, batch in enumerate(batches):
+            loss(batch, i)
+        found = [dict(m.named_buffers(recurse=False)) for m in norms]
+    for m, statistics in zip(norms, found, strict=True):
+        if statistics["num_batches_tracked"] > 0:
+            for name, value in statistics.items():
+                getattr(m, name).copy_(value)

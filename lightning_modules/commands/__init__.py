@@ -1,0 +1,1 @@
+"""The ``nsgd`` command, a file for each of its commands."""

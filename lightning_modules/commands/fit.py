@@ -1,0 +1,278 @@
+"""``nsgd fit``, ``validate``, ``test`` and ``predict``: LightningCLI for any LightningModule, with NSGD in it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from rich.console import Console
+
+from lightning_modules.callbacks.measurements import make_measurements
+from lightning_modules.callbacks.predictions import WritePredictions
+from lightning_modules.callbacks.refresh import RefreshDirections
+from lightning_modules.callbacks.write_averages import WriteAverages
+from lightning_modules.commands.from_data import OWN_DATA, link_to_data, model_class, names, own_model, path_of
+from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
+from lightning_modules.commands.parsing.given_options import given_options
+from lightning_modules.models.classifier import Classifier
+from lightning_modules.report.measurements.report import write_measurements
+from lightning_modules.study.escape import EscapeStudy, run_escape
+from lightning_modules.support.files import unused
+from lightning_modules.support.progress import progress_bar
+from lightning_modules.support.quiet import ignore_lightning_noise
+from nsgd import damp
+from nsgd.damping.step import Damped
+from nsgd.options import FROM_TRAINING
+
+_LOADERS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+_DAMP_OPTIONS = [name for name in inspect.signature(damp).parameters if name != "optimizer"]
+
+
+def run_lightning(argv: list[str]) -> None:
+    """Run one of the four commands: its name, then its options.
+
+    Raises:
+        ValueError: In one sentence, if the options are bad.
+    """
+    ignore_lightning_noise()
+    # LightningCLI warns of what --optimizer is for; here it is said, and to users' own modules only.
+    warnings.filterwarnings("ignore", ".*configure_optimizers. will be overridden by.*")
+    # Every command logs to a folder of its own, so that nothing is overwritten.
+    warnings.filterwarnings("ignore", "The dirpath has changed from.*")
+    given = given_options(argv)
+    found = sys.argv
+    sys.argv = ["nsgd", *argv]  # LightningCLI takes its program name from there, and warns of arguments that differ
+    try:
+        _Commands(given)
+    except BadOption as error:
+        own = own_model(given)
+        classes = ({"model": own.__name__, "data": OWN_DATA[own].__name__} if own else {}) | given
+        said = one_sentence(str(error), command=f"nsgd {argv[0]}", options=error.options, classes=classes)
+        raise ValueError(said) from error
+    finally:
+        sys.argv = found
+
+
+class _Commands(LightningCLI):
+    """LightningCLI, with our data as a default for our models and refreshes for any damped optimizer."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = given
+        super().__init__(
+            parser_class=_Parser, save_config_callback=_SaveConfig, subclass_mode_model=True, seed_everything_default=0
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        help_ = f"damp whatever optimizer there is: options of nsgd.damp, {', '.join(_DAMP_OPTIONS)}"
+        parser.add_argument("--damp", type=dict[str, Any] | None, help=help_)
+        help_ = "with fit: what to measure on the way, any of sharpness,valley,quadratic,averaging,escape, or all"
+        parser.add_argument("--measure", type=str, default="", help=help_)
+        help_ = "gradients that each measurement may cost for each gradient of training"
+        parser.add_argument("--measure_overhead", type=float, default=0.15, help=help_)
+        parser.add_lightning_class_args(_RefreshIfDamped, "refresh")
+        parser.add_lightning_class_args(WritePredictions, "predictions")
+        logger = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+        parser.set_defaults({"trainer.logger": logger, "trainer.max_epochs": 20, "trainer.log_every_n_steps": 5})
+        # Not beside a class that is given: jsonargparse would hand it the options of the default, such as lr.
+        own = own_model(self.given)
+        data = None if own is None else path_of(OWN_DATA[own])
+        defaults = {"model": path_of(Classifier), "data": data}
+        parser.set_defaults({key: value for key, value in defaults.items() if key not in self.given})
+        kind = model_class(self.given)
+        if kind is not None and self.given.get("data", data) is not None:
+            link_to_data(parser, kind, self.given)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except BadOption as error:
+            error.options = tuple(self._subcommand_parsers[sys.argv[1]]._option_string_actions)
+            raise
+
+    def before_instantiate_classes(self) -> None:
+        path = self._chosen("ckpt_path")
+        if not path and self.subcommand != "fit":
+            raise ValueError(f"expected --ckpt_path, the checkpoint to {self.subcommand}, got none")
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
+        model = self._chosen("model").class_path
+        if "model" not in self.given and model not in names(Classifier):  # of the checkpoint
+            raise ValueError(
+                f"the checkpoint is of {model}; give the options that it was trained with, for example --config "
+                "lightning_logs/version_0/config.yaml"
+            )
+        unknown = [name for name in self._chosen("damp") or {} if name not in _DAMP_OPTIONS]
+        if unknown:
+            raise ValueError(f"expected options of --damp among {', '.join(_DAMP_OPTIONS)}, got {', '.join(unknown)}")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            missing_package = _find(error, ImportError)
+            if missing_package is None:
+                raise
+            said = " ".join(str(missing_package).split())
+            raise ValueError(f"expected a package that is not installed: {said}") from error
+        loader = _LOADERS[str(self.subcommand)]
+        if self.datamodule is None and not is_overridden(loader, self.model):
+            raise ValueError(f"expected --data, as {type(self.model).__name__} has no {loader} of its own, got none")
+        if self.subcommand == "fit" and self._chosen("optimizer") and not isinstance(self.model, tuple(OWN_DATA)):
+            rank_zero_info(
+                f"--optimizer takes the place of {type(self.model).__name__}.configure_optimizers and its schedules; "
+                "--damp would keep them"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise ValueError(f"bad --trainer options: {' '.join(str(error).split())}") from error
+
+    def before_fit(self) -> None:
+        names = [name.strip() for name in self._chosen("measure").split(",") if name.strip()]
+        self._escape = names == ["all"] or "escape" in names
+        names = [name for name in names if name != "escape"]
+        self._measurements = make_measurements(names, overhead=self._chosen("measure_overhead"))
+        self._callbacks[:0] = self._measurements
+        for callback in self._callbacks:
+            if isinstance(callback, _RefreshIfDamped):
+                callback.asked = any(name.startswith("refresh.") for name in self.given)
+        if self._chosen("damp") is not None:
+            self._callbacks.insert(0, _Damp(self._chosen("damp")))
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            self._report()
+        for callback in self._callbacks:
+            if isinstance(callback, WriteAverages):
+                self._validate_averages(callback)
+
+    def _report(self) -> None:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        if self._escape:  # no network's: the fifth of the papers' pictures, beside those of this run
+            print("Simulating escapes from a minimum, which takes a minute or two", flush=True)
+            with progress_bar(Console()) as update:
+                run_escape(EscapeStudy(), folder / "escape", update)
+        if self._escape or any(measurement.rows for measurement in self._measurements):
+            optimizers = ", ".join(type(optimizer).__name__ for optimizer in self.trainer.optimizers)
+            title = (
+                f"{type(self.model).__name__} with {optimizers}, {self.trainer.global_step} steps: what was measured"
+            )
+            print(f"Measurements: {write_measurements(folder, title=title)}")
+
+    def _validate_averages(self, averages: WriteAverages) -> None:
+        """Log what validation says of each read-out as ``ema/val_loss`` and the like, and print it."""
+        loggers, step = self.trainer.loggers, self.trainer.global_step
+        logged: dict[str, float] = {}
+        validates = self.trainer.enable_validation
+        self.trainer.loggers = []  # they would take the plain names for those of the last weights
+        for name, path in reversed(averages.paths.items()):  # the last weights at the end: they stay in the module
+            self.model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
+            found = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False) if validates else []
+            metrics = {key: value for loader in found for key, value in loader.items()}
+            logged |= {f"{name}/{key}": value for key, value in metrics.items()}
+            rank_zero_info(f"{path}: {', '.join(f'{key} {value:.4g}' for key, value in metrics.items())}")
+        self.trainer.loggers = loggers
+        for logger in loggers:
+            logger.log_metrics(logged, step=step)
+            logger.save()
+
+    @property
+    def _callbacks(self) -> list[pl.Callback]:
+        found: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+        return found
+
+    def _chosen(self, name: str) -> Any:
+        return self.config[self.subcommand][name]
+
+
+class _Parser(LightningArgumentParser):
+    """Takes options by their full names only, and leaves it to the caller to say what is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise BadOption(message) from ex
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Beside an earlier config.yaml, which a run without a logger meets, not in its place and not refusing to run."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # asks all processes
+        if folder is not None and not self.already_saved:
+            self.config_filename = unused(Path(folder) / self.config_filename).name
+        super().setup(trainer, pl_module, stage)
+
+
+class _RefreshIfDamped(RefreshDirections):
+    """The callback for a command that also takes optimizers without directions, or with those of training gradients."""
+
+    asked = False  # whether the command line has options of it
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        damped = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Damped)]
+        refreshed = [optimizer for optimizer in damped if _refreshes(optimizer)]
+        if self.asked and damped and not refreshed:
+            raise ValueError(
+                f"--refresh expected a solver that takes a second look at the loss, got {damped[0].options.solver!r}, "
+                "whose directions come from the gradients of training; add --optimizer.solver gradients (or lanczos), "
+                "with --damp --damp.solver gradients"
+            )
+        if refreshed:
+            super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what directions from training's own gradients are like."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Damped) and optimizer.from_training_gradients and optimizer.refreshes:
+                self._log(trainer, optimizer)
+
+    def _candidates(self, trainer: pl.Trainer) -> list[Any]:
+        return [o for o in super()._candidates(trainer) if not isinstance(o, Damped) or _refreshes(o)]
+
+
+def _refreshes(optimizer: Damped) -> bool:
+    return optimizer.options.solver not in FROM_TRAINING
+
+
+class _Damp(pl.Callback):
+    """Damp the optimizers that the module configures."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before their state is restored, which a checkpoint holds with the directions."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Damped):
+                raise ValueError(
+                    f"--damp expected an optimizer without directions, got {type(optimizer).__name__}; "
+                    "leave --damp out, or give another --optimizer"
+                )
+            damp(optimizer, **self.options)
+
+
+def _find(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The error of a kind that an error came from."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,75 @@
+"""What a model takes from its data on the command line, and the data that it has where none are given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from pydoc import locate
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from lightning_modules.data.characters import Characters
+from lightning_modules.data.digits import Digits
+from lightning_modules.models.classifier import Classifier
+from lightning_modules.models.language import LanguageModel
+
+OWN_DATA: dict[type, type] = {Classifier: Digits, LanguageModel: Characters}  # where no --data is given
+FROM_DATA = ("input_shape", "num_classes", "vocabulary")
+
+
+def own_model(given: Mapping[str, Any]) -> type | None:
+    """Which model of ours the given options mean, if it is one; the classifier where none is named."""
+    return next((kind for kind in OWN_DATA if (given.get("model") or "Classifier") in names(kind)), None)
+
+
+def model_class(given: Mapping[str, Any]) -> type | None:
+    """The class of the model that the given options mean; None where it cannot be imported."""
+    found = own_model(given) or locate(str(given["model"]))
+    return found if isinstance(found, type) else None
+
+
+def names(kind: type) -> tuple[str, str, str]:
+    """What a class of ours may be called."""
+    return kind.__name__, path_of(kind), f"{kind.__module__}.{kind.__name__}"
+
+
+def path_of(kind: type) -> str:
+    """The import path of a class of ours."""
+    return f"lightning_modules.{kind.__name__}"
+
+
+def link_to_data(parser: ArgumentParser, kind: type, given: Collection[str]) -> None:
+    """Have a parser take what the data know from them.
+
+    Args:
+        parser: With the options "data" and "model".
+        kind: Class of the model.
+        given: Names of the options that are given by hand, as "model.num_classes".
+    """
+    for name in FROM_DATA:
+        parameter = _parameter(kind, name)
+        # A link takes the option away, so there is none where it is given by hand.
+        if parameter is not None and f"model.{name}" not in given:
+            target, compute = f"model.init_args.{name}", _from_data(parameter)
+            parser.link_arguments("data", target, compute_fn=compute, apply_on="instantiate")
+
+
+def _parameter(kind: type, name: str) -> inspect.Parameter | None:
+    """A parameter of a class, also where it goes to a base as one of ``**kwargs``."""
+    for base in kind.__mro__:
+        parameters = inspect.signature(base).parameters
+        if name in parameters or all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            return parameters.get(name)
+    return None
+
+
+def _from_data(parameter: inspect.Parameter) -> Callable[[Any], Any]:
+    name = parameter.name
+
+    def from_data(data: Any) -> Any:
+        if not hasattr(data, name) and parameter.default is parameter.empty:
+            raise ValueError(f"expected --model.{name}, as {type(data).__name__} has no {name}, got none; give it")
+        return getattr(data, name, parameter.default)
+
+    return from_data

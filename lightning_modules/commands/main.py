@@ -1,0 +1,108 @@
+"""The ``nsgd`` command: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, ``compare``, ``escape``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_modules.commands.parsing import short_help
+
+HELP = """usage: nsgd COMMAND [options]
+
+NSGD, Nudged SGD: SGD that steps less along the sharpest directions of the loss.
+
+  compare    compare NSGD with SGD, and with weight averages, on real data: a table and a report
+  escape     let SGD, and NSGD, escape from a minimum, and compare with theory: a table and a report
+  fit        train any LightningModule with NSGD or any other optimizer
+  validate   evaluate a checkpoint on the validation data
+  test       evaluate a checkpoint on the test data
+  predict    write what a checkpoint predicts for the test data
+
+nsgd COMMAND --help shows the options of a command."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0; 2 for bad input, said in one sentence; 130 if interrupted."""
+    argv = list(sys.argv[1:] if args is None else args)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    path = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))  # for module files of the user's
+    try:
+        return _run(argv)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns an interrupt of its own loop into an exit.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        again = "; the same command keeps the finished runs and goes on" if argv[0] in ("compare", "escape") else ""
+        print(f"nsgd: interrupted{again}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        said = _said(error)
+        if said is None:
+            raise
+        print(f"nsgd: {' '.join(said.split())}", file=sys.stderr)
+        return 2
+    finally:
+        sys.path[:] = path
+
+
+def _run(argv: list[str]) -> int:
+    """Importing Lightning takes seconds, which help does without."""
+    command, *options = argv
+    if command in short_help.HELP and short_help.asks_short_help(argv):
+        print(short_help.HELP[command])
+        return 0
+    options = options[:-1] if options[-2:] == ["--help", "all"] else options
+    if command in short_help.LIGHTNING:
+        from lightning_modules.commands.fit import run_lightning
+
+        run_lightning([command, *options])
+        return 0
+    if command not in ("compare", "escape"):
+        known = ", ".join(("compare", *short_help.LIGHTNING, "escape"))
+        raise ValueError(f"expected a command among {known}, got {command!r}")
+    from lightning_modules.commands.compare import run_compare_command
+    from lightning_modules.commands.escape import run_escape_command
+
+    return run_compare_command(options) if command == "compare" else run_escape_command(options)
+
+
+def _said(error: Exception) -> str | None:
+    """What there is to say of bad input; None for a fault."""
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    if isinstance(error, MisconfigurationException):
+        return str(error)
+    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
+        return (
+            "the checkpoint is of another network or data set; give the options that it was trained with, for example "
+            "--config lightning_logs/version_0/config.yaml"
+        )
+    raised_in = _raised_in(error)
+    if isinstance(error, ValueError) and raised_in.parts[-3:-1] == ("torch", "optim"):  # such as "Invalid ...: -1.0"
+        return f"the optimizer refuses an option: {error}; give another value"
+    return None if (ours := _ours(error)) is None else str(ours)
+
+
+def _raised_in(error: BaseException) -> Path:
+    """The file that an exception comes from; none for one that was made and never raised, as some causes are."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename) if frames else Path()
+
+
+def _ours(error: BaseException | None) -> ValueError | None:
+    """What the project itself raised to say what is wrong with its input, however wrapped."""
+    import nsgd
+
+    packages = (Path(__file__).parents[1], Path(nsgd.__file__).parent)
+    while isinstance(error, Exception):
+        raised_in = _raised_in(error)
+        stripped = raised_in == Path()  # libraries that try again drop the frames of what they met
+        if isinstance(error, ValueError) and (stripped or any(raised_in.is_relative_to(p) for p in packages)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

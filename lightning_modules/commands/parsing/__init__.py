@@ -1,0 +1,1 @@
+"""From words on a command line to options, and from what parsers say to one sentence."""

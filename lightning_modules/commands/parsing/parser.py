@@ -1,0 +1,41 @@
+"""The parser of ``nsgd compare`` and ``nsgd escape``, which says in one sentence what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
+
+
+class Parser(ArgumentParser):
+    """Takes options by their full names only, and leaves it to the caller to say what is wrong."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong, in the parser's own words, in place of an exit."""
+        raise BadOption(message) from ex
+
+
+def parse(parser: Parser, argv: list[str], command: str, classes: Mapping[str, str] | None = None) -> Namespace:
+    """The options of a command line.
+
+    Args:
+        parser: Of the command.
+        argv: The words after the command.
+        command: How it is called, for messages.
+        classes: Option to the class that was given for it, for messages.
+
+    Raises:
+        ValueError: In one sentence, if the options are bad.
+    """
+    try:
+        return parser.parse_args(argv)
+    except BadOption as error:
+        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        said = one_sentence(str(error), command=command, options=options, classes=classes)
+        raise ValueError(said) from error

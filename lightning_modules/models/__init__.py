@@ -1,0 +1,1 @@
+"""LightningModules, and what is asked of any of them."""

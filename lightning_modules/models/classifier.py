@@ -1,0 +1,81 @@
+"""An image classifier as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_modules.models.base import Split, Stages
+from lightning_modules.models.nets.named import make_net
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float, labels (B,)
+
+
+class Classifier(Stages):
+    """Cross-entropy on images, with accuracy logged as ``train_``, ``val_`` and ``test_accuracy``.
+
+    Without an optimizer from the command line it trains with NSGD at its defaults.
+
+    Args:
+        net: Name of the network (simple-cnn is that of the NSGD paper, resnet-32-plain its ResNet without BatchNorm),
+            or module:name of a function of your own from (channels, height, width) and the number of classes to one.
+        input_shape: Channels, height and width of an image; on the command line taken from the data.
+        num_classes: Number of classes; on the command line taken from the data.
+        lr: Learning rate of the default optimizer.
+        sizes: Sizes in place of the network's own, by name, such as {"hidden": [32, 32]} of mlp.
+
+    Raises:
+        ValueError: If the network or a size is unknown, or the images do not fit the network.
+    """
+
+    def __init__(
+        self,
+        net: str = "mlp",
+        input_shape: Sequence[int] = (1, 8, 8),
+        num_classes: int = 10,
+        lr: float = 0.1,
+        *,
+        sizes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        input_shape = tuple(input_shape)
+        self.save_hyperparameters()
+        self.lr = lr
+        self.net = make_net(net, input_shape, num_classes, sizes)
+        self.loss = nn.CrossEntropyLoss()
+        self.accuracy = nn.ModuleDict(
+            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("on_train", "on_val", "on_test")}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def curvature_loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch and nothing else: what refreshes and measurements take, in place of a step."""
+        images, labels = batch
+        loss: Tensor = self.loss(self(images), labels)
+        return loss
+
+    def evaluate(self, batch: Batch, stage: Split) -> Tensor:
+        """The mean loss of the batch, logged with its accuracy."""
+        images, labels = batch
+        logits = self(images)
+        loss: Tensor = self.loss(logits, labels)
+        accuracy: Any = self.accuracy[f"on_{stage}"]
+        accuracy(logits, labels)
+        on_step = stage == "train"
+        self.log(f"{stage}_loss", loss, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=len(labels))
+        self.log(
+            f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=not on_step, batch_size=len(labels)
+        )
+        return loss
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class probabilities (B, classes)."""
+        return torch.softmax(self(batch[0]), dim=1)

@@ -1,0 +1,93 @@
+"""Figures of ``nsgd escape``, with its findings as their captions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_modules.report.escape.files import FEWEST, Files, inverse, read_folder
+from lightning_modules.report.escape.findings import findings
+from lightning_modules.report.page import new_figure
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#444444")  # Okabe and Ito
+
+
+def escape_figures(folder: Path) -> dict[str, tuple[Figure, str]]:
+    """Name to figure and caption."""
+    files = read_folder(folder)
+    times, damped, share, loss = findings(files)
+    return {
+        "escape-time": (_escape_figure(files), f"{times} {damped}"),
+        "flat-minimum": (_stay_figure(files), f"{share} {loss}"),
+    }
+
+
+def _points(axes: Axes, x: list[float], y: list[float], errors: list[float], **options: Any) -> None:
+    twice = 2 * np.array(errors)
+    axes.errorbar(x, y, yerr=twice, linestyle="none", capsize=2.5, markersize=5, **options)
+
+
+def _line(axes: Axes, x: list[float], y: list[float], style: str, **options: Any) -> None:
+    if not all(math.isnan(value) for value in y):
+        order = np.argsort(x)
+        axes.plot(np.array(x)[order], np.array(y)[order], style, linewidth=1.2, zorder=1, **options)
+
+
+def _escape_figure(files: Files) -> Figure:
+    figure, (times, damped) = new_figure(2)
+    rows = files.of("escape")
+    first = [row for row in rows if row["lr"] == files.config["lr"][0]]
+    x = [inverse(row) for row in first]
+    _line(times, x, [row["exact"] * row["lr"] for row in first], "-", color="black", label="quadrature")
+    leading = [row["leading"] * row["lr"] for row in first]
+    _line(times, x, leading, "--", color="black", label="Eyring-Kramers, slope 2Δf/σ²")
+    for i, lr in enumerate(files.config["lr"]):
+        seen = [row for row in rows if row["lr"] == lr and row["arrived"] >= FEWEST]
+        y, errors = ([row[c] * lr for row in seen] for c in ("measured", "standard_error"))
+        style = {"marker": "os^Dv"[i % 5], "color": _COLORS[i % 5], "fillstyle": "none" if i % 2 else "full"}
+        _points(times, [inverse(row) for row in seen], y, errors, label=f"SGD, η = {lr:g}", **style)
+    times.set(yscale="log", xlabel="B / η", ylabel="escape time, η × steps", title="Time to the other minimum")
+    times.legend(frameon=False, fontsize=8)
+    for i, name in enumerate(files.landscape["damped"]):
+        of = [row for row in files.of("damped escape") if row["damped"] == name]
+        _line(damped, [row["gamma"] for row in of], [row["exact"] for row in of], "-", color=_COLORS[i])
+        seen = [row for row in of if row["arrived"] >= FEWEST]
+        y, errors = ([row[c] for row in seen] for c in ("measured", "standard_error"))
+        gammas = [row["gamma"] for row in seen]
+        _points(damped, gammas, y, errors, marker="os"[i % 2], color=_COLORS[i], label=f"{name} damped")
+    damped.set(yscale="log", xlabel="γ, factor on the step along one direction", ylabel="steps to escape", title="NSGD")
+    damped.legend(frameon=False, fontsize=8, title="line: predicted", title_fontsize=8)
+    return figure
+
+
+def _stay_figure(files: Files) -> Figure:
+    figure, (shares, losses) = new_figure(2)
+    both = files.of("share", origin="both")
+    sizes = [row["batch_size"] for row in both]
+    _line(shares, sizes, [100 * row["exact"] for row in both], "-", color="black", label="Gibbs")
+    _line(shares, sizes, [100 * row["leading"] for row in both], ":", color="black", label="Laplace, free of B and η")
+    for origin, marker, color in (("sharp", "^", "#e69f00"), ("flat", "v", "#56b4e9")):
+        of = files.of("share", origin=origin)
+        y, errors = ([100 * row[c] for row in of] for c in ("measured", "standard_error"))
+        label = f"from the {origin} one, after {of[0]['steps']:,} steps"
+        _points(shares, [row["batch_size"] for row in of], y, errors, marker=marker, color=color, label=label)
+    y, errors = ([100 * row[c] for row in both] for c in ("measured", "standard_error"))
+    _points(shares, sizes, y, errors, marker="o", color=_COLORS[0], label="from both, extrapolated")
+    shares.set(ylim=(0, 100), xlabel="batch size", ylabel="walkers at the flat minimum, %", title="Where SGD stays")
+    shares.legend(frameon=False, fontsize=8)
+    rows = files.of("loss")
+    x = [1 / inverse(row) for row in rows]
+    _line(losses, x, [row["exact"] for row in rows], "-", color="black", label="quadrature")
+    _line(losses, x, [row["leading"] for row in rows], ":", color="black", label="quadratic minima")
+    y, errors = ([row[c] for row in rows] for c in ("measured", "standard_error"))
+    _points(losses, x, y, errors, marker="o", color=_COLORS[0], label="SGD")
+    losses.set(xlabel="η / B", ylabel="mean loss above the minimum", title="What a large η/B costs")
+    losses.set_ylim(bottom=0)
+    losses.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    losses.legend(frameon=False, fontsize=8)
+    return figure

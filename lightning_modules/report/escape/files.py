@@ -1,0 +1,47 @@
+"""What a folder of ``nsgd escape`` holds, read for its report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_modules.support.files import Rows, read_csv
+
+FEWEST = 20  # arrivals for a time to be drawn and fitted
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a folder holds."""
+
+    config: dict[str, Any]
+    landscape: dict[str, Any]
+    environment: dict[str, Any]
+    rows: Rows
+
+    def of(self, quantity: str, **values: Any) -> Rows:
+        """The rows of a quantity that have these values."""
+        wanted = {"quantity": quantity, **values}
+        return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def read_folder(folder: Path) -> Files:
+    """Read a finished run of the command."""
+    config, landscape, environment = (
+        yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("config", "landscape", "environment")
+    )
+    return Files(config, landscape, environment, read_csv(folder / "escape.csv"))
+
+
+def prediction(row: dict[str, Any]) -> float:
+    """By quadrature where there is one, else to leading order."""
+    return float(row["leading"] if math.isnan(row["exact"]) else row["exact"])
+
+
+def inverse(row: dict[str, Any]) -> float:
+    """B / η, which the temperature falls with."""
+    return float(row["batch_size"] / row["lr"])

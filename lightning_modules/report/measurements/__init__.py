@@ -1,0 +1,1 @@
+"""The report of measurements along a training path, a file for each of them."""

@@ -1,0 +1,174 @@
+"""What a study's folder holds, read for its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, damping_of
+from lightning_modules.study.score import Measure, Score
+from lightning_modules.study.statistics import COSTS
+from lightning_modules.support.files import Rows, read_csv
+
+READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
+_CONTROLS = ("dom-sgd", "random")  # they have directions, but do not damp the sharpest ones
+
+
+@dataclass(frozen=True)
+class Files:
+    """A finished study; what it did not ask for is empty, and runs that died are missing.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its options.
+        environment: Machine and packages.
+        settings: Hyperparameters that each method trained with.
+        target: Value of the score in validation whose cost is compared.
+        results: One row for each method, seed and read-out.
+        times: Seconds of each run.
+        summary: What :func:`lightning_modules.study.statistics.summarise` made of the results.
+        metrics: Method to seed to steps.
+        deaths: Names of the runs that died.
+        tuning: One row for each trial.
+        tuning_seed: Seed of the trials.
+        sweep: One row for each method and learning rate; those that died have no loss.
+        reached: What each run had cost at the target.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    settings: dict[Method, Settings]
+    target: float | None
+    results: Rows
+    times: Rows
+    summary: Rows
+    metrics: dict[Method, dict[int, Rows]]
+    deaths: list[str]
+    tuning: Rows
+    tuning_seed: int | None
+    sweep: Rows
+    reached: Rows
+
+    @property
+    def score(self) -> Score:
+        """What is compared beside the training loss."""
+        name = self.config["monitor"]
+        shares = all(abs(row.get(name, 0.0)) <= 1 for row in (*self.results, *self.tuning, *self.sweep))
+        return Score(name, self.config["mode"], shares=shares)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """What the runs are compared by, the main one first."""
+        return self.score.measures([entry["measure"] for entry in self.summary])
+
+    @property
+    def criterion(self) -> Measure:
+        """What settings are chosen by."""
+        return self.score.criterion(next(iter(self.tuning or self.sweep or self.results), {}))
+
+    @property
+    def methods(self) -> list[Method]:
+        """In the order of the study."""
+        return list(self.metrics)
+
+    @property
+    def base(self) -> Method:
+        """The first method, which the others are compared with."""
+        return self.methods[0]
+
+    @property
+    def judged(self) -> list[Method]:
+        """The methods other than the first that damp the sharpest directions."""
+        return [m for m in self.methods[1:] if damps(m)]
+
+    def directions(self, method: Method) -> NSGDOptions | None:
+        """Options of the directions that a method trained with."""
+        return damping_of(method, self.settings[method], NSGDOptions(**self.config["nsgd"]))
+
+    def entries(self, measure: str) -> Rows:
+        """Rows of the summary."""
+        return [row for row in self.summary if row["measure"] == measure]
+
+    def last(self, method: Method) -> Rows:
+        """Results of a method's last weights."""
+        return [row for row in self.results if row["method"] == method and row["read_out"] == "last"]
+
+    def cost(self, method: Method) -> dict[str, float] | None:
+        """Means over the runs of a method: steps, gradients, seconds, refreshes and products."""
+        rows = self.last(method)
+        if not rows:
+            return None
+        counts = {name: float(np.mean([r[name] for r in rows])) for name in ("step", "gradients", "refreshes", "hvps")}
+        seconds = float(np.mean([row["seconds"] for row in self.times if row["method"] == method]))
+        return {**counts, "seconds": seconds}
+
+    def to_target(self, method: Method) -> tuple[int, int, dict[str, float]]:
+        """Number of a method's runs that reached the target, of all, and median costs, infinite where most did not."""
+        rows = [row for row in self.reached if row["method"] == method]
+        medians = {name: float(np.median([row[name] for row in rows])) for name in COSTS}
+        return sum(row["reached"] for row in rows), len(rows), medians
+
+
+def label(method: Method) -> str:
+    """How a method is called in print."""
+    return RECIPES[method].label
+
+
+def damps(method: Method) -> bool:
+    """Whether a method steps less along the sharpest directions."""
+    return RECIPES[method].damping is not None and method not in _CONTROLS
+
+
+def read_folder(folder: Path) -> Files:
+    """Read a finished study."""
+    config, environment, settled = (_values(folder / f"{name}.yaml") for name in ("config", "environment", "settled"))
+    results, tuning = read_csv(folder / "results.csv"), _rows(folder / "tuning.csv")
+    finished = {(row["method"], row["seed"]) for row in results}
+    deaths = [row["run"] for row in _rows(folder / "deaths.csv")]
+    first_trial = f"{tuning[0]['method']}-{tuning[0]['trial']}" if tuning else ""
+    seconds = {(row["method"], row["seed"]): row["seconds"] for row in _rows(folder / "target-times.csv")}
+    reached = [{**row, "seconds": seconds[row["method"], row["seed"]]} for row in _rows(folder / "target.csv")]
+    return Files(
+        folder=folder,
+        config=config,
+        environment=environment,
+        settings=settled["settings"],
+        target=settled["target"],
+        results=results,
+        times=read_csv(folder / "times.csv"),
+        summary=read_csv(folder / "summary.csv"),
+        metrics={
+            method: {
+                seed: read_csv(folder / "runs" / f"{method}-{seed}" / "metrics.csv")
+                for seed in range(config["seeds"])
+                if (method, seed) in finished
+            }
+            for method in config["methods"]
+        },
+        deaths=deaths,
+        tuning=tuning,
+        tuning_seed=_values(folder / "tuning" / first_trial / "run.yaml")["seed"] if tuning else None,
+        sweep=_rows(folder / "sweep.csv") + _lost_rates(folder, deaths),
+        reached=reached,
+    )
+
+
+def _values(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    return values
+
+
+def _rows(path: Path) -> Rows:
+    return read_csv(path) if path.exists() else []
+
+
+def _lost_rates(folder: Path, deaths: list[str]) -> Rows:
+    """Learning rates of the sweep whose runs died."""
+    paths = [folder / name / "run.yaml" for name in deaths if name.startswith("sweep/")]
+    lost = [_values(path) for path in paths if path.exists()]
+    return [{"method": values["method"], "lr": values["lr"], "train_loss": float("nan")} for values in lost]

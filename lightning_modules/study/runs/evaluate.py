@@ -1,0 +1,82 @@
+"""What the weights of a run are worth, in each read-out: by the module's own validation and test, and training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_modules.callbacks.averages import ReadOut, ReadOuts, calibration_batches
+from lightning_modules.data.training_samples import in_batches, training_samples
+from lightning_modules.models.base import Split
+from lightning_modules.models.batch_loss import batch_losses
+from lightning_modules.study.score import Score
+from lightning_modules.support.quiet import quiet, quiet_trainer
+
+EVALUATED = 5000  # training samples, at most, that the training loss is taken on
+_CALIBRATION = 2000  # training samples that BatchNorm statistics are recalibrated on
+_BATCH = 500
+
+Scores = dict[str, float]
+
+
+def score_read_outs(
+    trainer: pl.Trainer, read_outs: ReadOuts, wanted: Sequence[ReadOut], *, score: Score, stages: Sequence[Split]
+) -> Iterator[tuple[ReadOut, Scores]]:
+    """Scores of each wanted read-out of a run that has ended.
+
+    Args:
+        trainer: The run's.
+        read_outs: What was gathered along it.
+        wanted: Read-outs.
+        score: What is compared.
+        stages: "val", "test", or both.
+
+    Yields:
+        A read-out, and its training loss on the same samples for all, without dropout or augmentation, and scores.
+    """
+    module: pl.LightningModule = trainer.lightning_module
+    data = getattr(trainer, "datamodule", None)
+    otherwise = "give the study a data set with a length"
+    samples = training_samples(trainer, module, EVALUATED, seed=0, parts=in_batches(_BATCH), otherwise=otherwise)
+    calibration = calibration_batches(trainer, module, _CALIBRATION, otherwise=otherwise)
+    for name in wanted:
+        with read_outs.applied(name, module, calibration):
+            scores = {"train_loss": _mean_loss(module, samples)}
+            for stage in stages:
+                scores |= wanted_scores(logged_scores(module, data, stage), stage, score)
+        yield name, scores
+
+
+def logged_scores(
+    module: pl.LightningModule, data: pl.LightningDataModule | None, stage: Split, **limits: Any
+) -> Scores:
+    """All that a module logs in "val" or in "test", by name; its trainer is the one that it had afterwards."""
+    had = module._trainer
+    try:
+        with quiet():
+            judge = quiet_trainer(**limits)
+            evaluate = judge.validate if stage == "val" else judge.test
+            evaluate(module, datamodule=data, verbose=False)
+    finally:
+        module.trainer = had
+        if data is not None:
+            data.trainer = had
+    return {name: float(value) for name, value in judge.callback_metrics.items()}
+
+
+def wanted_scores(logged: Mapping[str, float], stage: Split, score: Score) -> Scores:
+    """The loss and the score of a stage among what was logged there, under their names in results; what there is."""
+    if stage == "val":
+        return {name: logged[name] for name in score.validated if name in logged}
+    tested = next((logged[name] for name in score.as_logged_in_a_test if name in logged), None)
+    loss = {"test_loss": logged["test_loss"]} if "test_loss" in logged else {}
+    return loss if tested is None else {**loss, score.tested: tested}
+
+
+def _mean_loss(module: pl.LightningModule, samples: Sequence[tuple[Any, int]]) -> float:
+    with batch_losses(module) as loss, torch.no_grad():
+        total = sum(float(loss(batch, i)) * count for i, (batch, count) in enumerate(samples))
+    return total / sum(count for _, count in samples)

@@ -1,0 +1,651 @@
+"""The report: true to the files in the folder, in words, tables and figures, whatever became of the runs."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import yaml
+from matplotlib.axes import Axes
+from rich.console import Console
+from studies import MEASURES
+
+from lightning_modules import Digits
+from lightning_modules.report.study.figures import STYLES, study_figures
+from lightning_modules.report.study.files import read_folder
+from lightning_modules.report.study.report import print_table, write_report
+from lightning_modules.report.study.tables import main_tables, settings_table
+from lightning_modules.report.study.words import caption, shortfalls, summary, title
+from lightning_modules.study.compare import run_study
+from lightning_modules.study.methods import METHODS, RECIPES, NSGDOptions
+from lightning_modules.study.options import Study
+from lightning_modules.study.statistics import summarise
+from lightning_modules.support.files import read_csv, write_csv
+
+MOMENTUM = 0.5
+DEAD = None
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, the items of lists, and every table as rows of cells."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.tables, self.items = "", [], []
+        self._open: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "li":
+            self.items.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while tag in self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if {"style", "script"} & set(self._open) else data
+        if "li" in self._open:
+            self.items[-1] += data
+        if {"td", "th"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+
+
+# -- folders written by hand -----------------------------------------------------------------------------------------
+
+Result = tuple[float, float]  # accuracy of test and validation, training loss
+
+SGD: Sequence[Result | None] = [(0.90, 0.30), (0.91, 0.30), (0.92, 0.30)]
+NSGD: Sequence[Result | None] = [(0.91, 0.20), (0.93, 0.19), (0.95, 0.21)]
+
+
+def write_study(folder: Path, runs: Mapping[str, Sequence[Result | None]], **config: Any) -> Path:
+    """A study of two epochs of four steps; a run with no result died."""
+    seeds = len(next(iter(runs.values())))
+    plain = yaml.safe_load(yaml.safe_dump(Study(methods=[*runs], seeds=seeds, epochs=2).resolved()))
+    results, times, deaths = [], [], []
+    settings = {m: dict(RECIPES[m].defaults) for m in runs}
+    for method, found in runs.items():
+        extra, second = (1.1, 3.0) if RECIPES[method].damping is not None else (1.0, 2.0)
+        for seed, result in enumerate(found):
+            if result is DEAD:
+                deaths.append({"run": f"runs/{method}-{seed}", "method": method, "seed": seed})
+                continue
+            accuracy, loss = result
+            counts = {"step": 8, "gradients": 8 * extra, "refreshes": 2, "hvps": 0}
+            scores = {"test_accuracy": accuracy, "val_accuracy": accuracy, "train_loss": loss, "val_loss": loss}
+            own = {"method": method, "seed": seed}
+            results.append({**own, "read_out": "last", "lr": settings[method]["lr"], **scores, **counts})
+            times.append({**own, "seconds": second})
+            steps = [
+                {"step": i, "epoch": (i - 1) // 4, "loss": loss, "gradients": i * extra, "seconds": i * second / 8}
+                for i in range(1, 9)
+            ]
+            for row in steps[3::4]:
+                row["val_accuracy"] = accuracy
+            run = folder / "runs" / f"{method}-{seed}"
+            write_csv(run / "metrics.csv", steps)
+            (run / "run.yaml").write_text(yaml.safe_dump({**own, **settings[method]}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**plain, **config}, sort_keys=False))
+    (folder / "environment.yaml").write_text("python: 3.11\n")
+    (folder / "settled.yaml").write_text(yaml.safe_dump({"settings": settings, "target": None}, sort_keys=False))
+    for name, rows in {"results": results, "times": times, "deaths": deaths}.items():
+        write_csv(folder / f"{name}.csv", rows)
+    write_csv(folder / "summary.csv", summarise(results, [*runs], MEASURES))
+    return folder
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}, sort_keys=False))
+
+
+class Report:
+    """What a report says, without its figures."""
+
+    def __init__(self, folder: Path) -> None:
+        files = read_folder(folder)
+        self.summary, self.shortfalls, self.caption = summary(files), shortfalls(files), caption(files)
+        self.tables = [[table["header"], *table["rows"]] for table in (*main_tables(files), settings_table(files))]
+        titles = [table["title"] for table in main_tables(files)]
+        self.text = "\n".join([title(files), *titles, *self.summary, *self.shortfalls, self.caption])
+
+    def table(self, *header: str) -> list[list[str]]:
+        """Rows of the only table whose header begins so."""
+        (found,) = [rows for names, *rows in self.tables if names[: len(header)] == list(header)]
+        return found
+
+
+def printed(folder: Path, width: int = 100) -> str:
+    file = io.StringIO()
+    print_table(folder, Console(file=file, width=width))
+    return file.getvalue()
+
+
+def test_the_summary_says_what_came_out(tmp_path):
+    """Differences of 1, 2 and 3 points: t = 2 √3, and with two degrees of freedom p = 1 - t / √(t² + 2) = 0.0742.
+
+    Those of the loss, -0.10, -0.11 and -0.09: t = 10 √3, p = 0.0033; half-widths 4.303 / √3 standard deviations.
+    """
+    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}))
+    sentences = [
+        "SGD and NSGD trained the network mlp on Digits, with 3 paired seeds and 2 epochs each; their settings were "
+        "given, and nothing was tuned.",
+        "Against SGD, with the last weights of each, NSGD had a test accuracy of 93.0 % (+2.0 ± 2.5 points), no "
+        "significant difference (p = 0.074), and a training loss of 0.2000 (-0.1000 ± 0.0248), significant (p = "
+        "0.0033) (paired t-tests, p corrected by Holm's method).",
+        "A run of SGD took 8 gradients and 2 seconds; one of NSGD 1.10 and 1.50 times as many.",
+    ]
+    assert report.summary[:3] == sentences
+    assert [" ".join(said.split()) in " ".join(printed(tmp_path).split()) for said in sentences] == [True] * 3
+
+
+def test_where_nsgd_did_not_help_lists_all_that_is_not_significantly_better(tmp_path):
+    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}))
+    places = "no significant difference with the last (+2.0 ± 2.5 points, p = 0.074) weights."
+    assert (
+        f"NSGD. Test accuracy: {places} Validation accuracy: {places} A run took 1.10 times the gradients (8.8 against "
+        "8) and 1.50 times the seconds (3 against 2) of SGD."
+    ) in report.shortfalls  # nothing of the training loss, where it did help
+
+
+def test_a_significant_loss_is_said_as_such(tmp_path):
+    report = Report(write_study(tmp_path, {"nsgd": NSGD, "bulk-sgd": SGD}))
+    (said,) = [words for words in report.shortfalls if words.startswith("Bulk-SGD. ")]
+    assert "Training loss: significantly worse than NSGD with the last (+0.1000 ± 0.0248, p = 0.0033) weights." in said
+    assert "A run took" not in said  # it cost the same
+
+
+def test_where_nsgd_helped_everywhere_that_is_said(tmp_path):
+    better = [(0.95 + 0.001 * i, 0.1 + 0.001 * i) for i in range(3)]
+    worse = [(0.90, 0.3)] * 3
+    report = Report(write_study(tmp_path, {"nsgd": worse, "bulk-sgd": better}))
+    assert (
+        "Bulk-SGD. In every read-out and measure it was significantly better than NSGD, and in no cost dearer."
+        in report.shortfalls
+    )
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (
+            ["sgd", "adamw"],
+            "No method of this study damps the sharpest directions, so there is nothing to say of NSGD.",
+        ),
+        (
+            ["sgd", "random"],
+            "No method of this study damps the sharpest directions, so there is nothing to say of NSGD.",
+        ),
+        (["nsgd", "sgd"], "NSGD is what others are compared with here, and so is not judged"),
+        (["sgd"], "No method of this study damps the sharpest directions"),
+    ],
+)
+def test_without_nsgd_to_judge_that_is_said(tmp_path, methods, said):
+    report = Report(write_study(tmp_path, dict(zip(methods, (SGD, NSGD), strict=False))))
+    assert sum(words.startswith(said) for words in report.shortfalls) == 1
+    if len(methods) == 2:
+        first, second = (RECIPES[m].label for m in methods)
+        assert (
+            f"Against {first}, with the last weights of each, {second} had a test accuracy of 93.0 %"
+            in report.summary[1]
+        )
+    else:
+        assert report.summary[1] == (
+            "With its last weights SGD had a test accuracy of 91.0 ± 2.5 %, and a training loss of 0.3000 ± 0.0000, "
+            "with nothing to compare it with."
+        )
+        assert report.tables[0][0] == ["weights", "method", "mean"]
+
+
+def test_one_seed_has_neither_intervals_nor_tests(tmp_path):
+    report = Report(write_study(tmp_path, {"sgd": SGD[:1], "nsgd": NSGD[:1]}))
+    assert report.summary[1] == (
+        "Against SGD, with the last weights of each, NSGD had a test accuracy of 91.0 % (+1.0 points), and a training "
+        "loss of 0.2000 (-0.1000) (one seed, so no tests)."
+    )
+    assert report.tables[0][2] == ["", "NSGD", "91.0", "+1.0", "no test"]
+    assert "One seed, so no intervals and no tests" in report.text
+    assert "Test accuracy: no test with the last (+1.0 points) weights." in report.text
+    assert title(read_folder(tmp_path)) == "SGD, NSGD on Digits: mlp, 2 epochs, 1 seed"
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [(0.049, "significant (p = 0.049)"), (0.051, "no significant difference (p = 0.051)"), (math.nan, "no test")],
+)
+def test_the_verdict_is_that_of_the_corrected_p_value(tmp_path, p, said):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD, "bulk-sgd": NSGD})
+    rows = read_csv(folder / "summary.csv")
+    write_csv(folder / "summary.csv", [{**r, "p": 0.01, "p_holm": p if r["method"] == "nsgd" else 0.7} for r in rows])
+    report = Report(folder)
+    for table in report.tables[:2]:
+        assert [row[4] for row in table[1:]] == ["", said, "no significant difference (p = 0.7)"]
+    assert printed(folder, width=200).count(said) >= 2
+
+
+# -- runs that died or diverged --------------------------------------------------------------------------------------
+
+
+def test_seeds_that_died_are_left_out_and_named(tmp_path):
+    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": [NSGD[0], DEAD, NSGD[2]]}))
+    assert report.tables[0][2][3] == "+2.0 ± 12.7"  # 1 and 3 points: 12.706 standard errors of 1
+    assert "Runs that died, and are left out: runs/nsgd-1." in report.text
+    (said,) = [words for words in report.shortfalls if words.startswith("NSGD. ")]
+    assert said.endswith("Of 3 runs 1 died.")
+
+
+def test_a_method_none_of_whose_runs_survived_has_no_numbers(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": [DEAD] * 3, "bulk-sgd": NSGD})
+    report = Report(folder)
+    assert "no run of NSGD survived; Bulk-SGD had a test accuracy of 93.0 %" in report.summary[1]
+    assert "no run of NSGD survived; one of Bulk-SGD 1.10" in report.summary[2]
+    assert "NSGD. None of its runs survived." in report.shortfalls
+    assert ["NSGD", *["–"] * 5] in report.table("method", "steps")
+    assert [row[1] for row in report.tables[0][1:]] == ["SGD", "Bulk-SGD"]
+    assert "no run of NSGD survived" in " ".join(printed(folder).split())
+
+
+def test_a_first_method_that_died_leaves_nothing_to_compare_with(tmp_path):
+    report = Report(write_study(tmp_path, {"sgd": [DEAD] * 3, "nsgd": NSGD}))
+    assert report.tables[0][1:] == [["last", "NSGD", "93.0 ± 5.0", "", "no test"]]
+    assert "NSGD had a test accuracy of 93.0 ± 5.0 %" in report.summary[1]
+    assert report.summary[1].endswith("(no test was possible).")
+    assert report.summary[2] == "No run of SGD survived; a run of NSGD took 8.8 gradients and 3 seconds."
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_divergence_is_said(tmp_path, loss):
+    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": [*NSGD[:2], (0.1, loss)]}))
+    assert report.tables[1][2][2:] == ["diverged", "diverged", "no test"]
+    assert "and a training loss that diverged, no test" in report.summary[1]
+    assert "Runs that diverged: NSGD 1 of 3; their accuracy is that of chance." in report.text
+    assert "Training loss: no test with the last (diverged) weights." in report.text
+    assert "Of 3 runs 1 diverged." in report.text
+
+
+# -- cost to a target ------------------------------------------------------------------------------------------------
+
+
+def with_target(folder: Path, steps: Mapping[str, Iterable[float]]) -> Report:
+    change(folder / "settled.yaml", target=0.9)
+    rows = [
+        {"method": m, "seed": seed, "reached": int(math.isfinite(step)), "step": step, "gradients": 2 * step}
+        for m, all_steps in steps.items()
+        for seed, step in enumerate(all_steps)
+    ]
+    write_csv(folder / "target.csv", rows)
+    times = [{"method": r["method"], "seed": r["seed"], "seconds": r["step"] / 10} for r in rows]
+    write_csv(folder / "target-times.csv", times)
+    return Report(folder)
+
+
+def test_the_cost_to_the_target_is_a_median_over_all_seeds(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
+    report = with_target(folder, {"sgd": [10, 20, 40], "nsgd": [30, math.inf, 10]})
+    assert report.table("method", "reached") == [
+        ["SGD", "3 of 3", "20", "40", "2"],
+        ["NSGD", "2 of 3", "30", "60", "3"],
+    ]
+    assert report.summary[2].endswith(
+        "; 90 % validation accuracy was reached in 3 of 3 runs of SGD (median 40 gradients, 2 seconds) and 2 of 3 runs "
+        "of NSGD (median 60 gradients, 3 seconds)."
+    )
+    (said,) = [words for words in report.shortfalls if words.startswith("NSGD. ")]
+    assert said.endswith(
+        "90 % validation accuracy was reached in 2 of 3 runs, with SGD in 3 of 3. To 90 % validation accuracy it took "
+        "more steps (median 30 against 20), gradients (median 60 against 40) and seconds (median 3 against 2)."
+    )
+    assert "that of SGD's best trial" in report.text
+
+
+def test_a_target_that_most_runs_missed_has_no_median(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}, target=0.9)
+    report = with_target(folder, {"sgd": [10, 20, 40], "nsgd": [5, math.inf, math.inf]})
+    assert report.table("method", "reached")[1] == ["NSGD", "1 of 3", *["not reached"] * 3]
+    assert report.summary[2].endswith("and 1 of 3 runs of NSGD.")
+    assert "90 % validation accuracy was reached in 1 of 3 runs, with SGD in 3 of 3." in report.text
+    assert "best trial" not in report.text
+    assert "not reached" in printed(folder)
+
+
+def test_a_target_reached_sooner_is_no_shortfall(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
+    report = with_target(folder, {"sgd": [10, math.inf, math.inf], "nsgd": [5, 6, 7]})
+    (said,) = [words for words in report.shortfalls if words.startswith("NSGD. ")]
+    assert "90 %" not in said
+
+
+# -- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_settings_as_given_are_said_to_be(tmp_path):
+    report = Report(write_study(tmp_path, {"sgd": SGD, "adamw": NSGD}))
+    assert report.table("method", "settings") == [
+        ["SGD", "lr 0.1, momentum 0, weight_decay 0"],
+        ["AdamW", "lr 0.001, weight_decay 0.01"],
+    ]
+    assert "Learning rates: SGD 0.1, AdamW 0.001 (given, not tuned)" in report.text
+
+
+def test_trials_are_counted_with_their_best_and_median(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD, "sgd-more": SGD}, tune=4)
+    losses = {"sgd": [0.5, 0.25, 0.75, 1.0], "nsgd": [math.nan, math.inf, 0.125]}  # the last of NSGD's died
+    trials = [
+        {"method": m, "trial": i, "lr": 0.1 * (i + 1), "val_loss": loss, "val_accuracy": 0.5, "train_loss": loss}
+        for m, own in losses.items()
+        for i, loss in enumerate(own)
+    ]
+    write_csv(folder / "tuning.csv", trials)
+    (folder / "tuning" / "sgd-0").mkdir(parents=True)
+    (folder / "tuning" / "sgd-0" / "run.yaml").write_text("seed: 1234\n")
+    settings = yaml.safe_load((folder / "settled.yaml").read_text())["settings"]
+    settings["nsgd"] |= {"lr": 0.3, "k": 12.4}
+    change(folder / "settled.yaml", settings=settings)
+    report = Report(folder)
+    plain = "lr 0.1, momentum 0, weight_decay 0"
+    assert report.table("method", "trials") == [
+        ["SGD", "4", plain, "0.2500", "0.6250"],
+        ["NSGD", "3", "lr 0.3, momentum 0, weight_decay 0, k 12", "0.1250", "diverged"],
+        [RECIPES["sgd-more"].label, "as SGD", plain, "", ""],
+    ]
+    assert "the settings of each are the best of 4 quasi-random trials by validation loss" in report.summary[0]
+    assert "run with seed 1234" in report.text
+
+
+def with_sweep(folder: Path, losses: Mapping[str, Mapping[float, float | None]]) -> Report:
+    rows, deaths = [], []
+    for method, own in losses.items():
+        for i, (lr, loss) in enumerate(own.items()):
+            if loss is DEAD:
+                name = f"sweep/{method}-{i}"
+                deaths.append({"run": name, "method": method, "seed": 2000})
+                (folder / name).mkdir(parents=True)
+                (folder / name / "run.yaml").write_text(yaml.safe_dump({"method": method, "lr": lr}))
+            else:
+                scores = {"train_loss": loss, "val_loss": loss, "val_accuracy": 0.5, "start_loss": 2.3}
+                rows.append({"method": method, "seed": 2000, "read_out": "last", "lr": lr, **scores})
+    write_csv(folder / "sweep.csv", rows)
+    write_csv(folder / "deaths.csv", deaths)
+    return Report(folder)
+
+
+def test_the_range_of_stable_rates_ends_where_the_loss_rises_and_where_a_run_died(tmp_path):
+    folder = write_study(tmp_path, dict.fromkeys(("sgd", "nsgd", "bulk-sgd", "adamw", "sam"), SGD))
+    report = with_sweep(
+        folder,
+        {
+            "sgd": {0.001: 2.4, 0.01: 1.0, 0.1: 0.5, 1.0: 2.5},
+            "nsgd": {0.001: 2.2, 0.01: 1.0, 0.1: 0.5, 1.0: math.inf},
+            "bulk-sgd": {0.001: 2.2, 0.01: DEAD, 0.1: 0.5, 1.0: 1.5},
+            "adamw": {0.001: math.nan, 0.01: 3.0, 0.1: 3.5, 1.0: math.nan},
+            "sam": {0.001: DEAD, 0.01: DEAD, 0.1: DEAD, 1.0: DEAD},
+        },
+    )
+    assert report.table("method", "stable from") == [
+        ["SGD", "0.01", "0.1", "1.00", "0.1", "0.5000", "50.0"],
+        ["NSGD", "0.001", "0.1", "≥ 2.00", "0.1", "0.5000", "50.0"],
+        ["Bulk-SGD", "0.1", "1", "≥ 1.00", "0.1", "0.5000", "50.0"],
+        ["AdamW", "–", "–", "–", "0.01", "3.0000", "50.0"],
+        ["SAM", *["–"] * 6],
+    ]
+    assert "≥ 2.00" in printed(folder)
+
+
+# -- names, links, the terminal --------------------------------------------------------------------------------------
+
+
+def test_names_from_the_config_are_escaped(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
+    plain = [tag for tag, _ in Page(write_report(folder)).tags]
+    path = """<script>alert(1)</script> "><img src=x onerror=alert(1)> a & b </title></h1> {{ 7 * 7 }}"""
+    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    change(folder / "config.yaml", data={**data, "init_args": {**data["init_args"], "path": path}})
+    page = Page(write_report(folder))
+    assert path in page.items[0]
+    assert [tag for tag, _ in page.tags] == plain
+
+
+def test_the_terminal_shows_a_name_with_brackets_as_it_is(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD})
+    change(folder / "config.yaml", net="net[bold]/[/x]")
+    assert printed(folder).count("net[bold]/[/x]") == 2
+
+
+def test_every_method_fits_a_terminal_of_100_columns(tmp_path):
+    folder = write_study(tmp_path, {m: SGD if m == "sgd" else NSGD for m in METHODS})
+    with_target(folder, {m: [10, 20, 30] for m in METHODS})
+    with_sweep(folder, {m: {0.00123: 1.0, 0.0123: 0.5} for m in METHODS if RECIPES[m].more_of is None})
+    said = printed(folder)
+    assert max(len(line) for line in said.splitlines()) <= 100
+    assert "…" not in said  # nothing was cut
+    assert all(RECIPES[m].label in said for m in METHODS)
+
+
+def test_links_lead_to_files_of_the_study(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
+    page = Page(write_report(folder))
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    runs = {f"runs/{m}-{s}/{name}" for m in ("sgd", "nsgd") for s in range(3) for name in ("metrics.csv", "run.yaml")}
+    assert {"config.yaml", "results.csv", "summary.csv"} | runs <= links
+    assert all((folder / str(link)).is_file() for link in links)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_two_methods_look_alike():
+    assert set(STYLES) == set(METHODS)
+    assert len(set(STYLES.values())) == len(METHODS)
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float], list[float]]]:
+    """Label, x and y of every curve that is drawn from now on."""
+    drawn: list[tuple[str, list[float], list[float]]] = []
+    plain = Axes.plot
+
+    def plot(self: Axes, x: Any, y: Any, *args: Any, **options: Any) -> Any:
+        drawn.append((options.get("label", ""), [float(v) for v in x], [float(v) for v in y]))
+        return plain(self, x, y, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    return drawn
+
+
+def test_a_last_epoch_cut_short_and_runs_of_other_lengths_are_drawn(tmp_path, curves):
+    folder = write_study(tmp_path, {"sgd": SGD[:2], "sgd-more": SGD[:2], "nsgd": NSGD[:2]})
+    for seed, extra in ((0, 2), (1, 5)):  # two steps of the third epoch; four, with a validation, and one of the fourth
+        path = folder / "runs" / f"sgd-more-{seed}" / "metrics.csv"
+        rows = read_csv(path)
+        for step in range(9, 9 + extra):
+            rows.append({"step": step, "epoch": (step - 1) // 4, "loss": 0.1, "gradients": step, "seconds": step / 4})
+        write_csv(path, rows)
+    study_figures(read_folder(folder))
+    name = RECIPES["sgd-more"].label
+    in_steps = [(x, y) for label, x, y in curves if label == name][::3]
+    assert in_steps[0][0] == [4, 8, (10 + 12) / 2]
+    assert in_steps[0][1] == pytest.approx([0.3, 0.3, 0.1])
+    assert in_steps[1] == ([4, 8], pytest.approx([90.5, 90.5]))  # no validation after two steps
+
+
+def make_study(**options: Any) -> Study:
+    methods = ["sgd", "nsgd", "bulk-sgd"]
+    settings: dict[str, Any] = {
+        "data": Digits(batch_size=50, limit=300),
+        "methods": methods,
+        "seeds": 2,
+        "epochs": 2,
+        "settings": {m: {"lr": 0.2, "momentum": MOMENTUM} for m in methods},
+        "nsgd": NSGDOptions(k=2, gamma=0.25, refresh_every=3, samples=16, solver="gradients"),
+    }
+    return Study(**{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "out"
+    run_study(make_study(), folder, lambda *_: None)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def test_the_page_stands_alone(folder):
+    page = Page(write_report(folder))
+    assert page.source.lower().startswith("<!doctype html>")
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "img")
+        assert "src" not in attributes
+        assert ":" not in (attributes.get("href") or "")
+    for said in ("SGD 0.2, NSGD 0.2, Bulk-SGD 0.2 (given, not tuned)", "2 paired seeds", "threads: 1", "batch size 50"):
+        assert said in page.text
+    assert yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()), sort_keys=False) in page.text
+    for name in ("training-loss", "validation-accuracy", "eigenvalues"):
+        picture = matplotlib.image.imread(folder / f"{name}.png")
+        assert min(picture.shape[:2]) > 300
+        assert len({tuple(pixel) for pixel in picture[::3, ::3, :3].reshape(-1, 3)}) > 10  # lines, bands and letters
+
+
+def test_the_tables_say_what_the_files_hold(folder):
+    report = Report(folder)
+    found = read_csv(folder / "summary.csv")
+    for table, measure, scale, digits in (
+        (report.tables[0], "test_accuracy", 100, 1),
+        (report.tables[1], "train_loss", 1, 4),
+    ):
+        assert table[0] == ["weights", "method", "mean", "minus SGD", "paired t-test"]
+        entries = [e for e in found if e["measure"] == measure]
+        assert len(table) == 1 + len(entries) == 1 + 4 * 3
+        assert [row[0] for row in table[1::3]] == ["last", "EMA", "SWA", "two-point"]
+        for row, e in zip(table[1:], entries, strict=True):
+            assert row[2] == f"{e['mean'] * scale:.{digits}f} ± {e['half_width'] * scale:.{digits}f}"
+            if e["method"] == "sgd":
+                assert row[3:] == ["", ""]
+                continue
+            assert row[3].startswith(f"{e['difference'] * scale:+.{digits}f} ± ")
+            said = row[4].split(" (p")[0]
+            assert said in ("significant", "no significant difference", "no test")
+            assert math.isnan(e["p_holm"]) or (said == "significant") == (e["p_holm"] < 0.05)
+    cost = report.table("method", "steps")
+    assert cost[0][:3] == ["SGD", "8", "8"]
+    assert [row[1] for row in cost] == ["8", "8", "8"]
+    assert float(cost[1][2]) > 8  # gradients, with refreshes
+
+
+def levels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+    plain = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **kw: (found.append(y), plain(self, y, **kw))[1])
+    study_figures(read_folder(folder))
+    return found
+
+
+def test_stability_lines_stand_at_two_plus_two_beta_over_lr(folder, monkeypatch):
+    limit = (2 + 2 * MOMENTUM) / 0.2  # NSGD: undamped and damped; Bulk-SGD: undamped
+    assert levels(folder, monkeypatch) == pytest.approx([limit, limit / 0.25, limit])
+
+
+def test_stability_lines_follow_the_settings_that_a_method_trained_with(folder, monkeypatch):
+    settings = yaml.safe_load((folder / "settled.yaml").read_text())["settings"]
+    settings["nsgd"] |= {"lr": 0.5, "momentum": 0.9, "gamma": 0.5}
+    change(folder / "settled.yaml", settings=settings)
+    assert levels(folder, monkeypatch)[:2] == pytest.approx([3.8 / 0.5, 3.8 / 0.25])
+
+
+def test_the_curvature_of_each_refresh_is_drawn(folder, curves):
+    study_figures(read_folder(folder))
+    drawn = [(x, y) for label, x, y in curves if not label]
+    assert len(drawn) == 2 * 2  # NSGD and Bulk-SGD, k = 2, from the smallest to the largest
+    for method, (second, first) in (("nsgd", drawn[:2]), ("bulk-sgd", drawn[2:])):
+        rows = [r for r in read_csv(folder / "runs" / f"{method}-0" / "metrics.csv") if "weight_1" in r]
+        assert first == ([1, 4, 7], [r["weight_1"] for r in rows])
+        assert second == ([1, 4, 7], [r["weight_2"] for r in rows])
+
+
+def test_the_weights_of_random_directions_are_no_curvature_and_adamw_has_no_limit(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    options = NSGDOptions(k=2, refresh_every=4, samples=16, solver="gradients")
+    methods = ["random", "damped-adamw"]
+    run_study(make_study(methods=methods, settings={}, seeds=1, nsgd=options), folder, lambda *_: None)
+    assert levels(folder, monkeypatch) == []
+    figure, words = study_figures(read_folder(folder))["eigenvalues"]
+    assert [axes.get_title() for axes in figure.axes] == ["damped AdamW"]
+    assert "Curvature along the 2 directions" in words
+    assert "Dashed: the limit" not in words
+    shutil.rmtree(folder / "runs" / "damped-adamw-0")
+    rows = [row for row in read_csv(folder / "results.csv") if row["method"] == "random"]
+    write_csv(folder / "results.csv", rows)
+    write_csv(folder / "summary.csv", summarise(rows, methods, MEASURES))
+    assert "eigenvalues" not in study_figures(read_folder(folder))
+
+
+def test_fewer_weights_at_first_than_later_are_drawn_with_a_gap(tmp_path, curves):
+    """Two groups a refresh give two directions more each time, up to k."""
+    options = NSGDOptions(k=5, refresh_every=2, samples=16, group_size=8, solver="gradients")
+    run_study(make_study(methods=["nsgd"], seeds=1, nsgd=options), tmp_path / "out", lambda *_: None)
+    rows = [r for r in read_csv(tmp_path / "out" / "runs" / "nsgd-0" / "metrics.csv") if "weight_1" in r]
+    assert [sum(name.startswith("weight_") for name in r) for r in rows] == [2, 4, 5, 5]
+    study_figures(read_folder(tmp_path / "out"))
+    drawn = [y for label, _, y in curves if not label]
+    assert [[math.isnan(v) for v in y] for y in drawn[::-1]] == [
+        *[[False] * 4] * 2,
+        *[[True, False, False, False]] * 2,
+        [True, True, False, False],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("solver", "said"),
+    [
+        ("auto", "gradients of small groups"),
+        ("gradients", "gradients of small groups"),
+        ("lanczos", "that products found"),
+    ],
+)
+def test_the_figure_of_curvature_says_what_it_shows(folder, solver, said):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    change(folder / "config.yaml", nsgd={**config["nsgd"], "solver": solver})
+    assert said in study_figures(read_folder(folder))["eigenvalues"][1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"methods": ["sgd"], "seeds": 1, "epochs": 1, "measure": ["quadratic"]},
+        {"methods": ["nsgd", "sgd", "dom-sgd"], "seeds": 1, "settings": {}, "lr": 0.0},
+        {"methods": ["sgd", "nsgd"], "seeds": 1, "nsgd": NSGDOptions(k=2, warmup_steps=1000)},
+        {"methods": ["sgd"], "seeds": 2, "settings": {}, "lr": 1e12},
+        {"methods": ["sgd", "nsgd", "sgd-more"], "seeds": 1, "tune": 2, "sweep": "lr", "sweep_points": 2},
+    ],
+    ids=["SGD alone, measured", "no steps", "no refresh", "diverged", "tuned and swept"],
+)
+def test_an_unusual_study_is_reported_too(tmp_path, options):
+    study, folder = make_study(**options), tmp_path / "out"
+    run_study(study, folder, lambda *_: None)
+    page = Page(write_report(folder))
+    assert ("minus" in " ".join(page.tables[0][0])) == (len(study.methods) > 1)
+    assert len(page.tables) == (6 if study.tune else 4)  # with cost to the target, and sensitivity
+    drawn = {path.stem for path in folder.glob("*.png")}
+    assert ("quadratic-sgd" in drawn) == bool(study.measure)
+    assert ({"trials", "learning-rates"} <= drawn) == bool(study.tune)
+    assert page.items[0].split(" trained ")[0] in " ".join(printed(folder).split())

@@ -1,0 +1,68 @@
+"""What a study compares: what it is called, which way is better, and which row is the best."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_modules.study.score import Score, better
+
+
+@pytest.mark.parametrize(
+    ("monitor", "tested", "label", "share"),
+    [
+        ("val_accuracy", "test_accuracy", "validation accuracy", True),
+        ("valid_acc", "test_acc", "validation accuracy", True),
+        ("val/f1", "test/f1", "validation f1", False),
+        ("validation_loss", "test_loss", "validation loss", False),
+        ("perplexity", "test_perplexity", "perplexity", False),
+        ("val_acc_epoch", "test_acc_epoch", "validation accuracy", True),
+        ("val_acc/dataloader_idx_0", "test_acc/dataloader_idx_0", "validation accuracy", True),
+        ("eval_loss", "test_loss", "validation loss", False),
+        ("value_loss", "test_value_loss", "value loss", False),
+        ("retrieval_map", "test_retrieval_map", "retrieval map", False),
+    ],
+)
+def test_a_score_is_called_by_what_it_is(monitor, tested, label, share):
+    score = Score(monitor, "max")
+    assert (score.tested, score.validation.label, score.is_share) == (tested, label, share)
+    assert [m.column for m in score.measures([monitor, "train_loss", "x"])] == [monitor, "train_loss"]
+    assert [m.column for m in score.measures({tested, monitor, "train_loss"})] == [tested, monitor, "train_loss"]
+    assert score.criterion(["val_loss"]).column == "val_loss"
+    assert score.criterion([monitor]).column == monitor
+    assert score.validation.header == label + (", %" if share else "")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [("val_acc_epoch", "max"), ("val_auroc", "max"), ("valid/F1", "max"), ("val_loss", "min"), ("eval_rmse", "min")],
+)
+def test_a_name_tells_what_is_better(monitor, mode):
+    assert better(monitor) == mode
+
+
+def test_a_name_that_does_not_tell_asks_for_the_mode():
+    with pytest.raises(ValueError, match="expected --mode min or max with --monitor val_energy"):
+        better("val_energy")
+
+
+@pytest.mark.parametrize("name", ["loss", "train_loss", "lr", "seed", "step"])
+def test_a_name_that_the_studys_files_use_is_refused(name):
+    with pytest.raises(ValueError, match="logged in validation under a name of its own"):
+        Score(name, "min")
+
+
+def test_the_loss_that_is_monitored_is_also_the_criterion():
+    assert not Score("val_loss", "max").criterion(["val_loss"]).lower_is_better
+    assert Score("val_acc", "max").criterion(["val_loss", "val_acc"]).lower_is_better
+
+
+def test_an_accuracy_in_per_cent_is_left_so():
+    assert Score("val_acc", "max", shares=False).validation.header == "validation accuracy"
+
+
+def test_the_best_row_is_the_least_bad():
+    rows = [{"val_r2": 0.5}, {"val_r2": 0.9}, {"val_r2": math.nan}, {}]
+    assert min(rows, key=Score("val_r2", "max").validation.badness) == {"val_r2": 0.9}
+    assert min(rows, key=Score("val_r2", "min").validation.badness) == {"val_r2": 0.5}
