@@ -77,7 +77,9 @@ class NSGD(Damped, SGD):
             "lanczos", or "arpack", the paper's own, by products. "auto" is "differences" until the first ``refresh``,
             or ``backward`` with ``curvature``; from then on "gradients" where two groups or more are given, else
             "lanczos". "random" is the paper's control: fresh directions at each refresh, orthonormal, drawn without a
-            look at the loss and at no gradient; as often as gradients of what it is given would be paid for.
+            look at the loss and at no gradient; as often as gradients of what it is given would be paid for. All but
+            "auto" and "differences" need :meth:`backward`, :meth:`refresh_if_due` or :meth:`refresh`: without, no step
+            is damped.
         warmup_steps: Steps before the first difference is taken, or the first refresh.
         save_basis: Whether ``state_dict`` holds the directions, k times the parameters, and what differences need, up
             to 12 times. Without them a resumed run begins its directions anew.
