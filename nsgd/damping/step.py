@@ -266,12 +266,12 @@ class Damped(Optimizer):
 
     @property
     def eigenvalues(self) -> tuple[float, ...]:
-        """Top eigenvalues that the last refresh found by products, descending; empty where there were none."""
+        """Top eigenvalues that the last refresh found by products, a tuple, descending; empty where there were none."""
         return tuple(self._directions.eigenvalues)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights of the directions in their running average, descending; one sync.
+        """Weights of the directions in their running average, a tuple of up to k, descending; one sync.
 
         From gradients they are second moments: of the noise of a training batch's gradient ("differences"), or of
         single samples' gradients. They fall with the loss, and are no eigenvalues. By products they are eigenvalues, of
@@ -405,7 +405,10 @@ class Damped(Optimizer):
         return state.packed(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a checkpoint of the plain base optimizer loads too, and directions then begin anew."""
+        """As in torch; a checkpoint of the plain base optimizer loads too, and directions then begin anew.
+
+        All options become those of the checkpoint, as the learning rate does: k, gamma and solver too.
+        """
         loaded = state.unpacked(self, state_dict)
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(loaded.plain)
