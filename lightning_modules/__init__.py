@@ -5,13 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_modules.support.import_paths import HOMES
+
 if TYPE_CHECKING:
     from lightning_modules.callbacks.averages import ReadOuts as ReadOuts
-    from lightning_modules.callbacks.measurements import AveragingExperiment as AveragingExperiment
-    from lightning_modules.callbacks.measurements import BatchQuadratic as BatchQuadratic
-    from lightning_modules.callbacks.measurements import SharpnessMonitor as SharpnessMonitor
-    from lightning_modules.callbacks.measurements import ValleyWalk as ValleyWalk
+    from lightning_modules.callbacks.measurements.averaging import AveragingExperiment as AveragingExperiment
     from lightning_modules.callbacks.measurements.measurement import Measurement as Measurement
+    from lightning_modules.callbacks.measurements.quadratic import BatchQuadratic as BatchQuadratic
+    from lightning_modules.callbacks.measurements.sharpness import SharpnessMonitor as SharpnessMonitor
+    from lightning_modules.callbacks.measurements.valley import ValleyWalk as ValleyWalk
     from lightning_modules.callbacks.refresh import RefreshDirections as RefreshDirections
     from lightning_modules.callbacks.write_averages import WriteAverages as WriteAverages
     from lightning_modules.data.characters import Characters as Characters
@@ -23,27 +25,11 @@ if TYPE_CHECKING:
     from lightning_modules.models.language import LanguageModel as LanguageModel
     from lightning_modules.models.sharpness_aware import SharpnessAware as SharpnessAware
 
-_HOMES = {
-    "callbacks.averages": ("ReadOuts",),
-    "callbacks.measurements": ("AveragingExperiment", "BatchQuadratic", "SharpnessMonitor", "ValleyWalk"),
-    "callbacks.measurements.measurement": ("Measurement",),
-    "callbacks.refresh": ("RefreshDirections",),
-    "callbacks.write_averages": ("WriteAverages",),
-    "data.characters": ("Characters",),
-    "data.digits": ("Digits",),
-    "data.hugging_face": ("HuggingFace",),
-    "data.images": ("ImageData", "Images"),
-    "models.classifier": ("Classifier",),
-    "models.language": ("LanguageModel",),
-    "models.sharpness_aware": ("SharpnessAware",),
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = sorted(_HOME)
+__all__ = sorted(HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, and not before: Lightning takes seconds, which ``nsgd --help`` does without."""
-    if name not in _HOME:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -19,9 +19,10 @@ from lightning_modules.callbacks.measurements import make_measurements
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.callbacks.write_averages import WriteAverages
-from lightning_modules.commands.from_data import OWN_DATA, link_to_data, model_class, names, own_model, path_of
+from lightning_modules.commands.from_data import OWN_DATA, is_called, link_to_data, model_class, own_model, path_of
 from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
 from lightning_modules.commands.parsing.given_options import given_options
+from lightning_modules.commands.parsing.parser import name_publicly
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.report.measurements.report import write_measurements
 from lightning_modules.study.escape import EscapeStudy, run_escape
@@ -101,6 +102,7 @@ class _Commands(LightningCLI):
         except BadOption as error:
             error.options = tuple(self._subcommand_parsers[sys.argv[1]]._option_string_actions)
             raise
+        name_publicly(self.config)
 
     def before_instantiate_classes(self) -> None:
         path = self._chosen("ckpt_path")
@@ -109,7 +111,7 @@ class _Commands(LightningCLI):
         if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
             raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
         model = self._chosen("model").class_path
-        if "model" not in self.given and model not in names(Classifier):  # of the checkpoint
+        if "model" not in self.given and not is_called(Classifier, model):  # of the checkpoint
             raise ValueError(
                 f"the checkpoint is of {model}; give the options that it was trained with, for example --config "
                 "lightning_logs/version_0/config.yaml"

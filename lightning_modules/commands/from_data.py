@@ -13,6 +13,7 @@ from lightning_modules.data.characters import Characters
 from lightning_modules.data.digits import Digits
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.models.language import LanguageModel
+from lightning_modules.support.import_paths import public_path
 
 OWN_DATA: dict[type, type] = {Classifier: Digits, LanguageModel: Characters}  # where no --data is given
 FROM_DATA = ("input_shape", "num_classes", "vocabulary")
@@ -20,7 +21,7 @@ FROM_DATA = ("input_shape", "num_classes", "vocabulary")
 
 def own_model(given: Mapping[str, Any]) -> type | None:
     """Which model of ours the given options mean, if it is one; the classifier where none is named."""
-    return next((kind for kind in OWN_DATA if (given.get("model") or "Classifier") in names(kind)), None)
+    return next((kind for kind in OWN_DATA if is_called(kind, given.get("model") or "Classifier")), None)
 
 
 def model_class(given: Mapping[str, Any]) -> type | None:
@@ -29,9 +30,9 @@ def model_class(given: Mapping[str, Any]) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def names(kind: type) -> tuple[str, str, str]:
-    """What a class of ours may be called."""
-    return kind.__name__, path_of(kind), f"{kind.__module__}.{kind.__name__}"
+def is_called(kind: type, name: str) -> bool:
+    """Whether a name, or an import path, of now or of older files, is that of a class of ours."""
+    return public_path(str(name)) in (kind.__name__, path_of(kind))
 
 
 def path_of(kind: type) -> str:

@@ -33,6 +33,7 @@ from lightning_modules.study.methods import (
 )
 from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
 from lightning_modules.study.score import Mode, Score, better
+from lightning_modules.support.import_paths import public_path
 
 NAMED = Path(__file__).parent / "named"  # folder of the studies that nsgd compare knows by name
 
@@ -113,7 +114,7 @@ class Study:
         taken = signature(kind).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         own = {n: str(v) if isinstance(v, Path) else v for n, v in self.data.hparams.items() if every or n in taken}
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
+        return {"class_path": public_path(f"{kind.__module__}.{kind.__qualname__}"), "init_args": own}
 
     @property
     def score(self) -> Score:

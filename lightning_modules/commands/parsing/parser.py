@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
+from lightning_modules.support.import_paths import public_path
 
 
 class Parser(ArgumentParser):
@@ -34,8 +35,22 @@ def parse(parser: Parser, argv: list[str], command: str, classes: Mapping[str, s
         ValueError: In one sentence, if the options are bad.
     """
     try:
-        return parser.parse_args(argv)
+        parsed: Namespace = parser.parse_args(argv)
     except BadOption as error:
         options = [option for option in parser._option_string_actions if option.startswith("--")]
         said = one_sentence(str(error), command=command, options=options, classes=classes)
         raise ValueError(said) from error
+    name_publicly(parsed)
+    return parsed
+
+
+def name_publicly(parsed: Any) -> None:
+    """Have classes of ours go by their public paths in parsed options, in place, for the files that record them."""
+    if isinstance(parsed, list):
+        for value in parsed:
+            name_publicly(value)
+    elif isinstance(parsed, Namespace | dict):
+        for name, value in list((vars(parsed) if isinstance(parsed, Namespace) else parsed).items()):
+            if name == "class_path" and isinstance(value, str):
+                parsed[name] = public_path(value)
+            name_publicly(value)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lightning_modules.support.files import write_yaml
+from lightning_modules.support.import_paths import public_path
 
 
 def claim_folder(out: Path, files: Mapping[str, Mapping[str, Any]], *, packages: Iterable[str]) -> None:
@@ -76,8 +77,11 @@ def _same(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names."""
+    """Nested options under dotted names; a class by its public path, since older folders have others."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = public_path(value) if name == "class_path" else value
     return flat
