@@ -1,20 +1,13 @@
-"""The methods that a study compares: what each is called, what is tuned of it, and how it is built."""
+"""The methods that a study compares: what each is called, what is tuned of it, and its options. Free of Lightning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.utilities.model_helpers import is_overridden
-
-from lightning_modules.callbacks.refresh import RefreshDirections
-from lightning_modules.models.sharpness_aware import sharpness_aware
-from nsgd import NSGD, damp
 from nsgd.curvature.low_rank import Which
-from nsgd.options import FROM_TRAINING, Estimator
+from nsgd.options import Estimator
 
 Method = Literal[
     "sgd",
@@ -69,11 +62,6 @@ class NSGDOptions:
     bulk_scale: float = 1.0
     solver: Estimator = "auto"
     warmup_steps: int = 0
-
-    def refresh(self) -> list[RefreshDirections]:
-        """The callback that refreshes with these options; none where training's own gradients do."""
-        callback = RefreshDirections(samples=self.samples, group_size=self.group_size, source=self.source)
-        return [] if self.solver in FROM_TRAINING else [callback]
 
     def damping(self) -> dict[str, Any]:
         """The options that the optimizer takes."""
@@ -143,70 +131,3 @@ def damping_of(method: Method, settings: Mapping[str, float], options: NSGDOptio
     if "k" in own:
         own["k"] = round(own["k"])
     return replace(options, **{**own, **recipe.damping})
-
-
-def make_optimizer(
-    method: Method,
-    settings: Mapping[str, float],
-    options: NSGDOptions,
-    params: Iterable[torch.nn.Parameter],
-    *,
-    seed: int = 0,
-) -> torch.optim.Optimizer:
-    """The optimizer of a method that trains by automatic optimisation.
-
-    Args:
-        method: Its name.
-        settings: Its hyperparameters, all of :func:`hyperparameters` but gamma and k, which ``options`` hold too.
-        options: Of the directions.
-        params: What it trains.
-        seed: Of directions that are drawn at random.
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
-    own: dict[str, Any] = {name: settings[name] for name in RECIPES[method].defaults}
-    directions = damping_of(method, settings, options)
-    if method in ("adamw", "damped-adamw"):
-        adamw = torch.optim.AdamW(params, **own)
-        return adamw if directions is None else damp(adamw, seed=seed, **directions.damping())
-    if directions is None:
-        return torch.optim.SGD(params, **own)
-    return NSGD(params, **own, seed=seed, **directions.damping())
-
-
-def prepare(
-    module: pl.LightningModule, method: Method, settings: Mapping[str, float], options: NSGDOptions, *, seed: int = 0
-) -> None:
-    """Have a LightningModule trained by a method, in place of its own optimizers, schedules and callbacks.
-
-    Args:
-        module: With automatic optimization.
-        method: Its name.
-        settings: Its hyperparameters.
-        options: Of the directions.
-        seed: Of directions that are drawn at random.
-
-    Raises:
-        ValueError: If an option is out of range, or the module takes its own optimizer steps, or changes those of its
-            optimizer, for the methods would not be comparable.
-    """
-    if is_overridden("optimizer_step", module):
-        raise ValueError(
-            f"expected a module whose optimizer steps are plain, got {type(module).__name__}, which overrides "
-            "optimizer_step; a study compares what optimizers do, so leave it out"
-        )
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"expected a module with automatic optimization, whose optimizer a study can choose, got "
-            f"{type(module).__name__}, which takes its own optimizer steps"
-        )
-    module.configure_callbacks = lambda: []  # type: ignore[method-assign]  # such as one that stops early
-    if method == "sam":
-        sharpness_aware(module, **{name: settings[name] for name in RECIPES[method].defaults})
-        return
-
-    def configure_optimizers() -> torch.optim.Optimizer:
-        return make_optimizer(method, settings, options, module.parameters(), seed=seed)
-
-    module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]

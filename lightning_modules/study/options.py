@@ -28,9 +28,9 @@ from lightning_modules.study.methods import (
     Settings,
     damping_of,
     hyperparameters,
-    prepare,
     tuned_as,
 )
+from lightning_modules.study.optimizers import prepare, refresh_callbacks
 from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
 from lightning_modules.study.score import Mode, Score, better
 from lightning_modules.support.import_paths import public_path
@@ -174,7 +174,7 @@ class Study:
                 module.configure_optimizers()
             if RECIPES[method].damping is not None:
                 options = damping_of(method, self.given(method), self.nsgd) or self.nsgd
-                for callback in options.refresh():
+                for callback in refresh_callbacks(options):
                     callback.check_samples([options.solver], module)
         if self.steps < 1:
             raise ValueError("expected a batch of training data at least, got none")

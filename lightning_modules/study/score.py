@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 Mode = Literal["min", "max"]
 
+EVALUATED = 5000  # training samples, at most, that the training loss is taken on
+
 _VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|eval|dev)(?![a-z])")
 _SUFFIX = re.compile(r"(/dataloader_idx_\d+|_epoch|_step)$")  # that Lightning gives to names
 _ACCURACY = {"acc", "accuracy"}

@@ -13,11 +13,13 @@ from lightning_modules.callbacks.averages import READ_OUTS, ReadOut, ReadOuts
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.models.base import Split
-from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, damping_of, prepare
+from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, damping_of
+from lightning_modules.study.optimizers import prepare, refresh_callbacks
 from lightning_modules.study.options import Study
 from lightning_modules.study.rehearsal import settled_options
-from lightning_modules.study.runs.evaluate import EVALUATED, score_read_outs
+from lightning_modules.study.runs.evaluate import score_read_outs
 from lightning_modules.study.runs.plan import TUNING_SEED, Run, plan_runs, settings_of, steps_of
+from lightning_modules.study.score import EVALUATED
 from lightning_modules.support.files import Rows, write_csv, write_yaml
 from lightning_modules.support.quiet import quiet, quiet_trainer
 
@@ -87,7 +89,7 @@ def _train(
     module = study.module()
     prepare(module, method, settings, nsgd, seed=seed)
     directions = damping_of(method, settings, nsgd)
-    refresh = [] if directions is None else directions.refresh()
+    refresh = [] if directions is None else refresh_callbacks(directions)
     with quiet():
         trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks])
         trainer.fit(module, datamodule=study.fresh_data())
