@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Integral, Real
+from typing import Literal, TypeGuard, get_args
 
 import torch
 
@@ -47,22 +48,26 @@ class DampingOptions:
             value = getattr(self, name)
             if name == "refresh_every" and value == "auto":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 kind = "'auto' or a whole number" if name == "refresh_every" else "a whole number"
                 raise ValueError(f"expected {name} to be {kind} of at least {least}, got {value!r}")
+            self._set(name, int(value))
         check_factors(self.gamma, self.bulk_scale)
-        if not isinstance(self.overhead, int | float) or not 0 < self.overhead < math.inf:
+        if not _is_number(self.overhead) or not 0 < self.overhead < math.inf:
             raise ValueError(
                 "expected overhead to be a number above 0, the share of training that refreshes may cost, got "
                 f"{self.overhead!r}"
             )
+        for name in ("gamma", "bulk_scale", "overhead"):
+            self._set(name, float(getattr(self, name)))
         for name in ("decay", "step_decay"):
             value = getattr(self, name)
             if name == "decay" and value is None:
                 continue
-            if not isinstance(value, int | float) or not 0 <= value < 1:
+            if not _is_number(value) or not 0 <= value < 1:
                 default = "; None is the default" if name == "decay" else ""
                 raise ValueError(f"expected {name} to be a number >= 0 and below 1, got {value!r}{default}")
+            self._set(name, float(value))
         for name, choices in (("which", get_args(Which)), ("solver", get_args(Estimator))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -77,15 +82,25 @@ class DampingOptions:
                 "there are none; its average forgets by step_decay a step"
             )
         dtype = self.basis_dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype is not None and dtype not in _BASIS_DTYPES:
             raise ValueError(
-                f"expected basis_dtype to be a floating point dtype such as torch.bfloat16, or None for the "
-                f"parameters' own (float32 at least), got {dtype!r}"
+                "expected basis_dtype to be torch.bfloat16, float16, float32 or float64, or None for the parameters' "
+                f"own (float32 at least), got {dtype!r}"
             )
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)  # a plain number, whichever library it came from, as files can hold
+
+
+_BASIS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_factors(gamma: object, bulk_scale: object) -> None:
     """Raise a ValueError unless both are factors that a step can have."""
     for name, value in (("gamma", gamma), ("bulk_scale", bulk_scale)):
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not _is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"expected {name} to be a finite number >= 0 (1 leaves the step as it is), got {value!r}")

@@ -241,10 +241,11 @@ class RefreshDirections(pl.Callback):
                     return optimizer.refresh(losses, **options)
             except Exception as error:  # of any kind: a training_step may hold anything; a real fault raises below too
                 self._at_once = False
-                cause = (str(error) or type(error).__name__).splitlines()[0]
+                cause = error.__cause__ or error
+                said = (str(cause) or type(cause).__name__).strip().splitlines()[0]
                 self._tell_once(
                     "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
-                    f"cannot run this training_step ({cause})"
+                    f"cannot run this training_step ({said})"
                 )
         with batch_losses(module) as loss_of:  # gradients need each loss only once: one guard serves for all
             return optimizer.refresh([(partial(scaled, loss_of, batch), n) for batch, n in parts], **options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsgd.directions.shards import from_saved, same_everywhere, to_save
-from nsgd.options import PER_GROUP, DampingOptions
+from nsgd.options import PER_GROUP, DampingOptions, check_factors
 
 if TYPE_CHECKING:
     from nsgd.damping.step import Damped
@@ -48,6 +48,9 @@ def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
     # One value, whatever is in it: torch.distributed.checkpoint takes lists to pieces, and wants as many on loading.
     written = json.dumps(counts)
     saved["param_groups"][0].update(nsgd_version=_VERSION, nsgd_options=options, nsgd_counts=written)
+    for group in saved["param_groups"]:
+        for key in (group_key(optimizer, name) for name in ("gamma", "bulk_scale")):
+            group[key] = float(group[key])  # of any library's numbers, as torch.load takes them
     extra = {}
     for i, p in zip(_numbers(saved), _params(optimizer), strict=True):
         if id(p) in tensors:
@@ -85,6 +88,10 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
     groups = state_dict["param_groups"]
     first = groups[0] if groups else {}
     if "nsgd_version" in first:
+        if first["nsgd_version"] != _VERSION:
+            raise ValueError(
+                f"expected a checkpoint of format {_VERSION} or older, got {first['nsgd_version']!r}; update nsgd"
+            )
         options, counts = _options(first["nsgd_options"]), json.loads(first["nsgd_counts"])
         own = {"nsgd_version", "nsgd_options", "nsgd_counts"}
     elif "refreshed_at" in first:  # release 0.1.0
@@ -95,6 +102,9 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
     else:
         options, counts, own = None, {}, set()
     groups = [{name: value for name, value in group.items() if name not in own} for group in groups]
+    for group, now in zip(groups, optimizer.param_groups, strict=False):
+        factors = (group_key(optimizer, name) for name in ("gamma", "bulk_scale"))
+        check_factors(*(group.get(key, now[key]) for key in factors))
     return Loaded({**state_dict, "state": state, "param_groups": groups}, options, counts, tensors)
 
 

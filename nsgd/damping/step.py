@@ -50,6 +50,8 @@ class Damped(Optimizer):
         directions come from training gradients, the fold of :class:`nsgd.directions.differences.Differences`. A step at
         ``lr=0`` is the base optimizer's, and counts for nothing: torch's checkpoints take one to make the state.
         """
+        for group in self._curvature_groups():
+            self._check_factors(group)
         if all(_at_rest(group) for group in self.param_groups):
             loss = self._base_step(closure)
             self._directions.end_step()
@@ -384,8 +386,11 @@ class Damped(Optimizer):
                 self.param_groups.pop()
                 raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_factors(self, group: dict[str, Any]) -> None:
         check_factors(group[self._key("gamma")], group[self._key("bulk_scale")])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_factors(group)
         if group.get("differentiable", False):
             raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
         lr = group.get("lr", 0)

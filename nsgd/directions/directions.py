@@ -25,6 +25,8 @@ from nsgd.directions.schedule import Counts, refresh_due
 from nsgd.directions.shards import check_shards, parts_of
 from nsgd.options import FROM_TRAINING, DampingOptions
 
+_SILENCE = 100  # steps without a refresh, where directions come from nothing else, before that is said
+
 NOT_FINITE = "the loss is NaN or infinite, or its gradient is; no curvature can be taken there"
 
 
@@ -166,6 +168,16 @@ class Directions:
 
     def end_step(self) -> None:
         """Called when a step has been made, or left out."""
+        counts, options = self.counts, self.options
+        waited = counts.attempted_at < 0 and counts.steps == options.warmup_steps + _SILENCE
+        if waited and options.solver not in FROM_TRAINING:
+            self.warn_once(
+                "refresh",
+                f"{_SILENCE} steps with solver={options.solver!r} and no refresh were those of the base optimizer; "
+                "call optimizer.backward(loss) in place of loss.backward(), or optimizer.refresh_if_due before it, or "
+                "take solver='auto', which needs neither",
+                depth=5,
+            )
         if self.differences is not None:
             alone = world() == 1 and not any(block.sharded for block in self.blocks)
             self.differences.begin_step(self.blocks, several_processes=not alone)
@@ -383,4 +395,6 @@ def check_size(k: int, params: Sequence[Tensor]) -> None:
     """Raise a ValueError if there are fewer parameters than directions."""
     size = sum(p.numel() for p in params)
     if k > size:
-        raise ValueError(f"expected k of at most {size}, the number of trainable parameters, got {k}")
+        raise ValueError(
+            f"expected k of at most {size}, the number of trainable parameters, got {k}; pass k={size} or less"
+        )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsgd.directions.samples import check_batch
+
 
 def backward_in_chunks(
     loss: Callable[..., Tensor],
@@ -38,12 +40,9 @@ def backward_in_chunks(
         ValueError: If there are no tensors or no samples, lengths differ, ``chunks`` is no count of at least 1, or a
             loss is no scalar, which is seen before the first backward pass.
     """
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
+    samples = check_batch(loss, tensors)
     if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
         raise ValueError(f"expected chunks to be a whole number of at least 1, got {chunks!r}")
-    samples = lengths.pop()
     most = min(chunks, samples)
     equal = [count for count in range(2, most + 1) if samples % count == 0]
     parts = [tensor.tensor_split(equal[-1] if equal else most) for tensor in tensors]

@@ -134,6 +134,8 @@ class Passes:
     @torch.no_grad()
     def note(self, index: int, gradient: Tensor) -> None:
         """Called in a backward pass with a parameter's gradient."""
+        if self._params[index].grad is None:  # what came before was thrown away by zero_grad, or was never kept
+            self._fired[index] = 0
         count = self._fired[index]
         self._fired[index] += 1
         if not self.keeping:
@@ -151,13 +153,14 @@ class Passes:
 
     def end(self) -> int:
         """How many passes the step has had; 0 where their gradients were not kept, or not one for each parameter."""
-        count = max(self._fired, default=0)
-        several = count > 1 and not self._odd and all(fired in (0, count) for fired in self._fired)
+        passes = [0 if p.grad is None else n for p, n in zip(self._params, self._fired, strict=True)]
+        count = max(passes, default=0)
+        several = count > 1 and not self._odd and all(n in (0, count) for n in passes)
         self.patience = _PATIENCE if several else max(0, self.patience - 1)
         if not several or not self.keeping:
             return 0
-        for i, fired in enumerate(self._fired):
-            if fired == 0:  # unused: no part of any pass
+        for i, n in enumerate(passes):
+            if n == 0:  # unused: no part of any pass
                 for views in self._views[:count]:
                     views[i].zero_()
         return count

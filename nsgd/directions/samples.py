@@ -38,9 +38,7 @@ class SampleLosses(list[tuple[Closure, int]]):
         module: nn.Module | None,
         chunk_size: int | None = None,
     ) -> None:
-        lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-        if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
+        check_batch(loss, tensors)
         if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
             raise ValueError(f"expected a group_size of at least 1, got {group_size!r}")
         if module is not None and not isinstance(module, nn.Module):
@@ -90,6 +88,22 @@ def sample_losses(
             ``module`` no module, or there is a ``chunk_size`` without it.
     """
     return SampleLosses(loss, tensors, group_size, module, chunk_size)
+
+
+def check_batch(loss: object, tensors: Sequence[object]) -> int:
+    """Number of samples in a batch; a ValueError where it is none, or the loss cannot be called."""
+    if not callable(loss):
+        raise ValueError(
+            f"expected the loss to be a function of the batch, got a {type(loss).__name__}; write lambda x, y: "
+            "loss_fn(model(x), y)"
+        )
+    others = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor)]
+    if others:
+        raise ValueError(f"expected tensors, a row for each sample, got a {others[0]}; make it one by torch.as_tensor")
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors if isinstance(tensor, Tensor)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
+    return lengths.pop()
 
 
 def check_chunk_size(chunk_size: object) -> None:
@@ -245,7 +259,16 @@ def _at_once(
             own = {name: b.repeat(chunk.stop - start, *[1] * b.ndim) for name, b in buffers.items()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
-                found, part = run(wanted, own, *(tensor[chunk] for tensor in parts))
+                try:
+                    found, part = run(wanted, own, *(tensor[chunk] for tensor in parts))
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    said = str(error).strip().splitlines()[0]
+                    raise RuntimeError(
+                        f"the gradients of samples cannot be taken at once, by torch.func.vmap ({said}); leave module "
+                        "out, and they are taken one by one"
+                    ) from error
             _check_reached(part, params)
             values.append(part.detach())
             _write(rows, chunk, [found[names[p]] if p.requires_grad else None for p in params])

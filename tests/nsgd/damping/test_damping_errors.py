@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,10 +12,14 @@ OUT_OF_RANGE = [
     ({"k": 0}, "expected k to be a whole number of at least 1, got 0"),
     ({"k": 2.0}, "expected k to be a whole number of at least 1, got 2.0"),
     ({"k": True}, "expected k to be a whole number"),
-    ({"k": 1000}, "expected k of at most 92, the number of trainable parameters, got 1000"),
+    ({"k": 1000}, "expected k of at most 92, the number of trainable parameters, got 1000; pass k=92 or less"),
     ({"gamma": -0.1}, "expected gamma to be a finite number >= 0 .*got -0.1"),
     ({"gamma": float("nan")}, "expected gamma to be a finite number >= 0 .*got nan"),
     ({"gamma": "0.1"}, "expected gamma to be a finite number >= 0 .*got '0.1'"),
+    ({"gamma": True}, "expected gamma to be a finite number >= 0 .*got True"),
+    ({"overhead": "0.1"}, "expected overhead to be a number above 0, .*got '0.1'"),
+    ({"basis_dtype": torch.int32}, "expected basis_dtype to be torch.bfloat16, .*got torch.int32"),
+    ({"basis_dtype": torch.float8_e4m3fn}, "expected basis_dtype to be torch.bfloat16, .*got torch.float8_e4m3fn"),
     ({"bulk_scale": -1}, "expected bulk_scale to be a finite number >= 0"),
     ({"bulk_scale": float("inf")}, "expected bulk_scale to be a finite number >= 0"),
     ({"refresh_every": 0}, "expected refresh_every to be 'auto' or a whole number of at least 1, got 0"),
@@ -39,6 +44,65 @@ def test_an_option_out_of_range_is_one_clear_sentence(training, way, options, me
     with pytest.raises(ValueError, match=message) as error:
         NSGD(params, **options) if way == "nsgd" else damp(SGD(params), **options)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_other_libraries_are_numbers_and_a_checkpoint_with_them_loads_safely(training, tmp_path):
+    given = {"k": np.int64(3), "warmup_steps": np.int32(0), "seed": np.int64(1), "refresh_every": np.int64(5)}
+    given |= {name: np.float32(0.5) for name in ("gamma", "overhead", "decay", "step_decay", "bulk_scale")}
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, **given)
+    assert {name: type(getattr(optimizer.options, name)) for name in given} == {
+        name: int if name in ("k", "warmup_steps", "seed", "refresh_every") else float for name in given
+    }
+    optimizer.param_groups[0]["gamma"] = np.float32(0.25)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert optimizer.param_groups[0]["gamma"] == 0.25
+
+
+@pytest.mark.parametrize("value", ["0.1", -1.0, float("nan"), None])
+def test_a_bad_factor_written_into_a_group_or_a_checkpoint_is_refused_and_nothing_moves(training, value):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3)
+    run.loss(0).backward()
+    saved = optimizer.state_dict()
+    before = [p.detach().clone() for p in run.model.parameters()]
+    optimizer.param_groups[0]["gamma"] = value
+    with pytest.raises(ValueError, match="expected gamma to be a finite number >= 0"):
+        optimizer.step()
+    assert all(map(torch.equal, run.model.parameters(), before))
+    assert optimizer.steps == 0
+    optimizer.param_groups[0]["gamma"] = 0.1
+    saved["param_groups"][0]["gamma"] = value
+    with pytest.raises(ValueError, match="expected gamma to be a finite number >= 0"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["gamma"] == 0.1
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(training):
+    optimizer = NSGD(training().model.parameters(), k=3)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["nsgd_version"] = 99
+    with pytest.raises(ValueError, match="expected a checkpoint of format 2 or older, got 99; update nsgd"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("solver", ["gradients", "lanczos", "arpack", "random"])
+def test_a_loop_that_never_refreshes_where_the_solver_wants_it_is_told_once(solver):
+    """Its steps are those of the base optimizer, and would be so in silence."""
+    p = nn.Parameter(torch.ones(30))
+    optimizer = NSGD([p], lr=0.01, solver=solver, warmup_steps=3)
+    p.grad = torch.ones(30)
+    for _ in range(102):
+        optimizer.step()
+    with pytest.warns(
+        UserWarning, match=f"100 steps with solver='{solver}' and no refresh .* take solver='auto'"
+    ) as said:
+        optimizer.step()
+    for _ in range(200):
+        optimizer.step()  # a second warning would be an error
+    assert len(said) == 1
+    assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize(

@@ -180,19 +180,47 @@ def whole(step):
     return torch.stack([torch.cat(gradient) for gradient in step]).sum(0)
 
 
-def test_a_pass_that_is_thrown_away_is_no_row(unclipped, alike):
+def test_a_pass_that_is_thrown_away_as_zeros_is_no_row(unclipped, alike):
     given, steps = Given(step_decay=0.9, k=20), passes_of(12, 3)
     for step in steps:
         sum((10 * p).sum() for p in given.params).backward()
-        run_passes(given, step)
+        run_passes(given, step, set_to_none=False)
     differences_alone(given, [whole(step) for step in steps])
 
 
-def test_a_look_at_gradients_beside_the_pass_is_no_row(unclipped, alike):
-    given, steps = Given(step_decay=0.9, k=20), passes_of(12, 1)
-    for step in steps:
-        torch.autograd.grad(sum((3 * p).sum() for p in given.params), given.params)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("look", ["backward", "grad"])
+def test_a_pass_that_zero_grad_throws_away_leaves_no_trace(unclipped, alike, count, look):
+    """As in a GAN, whose generator's loss goes back through the discriminator: not a fold more than without it."""
+    plain, given = (Given(step_decay=0.9, k=20) for _ in range(2))
+    for step in passes_of(40, count):
+        run_passes(plain, step)
+        loss = sum((10 * p).sum() for p in given.params)
+        loss.backward() if look == "backward" else torch.autograd.grad(loss, given.params)
         run_passes(given, step)
+    assert given.optimizer.refreshes == plain.optimizer.refreshes < (40 if count == 1 else 41)
+    assert torch.equal(given.moment(), plain.moment())
+    assert all(map(torch.equal, given.params, plain.params))
+
+
+def test_a_parameter_that_only_a_thrown_away_pass_reaches_has_no_part(unclipped, alike):
+    plain, given = (Given(step_decay=0.9, k=20) for _ in range(2))
+    for step in passes_of(12, 3):
+        step = [(one, None) for one, _ in step]
+        run_passes(plain, step)
+        given.params[1].sum().backward()
+        run_passes(given, step)
+    assert torch.equal(given.moment(), plain.moment())
+
+
+def test_a_look_at_gradients_after_the_pass_is_no_row(unclipped, alike):
+    given, steps = Given(step_decay=0.9, k=20), passes_of(12, 1)
+
+    def look():
+        torch.autograd.grad(sum((3 * p).sum() for p in given.params), given.params)
+
+    for step in steps:
+        run_passes(given, step, before_step=look)
     differences_alone(given, [whole(step) for step in steps])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from sample_cases import SAMPLES, Case
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
-from nsgd import sample_losses
+from nsgd import backward_in_chunks, sample_losses
 from nsgd.directions.samples import gradient_moment
 
 # -- nothing left behind --------------------------------------------------------------------------------------
@@ -175,13 +176,33 @@ def test_a_module_is_an_nn_module(module):
         sample_losses(lambda x: x.sum(), torch.ones(3), module=module)
 
 
+@pytest.mark.parametrize("take", [sample_losses, backward_in_chunks])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.ones(()), torch.ones(4)), "expected the loss to be a function of the batch, got a Tensor"),
+        ((torch.sum, np.ones(4)), "expected tensors, a row for each sample, got a ndarray; make it one by torch.as_te"),
+        ((torch.sum, [1.0, 2.0]), "expected tensors, a row for each sample, got a list"),
+        ((torch.sum, torch.ones(())), "expected tensors of one length"),
+        ((torch.sum,), "expected tensors of one length"),
+        ((torch.dot, torch.ones(3), torch.ones(2)), r"expected tensors of one length, .*got lengths \[2, 3\]"),
+    ],
+)
+def test_what_is_no_batch_is_one_clear_sentence(take, args, message):
+    with pytest.raises(ValueError, match=message):
+        take(*args)
+
+
 def test_what_vmap_cannot_run_is_an_error_and_leaves_everything_as_found():
     case = Case("batch_norm")
     before, states = snapshot(case.model), random_states()
     losses = sample_losses(
         lambda x, y: case.loss(x, y) * x.sum().item(), case.x, case.y, group_size=5, module=case.model
     )
-    with pytest.raises(RuntimeError, match="vmap"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be taken at once, by torch\.func\.vmap \(.*\); leave module out"
+    ) as met:
         gradient_moment(losses, case.params)
+    assert "\n" not in str(met.value)
     assert_untouched(case.model, before)
     same_random_states(states)
