@@ -1,7 +1,7 @@
-"""Write the README's tables from the files in benchmarks/results, between their markers.
+"""Write the tables of README.md and benchmarks/README.md from the files in benchmarks/results, between their markers.
 
-python benchmarks/readme.py            # rewrites README.md
-python benchmarks/readme.py --smoke    # fails if README.md is not what these files say
+python benchmarks/readme.py            # rewrites both
+python benchmarks/readme.py --smoke    # fails if one is not what these files say
 """
 
 from __future__ import annotations
@@ -77,12 +77,38 @@ def benchmark(name: str, source: str, wanted: Callable[[str], bool] = lambda fir
 
 
 def shown(tracker: str) -> bool:
-    """Whether the README has room for a tracker."""
+    """Whether the table has room for a tracker."""
     hidden = ("samples, 32, every 1, decay 0.98", "decay 0.857", "6 products", "groups", " 128, every 12")
     return not any(part in tracker for part in (*hidden, "training gradients, decay 0.95"))
 
 
-TABLES: dict[str, Callable[[], str]] = {
+SHORT = "CNN at 16 px, batch 1,024"  # the case of the README's one table
+
+
+def short() -> str:
+    """Six methods of one case."""
+    _, rows = importlib.import_module("time_to_target").table(read_csv(RESULTS / "time_to_target.csv"))
+    wanted = {
+        "SGD, momentum": "SGD with momentum",
+        "AdamW": "AdamW",
+        "Muon": "Muon",
+        "NSGD, momentum": "**NSGD**",
+        "NSGD, momentum, 8 micro-batches": "**NSGD**, 8 micro-batches",
+        "NSGD by samples, momentum": "NSGD by single samples",
+    }
+    found = {case.removeprefix(f"{SHORT}: "): rest for case, *rest in rows if case.startswith(f"{SHORT}: ")}
+    body = []
+    for method, label in wanted.items():
+        lr, loss, accuracy, _, target, _, reached, _ = found[method]
+        gradients, _, seconds = target.partition(" / ")
+        body.append([label, lr, gradients, seconds or "", f"{reached} seeds", loss, accuracy])
+    header = ["method", "lr", "gradients", "seconds", "reached by", "final training loss", "validation, %"]
+    return f"{markdown(header, body)}\n\nMedians over seeds; from `benchmarks/results/time_to_target.csv`."
+
+
+# What each document shows.
+TABLES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"short": short}}
+TABLES["benchmarks/README.md"] = {
     "digits": digits,
     "time_to_target": benchmark("time_to_target", "Medians over paired seeds, as many as the counts say."),
     "damping_rule": benchmark("damping_rule", "Means over paired seeds."),
@@ -94,28 +120,28 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def rendered(readme: str) -> str:
-    """The README with every table made anew."""
-    for name, table in TABLES.items():
+def rendered(document: str, found: str) -> str:
+    """A document with every table made anew."""
+    for name, table in TABLES[document].items():
         pattern = rf"(<!-- {name}: benchmarks/readme.py -->\n).*?(<!-- /{name} -->)"
         content = table()
-        readme, count = re.subn(pattern, lambda found, c=content: f"{found[1]}\n{c}\n\n{found[2]}", readme, flags=re.S)
+        found, count = re.subn(pattern, lambda place, c=content: f"{place[1]}\n{c}\n\n{place[2]}", found, flags=re.S)
         if count != 1:
-            raise ValueError(f"expected one place for the table {name} in README.md, got {count}")
-    return readme
+            raise ValueError(f"expected one place for the table {name} in {document}, got {count}")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="check README.md instead of writing it")
+    parser.add_argument("--smoke", action="store_true", help="check them instead of writing them")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    found = path.read_text(encoding="utf-8")
-    wanted = rendered(found)
-    if not args.smoke:
-        path.write_text(wanted, encoding="utf-8")
-    elif wanted != found:
-        raise SystemExit("README.md does not match benchmarks/results; run python benchmarks/readme.py")
+    for document in TABLES:
+        found = (ROOT / document).read_text(encoding="utf-8")
+        wanted = rendered(document, found)
+        if not args.smoke:
+            (ROOT / document).write_text(wanted, encoding="utf-8")
+        elif wanted != found:
+            raise SystemExit(f"{document} does not match benchmarks/results; run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

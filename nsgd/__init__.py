@@ -9,4 +9,4 @@ from nsgd.optimizer import NSGD as NSGD
 from nsgd.optimizer import damp as damp
 
 __all__ = ["NSGD", "Eigenpairs", "backward_in_chunks", "damp", "drawn_mse_loss", "sample_losses", "top_eigenpairs"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

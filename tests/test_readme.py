@@ -1,4 +1,4 @@
-"""The README is true: its code blocks run, its tables are what the result files say."""
+"""The documents are true: their code blocks run, tables say what the result files do, their links lead to files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ import yaml
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOUND = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
+DOCUMENTS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "nsgd/README.md", "lightning_modules/README.md", "benchmarks/README.md")
+}
+README, ALL = DOCUMENTS["README.md"], "\n".join(DOCUMENTS.values())
+FOUND = re.findall(r"^```python\n(.*?)^```$", ALL, flags=re.M | re.S)
 SEVERAL = [block for block in FOUND if "init_process_group" in block]  # scripts for torchrun
 BLOCKS = [block for block in FOUND if block not in SEVERAL]
 
 
-def test_the_readme_has_the_blocks_that_the_tests_below_run():
-    assert len(BLOCKS) + len(SEVERAL) == 13
+def test_the_documents_have_the_blocks_that_the_tests_below_run():
+    assert len(BLOCKS) + len(SEVERAL) == 15
+    assert len(README.splitlines()) < 180
     for name in (
         "NSGD(",
         "damp(",
@@ -29,6 +34,7 @@ def test_the_readme_has_the_blocks_that_the_tests_below_run():
         "top_eigenpairs(",
         "GradScaler(",
         "Accelerator()",
+        "Trainer(language_model",
         "RefreshDirections(",
         "ValleyWalk(",
     ):
@@ -38,8 +44,9 @@ def test_the_readme_has_the_blocks_that_the_tests_below_run():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_a_code_block_runs(block, tmp_path, monkeypatch):
-    if "accelerate" in block:
-        pytest.importorskip("accelerate")
+    for library in ("accelerate", "transformers"):
+        if f"from {library}" in block:
+            pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     norm = nn.LayerNorm(16) if "sample_losses" in block else nn.BatchNorm1d(16)  # one sample has no batch statistics
@@ -119,6 +126,18 @@ def test_the_first_line_says_what_it_is_and_spells_the_acronym_out():
     assert "torch.optim.SGD" in first
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_between_the_documents_lead_to_files(name):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", DOCUMENTS[name]):
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_the_line_that_changes_is_the_one_of_the_first_block():
+    (removed,), (added,) = (re.findall(rf"^{sign} (optimizer = .*)$", README, flags=re.M) for sign in ("-", r"\+"))
+    assert added.replace("nsgd.NSGD", "torch.optim.SGD") == removed
+    assert added.removeprefix("optimizer = nsgd.") in BLOCKS[0]
+
+
 def test_the_tables_are_what_the_result_files_say():
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--smoke"], check=True)
 
@@ -127,7 +146,7 @@ def test_the_tables_are_what_the_result_files_say():
 def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
     from lightning_modules.commands.main import main
 
-    lines = " ".join(re.findall(rf"^nsgd {command} .*$", README, flags=re.M))
+    lines = " ".join(re.findall(rf"^nsgd {command} .*$", ALL, flags=re.M))
     flags = set(re.findall(r"--[a-z_.]+", lines)) - {"--help"}
     with pytest.raises(SystemExit):
         main([command, "--help", "all"])
@@ -142,7 +161,7 @@ def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
 
 
 def test_the_study_of_the_readme_is_one():
-    (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, flags=re.M | re.S)
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", ALL, flags=re.M | re.S)
     from lightning_modules import Digits
     from lightning_modules.study.options import Study
 
