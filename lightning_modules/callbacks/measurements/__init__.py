@@ -1,4 +1,4 @@
-"""Callbacks for any LightningModule: one refreshes the directions, the others measure or record."""
+"""Callbacks that measure along a training path, a file for each, and what they hold: a budget, a sample, a table."""
 
 from __future__ import annotations
 

@@ -11,12 +11,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.callbacks.measurements.measurement import FORWARD, LossOf, Measurement, Parts
+from lightning_modules.callbacks.measurements.evaluation import FORWARD, LossOf, Parts
+from lightning_modules.callbacks.measurements.measurement import Measurement, trainable
+from lightning_modules.support import quantities
 from nsgd.curvature.hessian import gradient_of, loss_hessian
 from nsgd.curvature.vectors import flatten, split
 from nsgd.trajectory.averaging import ema_weights, swa_weights, tail_sums, two_point_loss, two_point_weights
 from nsgd.trajectory.line import losses_along, moved
-from nsgd.trajectory.quadratic import OwnBatch
 
 _EMA_STEPS = 4  # the branch over the length that the exponential average remembers
 
@@ -40,7 +41,7 @@ class AveragingExperiment(Measurement):
         seed: Draws the samples.
     """
 
-    name = "averaging"
+    name = quantities.AVERAGING
     times = 1
 
     def __init__(
@@ -63,9 +64,9 @@ class AveragingExperiment(Measurement):
     def weights(self) -> dict[str, Tensor]:
         """Weights of the iterates in each average, (steps + 1,)."""
         return {
-            "EMA": ema_weights(self.steps, decay=1 - _EMA_STEPS / self.steps),
-            "SWA": swa_weights(self.steps, window=self.steps // 2),
-            "two points": two_point_weights(self.steps, spacing=self.steps // 2),
+            quantities.EMA: ema_weights(self.steps, decay=1 - _EMA_STEPS / self.steps),
+            quantities.SWA: swa_weights(self.steps, window=self.steps // 2),
+            quantities.TWO_POINTS: two_point_weights(self.steps, spacing=self.steps // 2),
         }
 
     def spacings(self) -> list[int]:
@@ -90,19 +91,19 @@ class AveragingExperiment(Measurement):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the experiment."""
-        if self.planned:
+        if self.budget.plan is not None:
             self.measure(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
         """From the current parameters, which are put back."""
-        params = self.params(module)
+        params = trainable(module)
         start = flatten(params, params)
-        count = sum(n for _, n in self.evaluation)
+        count, draw = self.evaluation.size, self.evaluation.draw
         # In the order of the steps, the same for every schedule; samples may come back in later batches.
-        batches = [self.draw(trainer, module, count, seed=self.seed + 1 + i)[:1] for i in range(self.steps)]
+        batches = [draw(trainer, module, count, seed=self.seed + 1 + i)[:1] for i in range(self.steps)]
         step, lr = trainer.global_step, self._rate(loss_of, batches[0], params)
-        self.note(step, "lr", lr)
+        self.table.note(step, quantities.LR, lr)
         try:
             self._experiment(step, loss_of, params, start, batches, lr)
         finally:
@@ -111,8 +112,8 @@ class AveragingExperiment(Measurement):
     def _rate(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> float:
         if self.lr is not None:
             return self.lr
-        _, squared, curvature = self.along_gradient(loss_of, batch, params)
-        return min(self._largest, OwnBatch(0.0, squared, curvature).best_rate)
+        _, quadratic = self.evaluation.along_gradient(loss_of, batch, params)
+        return min(self._largest, quadratic.best_rate)
 
     def _branch(
         self, loss_of: LossOf, batches: list[Parts], params: list[nn.Parameter], rates: Tensor
@@ -120,8 +121,8 @@ class AveragingExperiment(Measurement):
         """SGD at these rates: the iterates, the first included, (P,) each."""
         yield flatten(params, params)
         for batch, rate in zip(batches, rates.tolist(), strict=True):
-            gradient = gradient_of(self.loss(loss_of, batch)(), params, create_graph=False)
-            self.spend(1 - FORWARD, batch)
+            gradient = gradient_of(self.evaluation.loss(loss_of, batch)(), params, create_graph=False)
+            self.evaluation.spend(1 - FORWARD, batch)
             with torch.no_grad():
                 for p, g in zip(params, gradient, strict=True):
                     if g is not None:
@@ -148,35 +149,39 @@ class AveragingExperiment(Measurement):
                 average.add_(last, alpha=float(weights[name][t]))
             if self.steps - t in self.spacings():
                 before[self.steps - t] = last
-        loss = self.loss(loss_of)
+        loss = self.evaluation.loss(loss_of)
 
-        def note(name: str, point: Tensor) -> None:
+        def note(quantity: str, value: float | Tensor, *, of: str) -> None:
+            self.table.note(step, quantity, value, of=of)
+
+        def note_point(name: str, point: Tensor) -> None:
             _assign(params, start)
-            self.note(step, "loss", float(losses_along(loss, params, point - start, [1.0])), of=name)
-            self.note(step, "distance from the start", torch.linalg.vector_norm(point - start), of=name)
+            note(quantities.LOSS, losses_along(loss, params, point - start, [1.0]), of=name)
+            note(quantities.START_DISTANCE, torch.linalg.vector_norm(point - start), of=name)
 
-        note("last", last)
+        note_point(quantities.LAST, last)
         for name, average in averages.items():
             *_, scheduled = self._branch(loss_of, batches, params, lr * tail_sums(weights[name]))
-            note(name, average)
-            note(f"{name}, schedule", scheduled)
-            self.note(step, "distance of average and schedule", torch.linalg.vector_norm(average - scheduled), of=name)
-            self.note(step, "distance of average and last", torch.linalg.vector_norm(average - last), of=name)
+            note_point(name, average)
+            note_point(quantities.schedule_of(name), scheduled)
+            note(quantities.SCHEDULE_DISTANCE, torch.linalg.vector_norm(average - scheduled), of=name)
+            note(quantities.LAST_DISTANCE, torch.linalg.vector_norm(average - last), of=name)
         _assign(params, last)
         for spacing, point in sorted(before.items()):
             self._gain(step, loss_of, params, point - last, spacing)
 
     def _gain(self, step: int, loss_of: LossOf, params: list[nn.Parameter], difference: Tensor, spacing: int) -> None:
         """How far the loss at the mean of two points lies below the mean of their losses."""
-        late, middle, early = losses_along(self.loss(loss_of), params, difference, [0.0, 0.5, 1.0]).tolist()
-        with moved(params, difference, 0.5), loss_hessian(self.curvature_loss(loss_of), params) as hessian:
+        evaluation, note = self.evaluation, self.table.note
+        late, middle, early = losses_along(evaluation.loss(loss_of), params, difference, [0.0, 0.5, 1.0]).tolist()
+        with moved(params, difference, 0.5), loss_hessian(evaluation.curvature_loss(loss_of), params) as hessian:
             curvature = float(torch.dot(difference, hessian.hvp(difference)))
-            self.spend(hessian.cost(1))
+            evaluation.spend(hessian.cost(1))
         mean = (late + early) / 2
-        self.note(step, "two-point gain", mean - middle, at=spacing)
+        note(step, quantities.TWO_POINT_GAIN, mean - middle, at=spacing)
         predicted = mean - two_point_loss([late, early], curvature=curvature)
-        self.note(step, "predicted two-point gain", predicted, at=spacing)
-        self.note(step, "squared distance", torch.dot(difference, difference), at=spacing)
+        note(step, quantities.PREDICTED_TWO_POINT_GAIN, predicted, at=spacing)
+        note(step, quantities.SQUARED_DISTANCE, torch.dot(difference, difference), at=spacing)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, and the largest learning rate."""

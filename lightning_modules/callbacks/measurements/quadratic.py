@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
-from lightning_modules.callbacks.measurements.measurement import LossOf, Measurement
+from lightning_modules.callbacks.measurements.evaluation import LossOf
+from lightning_modules.callbacks.measurements.measurement import Measurement, trainable
+from lightning_modules.support import quantities
 from nsgd.trajectory.line import losses_along
-from nsgd.trajectory.quadratic import OwnBatch, r_squared
+from nsgd.trajectory.quadratic import r_squared
 
 _MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the rate that is predicted to be the best one
 
@@ -32,7 +35,7 @@ class BatchQuadratic(Measurement):
         seed: Draws the batches.
     """
 
-    name = "quadratic"
+    name = quantities.QUADRATIC
     times = 20
     fresh = 2
 
@@ -53,29 +56,29 @@ class BatchQuadratic(Measurement):
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
         """Measure one pair of batches."""
         step, lr = trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"])
-        params = self.params(module)
-        own, other = ([batch] for batch in self.draw_batches(trainer, module, 2))
-        gradient, squared, curvature = self.along_gradient(loss_of, own, params)
-        start = float(losses_along(self.loss(loss_of, own), params, gradient, [0.0]))
-        quadratic = OwnBatch(start, squared, curvature)
+        params, note = trainable(module), self.table.note
+        seen, unseen = ([batch] for batch in self.evaluation.draw_batches(trainer, module, 2))
+        gradient, quadratic = self.evaluation.along_gradient(loss_of, seen, params)
+        start = float(losses_along(self.evaluation.loss(loss_of, seen), params, gradient, [0.0]))
+        quadratic = replace(quadratic, loss=start)
         best = quadratic.best_rate
-        self.note(step, "lr", lr)
-        self.note(step, "squared gradient", quadratic.squared_gradient)
-        self.note(step, "curvature", curvature)
-        self.note(step, "best rate", best)
+        note(step, quantities.LR, lr)
+        note(step, quantities.SQUARED_GRADIENT, quadratic.squared_gradient)
+        note(step, quantities.CURVATURE, quadratic.curvature)
+        note(step, quantities.BEST_RATE, best)
         # Without positive curvature there is no best rate; the learning rate gives the scale.
         rates = torch.tensor(_MULTIPLES, dtype=torch.float64) * (best if math.isfinite(best) else lr)
-        losses = losses_along(self.loss(loss_of, own), params, gradient, [-float(rate) for rate in rates])
+        losses = losses_along(self.evaluation.loss(loss_of, seen), params, gradient, [-float(rate) for rate in rates])
         predicted = quadratic.predicted(rates)
         rates, losses, predicted = (
             torch.cat([torch.tensor([first], dtype=torch.float64), rest])
             for first, rest in ((0.0, rates), (start, losses), (start, predicted))
         )
-        for rate, loss, guess in zip(rates.tolist(), losses.tolist(), predicted.tolist(), strict=True):
-            self.note(step, "loss", loss, of="own", at=rate)
-            self.note(step, "predicted loss", guess, of="own", at=rate)
-        self.note(step, "R^2", r_squared(losses, predicted))
-        unseen = [0.0, *(multiple * lr for multiple in _MULTIPLES), *([best] if math.isfinite(best) else [])]
-        found = losses_along(self.loss(loss_of, other), params, gradient, [-rate for rate in unseen])
-        for rate, loss in zip(unseen, found.tolist(), strict=True):
-            self.note(step, "loss", loss, of="held out", at=rate)
+        for rate, loss, prediction in zip(rates.tolist(), losses.tolist(), predicted.tolist(), strict=True):
+            note(step, quantities.LOSS, loss, of=quantities.OWN, at=rate)
+            note(step, quantities.PREDICTED_LOSS, prediction, of=quantities.OWN, at=rate)
+        note(step, quantities.R_SQUARED, r_squared(losses, predicted))
+        steps = [0.0, *(multiple * lr for multiple in _MULTIPLES), *([best] if math.isfinite(best) else [])]
+        losses = losses_along(self.evaluation.loss(loss_of, unseen), params, gradient, [-rate for rate in steps])
+        for rate, loss in zip(steps, losses.tolist(), strict=True):
+            note(step, quantities.LOSS, loss, of=quantities.HELD_OUT, at=rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
 
-from lightning_modules.callbacks.measurements.measurement import FORWARD, LossOf, Measurement, Parts
+from lightning_modules.callbacks.measurements.evaluation import FORWARD, LossOf, Parts
+from lightning_modules.callbacks.measurements.measurement import Measurement, trainable
+from lightning_modules.callbacks.measurements.steps import Groups, damping_of, groups_of, momentum_of
+from lightning_modules.support import quantities
+from lightning_modules.support.quantities import eigenvector
 from nsgd.curvature.eigen import top_eigenpairs
-from nsgd.curvature.hessian import LossHessian, loss_hessian
+from nsgd.curvature.hessian import Closure, LossHessian, loss_hessian
 from nsgd.damping.step import Damped
 from nsgd.trajectory.line import losses_along
-from nsgd.trajectory.quadratic import OwnBatch
 from nsgd.trajectory.sharpness import (
     MULTIPLES,
     OFFSETS,
@@ -31,8 +34,6 @@ from nsgd.trajectory.sharpness import (
     stability_limit,
     step_losses,
 )
-
-Groups = list[tuple[Optimizer, dict[str, Any]]]  # of parameters, with the optimizers that they belong to
 
 _LARGEST = 50  # eigenvalues in the root-sum-square, the paper's number
 _SECTIONS = (1, 3, 5)  # eigenvectors that cross-sections are taken along, the paper's
@@ -79,7 +80,7 @@ class SharpnessMonitor(Measurement):
         ValueError: If an option is out of range; when training starts, if a pattern matches no parameter.
     """
 
-    name = "sharpness"
+    name = quantities.SHARPNESS
     times = 8
 
     def __init__(
@@ -110,7 +111,7 @@ class SharpnessMonitor(Measurement):
         self.patterns = None if params is None else list(params)
         self.fresh = 0 if brief else batches
         self._damped = False
-        self._found: dict[str, float] = {}  # of the last measurement, for loggers and progress bar
+        self._logged: dict[str, float] = {}  # of the last measurement, for loggers and progress bar
         self._limit = math.inf
         self._above = False  # the limit, when it was last measured
 
@@ -145,11 +146,11 @@ class SharpnessMonitor(Measurement):
         self._above = False
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure, log what is found, and warn where steps are not stable."""
-        self._found = {}
+        """Measure, log it, and warn where steps are not stable."""
+        self._logged = {}
         super().measure(trainer, module)
         prefix = "/".join(["sharpness", *([",".join(self.patterns)] if self.patterns else [])])
-        metrics = {f"{prefix}/{name}": value for name, value in self._found.items()}
+        metrics = {f"{prefix}/{name}": value for name, value in self._logged.items()}
         for logger in trainer.loggers if metrics else []:
             logger.log_metrics(metrics, step=trainer.global_step)
         # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
@@ -157,69 +158,75 @@ class SharpnessMonitor(Measurement):
         self._warn(trainer.global_step)
 
     def _warn(self, step: int) -> None:
-        if "of_limit" not in self._found:
+        if "of_limit" not in self._logged:
             return
-        above, self._above = self._above, self._found["of_limit"] > 1
+        above, self._above = self._above, self._logged["of_limit"] > 1
         if above or not self._above:
             return
-        if "felt" in self._found:
+        if "felt" in self._logged:
             what, advice = "the sharpness that damped steps feel", "raise k or overhead of the damped optimizer"
         else:
             what, advice = "the top eigenvalue of the Hessian", "damp its sharpest directions with nsgd.NSGD"
         block = "" if self.patterns is None else f" of {', '.join(self.patterns)}"
         rank_zero_warn(
             f"SharpnessMonitor at step {step}: {what}{block}, "
-            f"{self._found.get('felt', self._found['top']):.3g}, is above the limit of stable steps, "
+            f"{self._logged.get('felt', self._logged['top']):.3g}, is above the limit of stable steps, "
             f"{self._limit:.3g} = (2 + 2 momentum) / lr: steps along that direction grow until the curvature falls. "
-            f"Measured on {sum(n for _, n in self.evaluation)} samples, of which few give larger values on average: "
+            f"Measured on {self.evaluation.size} samples, of which few give larger values on average: "
             f"raise samples to be sure. Where the training loss rises, lower lr, or {advice}"
         )
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
         """Measure at the current parameters."""
         step, params = trainer.global_step, self._block(module)
-        groups = _groups_of(trainer, params)
+        groups = groups_of(trainer.optimizers, params)
         if not groups:  # they may be unfrozen later
             rank_zero_info(f"SharpnessMonitor measures nothing at step {step}: no optimizer trains these parameters")
             return
-        lr, momentum = float(groups[0][1]["lr"]), _momentum(groups)
-        damping = _damping(groups) if self.patterns is None else None
+        lr, damping = float(groups[0][1]["lr"]), damping_of(groups) if self.patterns is None else None
         size = sum(p.numel() for p in params)
         count = min(self.k if self.brief else _LARGEST, self.products, size)
-        with loss_hessian(self.curvature_loss(loss_of), params) as hessian:
+        with loss_hessian(self.evaluation.curvature_loss(loss_of), params) as hessian:
             full = hessian.gradient
             options: dict[str, Any] = {"max_hvps": self.products, "seed": self.seed, "repeated": False}
             pairs = top_eigenpairs(hessian.hvp, params, k=count, start=full, **options)
-            self.spend(hessian.cost(pairs.hvps))
-            self._found["top"] = float(pairs.eigenvalues[0])
+            self.evaluation.spend(hessian.cost(pairs.hvps))
+            self._logged["top"] = float(pairs.eigenvalues[0])
             if damping is not None:
                 self._felt(step, *damping, hessian, params)
-        self.note(step, "parameters", size, of=", ".join(self.patterns or ()))
-        self.note(step, "evaluation samples", sum(n for _, n in self.evaluation))
-        self.note(step, "lr", lr)
-        if momentum is not None:
-            self._limit = stability_limit(lr=lr, momentum=momentum)
-            self.note(step, "stability limit", self._limit)
-            if damping is not None:
-                damped_limit = stability_limit(lr=lr, momentum=momentum, gamma=damping[1])
-                self.note(step, "damped stability limit", damped_limit)
-            if damping is not None or not any(isinstance(o, Damped) for o, _ in groups):
-                self._found["of_limit"] = self._found.get("felt", self._found["top"]) / self._limit
+        note = partial(self.table.note, step)
+        note(quantities.PARAMETERS, size, of=", ".join(self.patterns or ()))
+        note(quantities.EVALUATION_SAMPLES, self.evaluation.size)
+        note(quantities.LR, lr)
+        self._limits(step, groups, lr, None if damping is None else damping[1])
         values, vectors = pairs.eigenvalues[: self.k], pairs.eigenvectors[: self.k]
         for i, (value, residual) in enumerate(zip(values.tolist(), pairs.residuals.tolist(), strict=False), start=1):
-            self.note(step, "eigenvalue", value, of=f"e{i}")
-            self.note(step, "residual", residual, of=f"e{i}")
-        self._cosines(step, "alignment of the full gradient", full, vectors)
+            note(quantities.EIGENVALUE, value, of=eigenvector(i))
+            note(quantities.RESIDUAL, residual, of=eigenvector(i))
+        self._cosines(step, quantities.FULL_ALIGNMENT, full, vectors)
         if not self.brief:
-            self.note(step, "root-sum-square", root_sum_square(pairs.eigenvalues))
-            batches = self.draw_batches(trainer, module, self.batches)
-            gradients = [self._own(step, loss_of, [batch], params) for batch in batches]
+            note(quantities.ROOT_SUM_SQUARE, root_sum_square(pairs.eigenvalues))
+            batches = self.evaluation.draw_batches(trainer, module, self.batches)
+            gradients = [self._batch_gradient(step, loss_of, [batch], params) for batch in batches]
             self._decomposition(step, loss_of, params, lr, gradients, full, values, vectors)
+
+    def _limits(self, step: int, groups: Groups, lr: float, gamma: float | None) -> None:
+        """The limits of stable steps, where the optimizer is one whose limits are known."""
+        momentum = momentum_of(groups)
+        if momentum is None:
+            return
+        self._limit = stability_limit(lr=lr, momentum=momentum)
+        self.table.note(step, quantities.STABILITY_LIMIT, self._limit)
+        if gamma is not None:
+            damped_limit = stability_limit(lr=lr, momentum=momentum, gamma=gamma)
+            self.table.note(step, quantities.DAMPED_STABILITY_LIMIT, damped_limit)
+        if gamma is not None or not any(isinstance(o, Damped) for o, _ in groups):
+            self._logged["of_limit"] = self._logged.get("felt", self._logged["top"]) / self._limit
 
     def _block(self, module: pl.LightningModule) -> list[nn.Parameter]:
         """The parameters that are measured; those that are tied have a name each."""
         if self.patterns is None:
-            return self.params(module)
+            return trainable(module)
         named = module.named_parameters(remove_duplicate=False)
         matched = (p for name, p in named if any(fnmatchcase(name, pattern) for pattern in self.patterns))
         return [p for p in dict.fromkeys(matched) if p.requires_grad]
@@ -230,13 +237,11 @@ class SharpnessMonitor(Measurement):
         """The sharpness that a damped step feels."""
         damped = torch.tensor(optimizer.weights) > 0
         directions = optimizer.directions(params)[damped.to(params[0].device)]
-        found = damped_sharpness(
-            hessian.hvp, params, directions, gamma=gamma, max_hvps=_DAMPED_PRODUCTS, seed=self.seed
-        )
-        self.spend(hessian.product_cost * found.hvps)
-        self._found["felt"] = float(found.eigenvalues[0])
-        self.note(step, "felt sharpness", found.eigenvalues[0])
-        self.note(step, "residual", found.residuals[0], of="felt sharpness")
+        felt = damped_sharpness(hessian.hvp, params, directions, gamma=gamma, max_hvps=_DAMPED_PRODUCTS, seed=self.seed)
+        self.evaluation.spend(hessian.product_cost * felt.hvps)
+        self._logged["felt"] = float(felt.eigenvalues[0])
+        self.table.note(step, quantities.FELT_SHARPNESS, felt.eigenvalues[0])
+        self.table.note(step, quantities.RESIDUAL, felt.residuals[0], of=quantities.FELT_SHARPNESS)
 
     def _decomposition(
         self,
@@ -252,41 +257,42 @@ class SharpnessMonitor(Measurement):
         """Batches' gradients and steps in the directions, and cross-sections along these."""
         unit = full / torch.linalg.vector_norm(full)
         for gradient in gradients:
-            self._cosines(step, "alignment", gradient, vectors)
-            self.note(step, "alignment", alignment(gradient, unit[None])[0], of="full gradient")
+            self._cosines(step, quantities.ALIGNMENT, gradient, vectors)
+            self.table.note(step, quantities.ALIGNMENT, alignment(gradient, unit[None])[0], of=quantities.FULL_GRADIENT)
         slopes = torch.stack([vectors @ g for g in gradients]).double().cpu()  # (batches, k)
-        loss = self.loss(loss_of)
+        loss = self.evaluation.loss(loss_of)
         self._steps(step, loss, params, gradients, vectors, lr)
         full_slopes = (vectors @ full).double().cpu()
         for i, value in enumerate(values.tolist()):
+            name = eigenvector(i + 1)
             predicted = best_multiple(
                 lr=lr,
                 eigenvalue=value,
                 slope=float(full_slopes[i]),
                 second_moment=float(slopes[:, i].square().mean()),
             )
-            self.note(step, "predicted best multiple", predicted, of=f"e{i + 1}")
+            self.table.note(step, quantities.BEST_MULTIPLE, predicted, of=name)
             if i + 1 in _SECTIONS:
                 scale = lr * float(slopes[:, i].abs().mean())
-                found = cross_section(loss, params, vectors[i], scale=scale)
-                for offset, value_there in zip(OFFSETS, found.tolist(), strict=True):
-                    self.note(step, "cross-section", value_there, of=f"e{i + 1}", at=offset)
+                losses = cross_section(loss, params, vectors[i], scale=scale)
+                for offset, loss_there in zip(OFFSETS, losses.tolist(), strict=True):
+                    self.table.note(step, quantities.CROSS_SECTION, loss_there, of=name, at=offset)
 
-    def _own(self, step: int, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> Tensor:
-        gradient, squared, curvature = self.along_gradient(loss_of, batch, params)
-        self.note(step, "batch sharpness", OwnBatch(0.0, squared, curvature).sharpness)
+    def _batch_gradient(self, step: int, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> Tensor:
+        gradient, quadratic = self.evaluation.along_gradient(loss_of, batch, params)
+        self.table.note(step, quantities.BATCH_SHARPNESS, quadratic.sharpness)
         return gradient
 
     def _cosines(self, step: int, quantity: str, gradient: Tensor, vectors: Tensor) -> None:
         cosines = alignment(gradient, vectors)
         for i, value in enumerate(cosines.tolist(), start=1):
-            self.note(step, quantity, value, of=f"e{i}")
-        self.note(step, quantity, torch.linalg.vector_norm(cosines), of="basis")
+            self.table.note(step, quantity, value, of=eigenvector(i))
+        self.table.note(step, quantity, torch.linalg.vector_norm(cosines), of=quantities.BASIS)
 
     def _steps(
         self,
         step: int,
-        loss: Any,
+        loss: Closure,
         params: list[nn.Parameter],
         gradients: list[Tensor],
         vectors: Tensor,
@@ -294,33 +300,11 @@ class SharpnessMonitor(Measurement):
     ) -> None:
         """Mean losses over batches after multiples of their steps."""
         start = float(losses_along(loss, params, vectors[0], [0.0]))
-        self.note(step, "loss", start)
-        random = random_direction(params, seed=self.seed).to(vectors)
-        directions = [(f"e{i}", vector) for i, vector in enumerate(vectors, start=1)]
-        for name, direction in [*directions, ("random", random), ("whole step", None)]:
-            found = [step_losses(loss, params, g, lr=lr, direction=direction) for g in gradients]
-            for multiple, value in zip(MULTIPLES, torch.stack(found).mean(0).tolist(), strict=True):
-                self.note(step, "change after a step", value - start, of=name, at=multiple)
-
-
-def _groups_of(trainer: pl.Trainer, params: list[nn.Parameter]) -> Groups:
-    """The groups of the optimizers that hold some of these parameters."""
-    own = set(params)
-    return [(o, g) for o in trainer.optimizers for g in o.param_groups if not own.isdisjoint(g["params"])]
-
-
-def _momentum(groups: Groups) -> float | None:
-    """The momentum, where all step as heavy-ball SGD does at one rate; None where stable steps have another limit."""
-    plain = all(isinstance(o, SGD) and not (g["nesterov"] or g["dampening"] or g["maximize"]) for o, g in groups)
-    rates = {(float(g["lr"]), float(g.get("momentum", 0.0))) for _, g in groups}
-    return rates.pop()[1] if plain and len(rates) == 1 else None
-
-
-def _damping(groups: Groups) -> tuple[Damped, float] | None:
-    """The optimizer and its gamma, where that is all its damping; None before it has directions, or without damping."""
-    optimizer = groups[0][0]
-    if not (isinstance(optimizer, Damped) and optimizer.weights and all(o is optimizer for o, _ in groups)):
-        return None
-    factors = {(float(g["gamma"]), float(g["bulk_scale"])) for _, g in groups if g["curvature"]}
-    gamma, bulk_scale = factors.pop() if len(factors) == 1 else (-1.0, 1.0)
-    return (optimizer, gamma) if gamma >= 0 and bulk_scale == 1 else None  # else M has no root, or is another
+        self.table.note(step, quantities.LOSS, start)
+        directions: list[tuple[str, Tensor | None]] = [(eigenvector(i), v) for i, v in enumerate(vectors, start=1)]
+        directions.append((quantities.RANDOM, random_direction(params, seed=self.seed).to(vectors)))
+        directions.append((quantities.WHOLE_STEP, None))
+        for name, direction in directions:
+            losses = torch.stack([step_losses(loss, params, g, lr=lr, direction=direction) for g in gradients])
+            for multiple, value in zip(MULTIPLES, losses.mean(0).tolist(), strict=True):
+                self.table.note(step, quantities.CHANGE, value - start, of=name, at=multiple)

@@ -13,7 +13,9 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_modules.callbacks.measurements.measurement import LossOf, Measurement
+from lightning_modules.callbacks.measurements.evaluation import LossOf
+from lightning_modules.callbacks.measurements.measurement import Measurement
+from lightning_modules.support import quantities
 from nsgd.curvature.hessian import loss_hessian
 from nsgd.curvature.vectors import flatten
 from nsgd.trajectory.line import losses_along, moved
@@ -41,7 +43,7 @@ class ValleyWalk(Measurement):
         seed: Draws the samples.
     """
 
-    name = "valley"
+    name = quantities.VALLEY
     times = 3
 
     def __init__(
@@ -62,10 +64,8 @@ class ValleyWalk(Measurement):
             raise ValueError(f"expected every of at least {length}, the steps of a burst, got {every}")
         self.length, self.points = length, points
         self._start: Tensor | None = None  # where training began, (P,)
-        self._left, self._walked = (
-            0,
-            0,
-        )  # steps of the burst that are to come, and optimizer steps when it was last here
+        self._left = 0  # steps of the burst that are to come
+        self._walked = 0  # optimizer steps when it was last here
         self._last: Tensor | None = None  # iterate before the step, (P,)
         self._last_loss = 0.0
         self._gradient: Tensor | None = None  # of the last step, (P,)
@@ -87,7 +87,7 @@ class ValleyWalk(Measurement):
         """Note the first iterate."""
         self._left, self._floors, self._gradient, self._cosine = self.length, [], None, math.nan
         self._last, self._walked = self._iterate(module), trainer.global_step
-        self._last_loss = float(self.loss(loss_of)().detach())
+        self._last_loss = float(self.evaluation.loss(loss_of)().detach())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -106,7 +106,7 @@ class ValleyWalk(Measurement):
         """Measure the step that was taken."""
         if self._left == 0 or trainer.global_step == self._walked:
             return
-        with self.measuring(trainer, pl_module) as loss_of:
+        with self.measuring(pl_module) as loss_of:
             self._segment(self._walked, pl_module, loss_of)
         self._left, self._walked = self._left - 1, trainer.global_step
         if self._left == 0:
@@ -125,9 +125,9 @@ class ValleyWalk(Measurement):
         if self._last is None:
             return
         for i, barrier in enumerate(floor_barriers(torch.tensor(self._floors, dtype=torch.float64))):
-            self.note(self.rows[-1]["step"], "floor barrier", barrier, at=i)
+            self.table.note(self.rows[-1]["step"], quantities.FLOOR_BARRIER, barrier, at=i)
         self._left, self._last, self._gradient = 0, None, None
-        self.write(trainer)
+        self.table.write(trainer)
 
     def _segment(self, step: int, module: pl.LightningModule, loss_of: LossOf) -> None:
         assert self._last is not None
@@ -140,36 +140,36 @@ class ValleyWalk(Measurement):
         losses = torch.cat(
             [
                 torch.tensor([self._last_loss], dtype=torch.float64),
-                losses_along(self.loss(loss_of), params, direction, back),
+                losses_along(self.evaluation.loss(loss_of), params, direction, back),
             ]
         )
         slope = curvature = math.nan
         with (
             suppress(FloatingPointError),  # training has diverged, which is not for a measurement to end
             moved(params, direction, -1.0),
-            loss_hessian(self.curvature_loss(loss_of), params) as hessian,
+            loss_hessian(self.evaluation.curvature_loss(loss_of), params) as hessian,
         ):
-            self.spend(hessian.cost(1))
+            self.evaluation.spend(hessian.cost(1))
             slope = float(torch.dot(hessian.gradient, direction))
             curvature = float(torch.dot(direction, hessian.hvp(direction)))
-        found = segment(alphas, losses)
+        step_taken = segment(alphas, losses)
         for alpha, loss in zip(alphas.tolist(), losses.tolist(), strict=True):
-            self.note(step, "loss", loss, at=alpha)
+            self.table.note(step, quantities.LOSS, loss, at=alpha)
         values = {
-            "position": found.position,
-            "floor": found.floor,
-            "grid position": found.grid_position,
-            "grid floor": found.grid_floor,
-            "height": found.height,
-            "barrier": found.barrier,
-            "predicted position": predicted_position(slope, curvature),
-            "predicted height": predicted_height(slope, curvature),
-            "cosine": self._cosine,
-            "distance": float(torch.linalg.vector_norm(iterate - self._start.to(iterate))),
+            quantities.POSITION: step_taken.position,
+            quantities.FLOOR: step_taken.floor,
+            quantities.GRID_POSITION: step_taken.grid_position,
+            quantities.GRID_FLOOR: step_taken.grid_floor,
+            quantities.HEIGHT: step_taken.height,
+            quantities.BARRIER: step_taken.barrier,
+            quantities.PREDICTED_POSITION: predicted_position(slope, curvature),
+            quantities.PREDICTED_HEIGHT: predicted_height(slope, curvature),
+            quantities.COSINE: self._cosine,
+            quantities.DISTANCE: float(torch.linalg.vector_norm(iterate - self._start.to(iterate))),
         }
         for quantity, value in values.items():
-            self.note(step, quantity, value)
-        self._floors.append(found.floor)
+            self.table.note(step, quantity, value)
+        self._floors.append(step_taken.floor)
         self._last, self._last_loss = iterate, float(losses[-1])
 
     @staticmethod

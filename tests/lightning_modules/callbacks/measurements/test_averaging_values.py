@@ -17,7 +17,7 @@ from lightning_modules.callbacks.measurements.averaging import AveragingExperime
 
 def averaging(make_trainer: Any, **options: Any) -> tuple[AveragingExperiment, list[Tensor], Tensor]:
     callback = AveragingExperiment(**options)
-    kept = drawn(callback, "draw")
+    kept = drawn(callback.evaluation, "draw")
     module = Bowl(partial(torch.optim.SGD, lr=0.02))
     make_trainer(callbacks=[callback]).fit(module, bowls())
     batches = [batch[0] for (batch, _), *_ in kept[1:]]  # the first are the evaluation samples
@@ -34,7 +34,7 @@ def descent(start: Tensor, batches: list[Tensor], rates: list[float]) -> Tensor:
 def test_averages_are_the_weights_times_the_iterates_of_a_run_by_hand(make_trainer):
     steps, lr = 12, 0.02
     callback, batches, start = averaging(make_trainer, samples=8, steps=steps, lr=lr)
-    found, centres = table(callback), samples_of(callback.evaluation)
+    found, centres = table(callback), samples_of(callback.evaluation.parts)
     assert {s for s, *_ in found} == {12}  # optimizer steps of the run
     assert len(batches) == steps
     points = descent(start, batches, [lr] * steps)
@@ -82,7 +82,7 @@ def test_average_and_schedule_come_together_as_the_rate_falls(make_trainer):
 @pytest.mark.parametrize(("rate", "expected"), [(1e-3, 1e-3), (0.5, None)])
 def test_the_rate_of_the_averaging_experiment_is_that_of_the_optimizer_or_a_stable_one(make_trainer, rate, expected):
     callback = AveragingExperiment(samples=8, steps=8)
-    kept = drawn(callback, "draw")
+    kept = drawn(callback.evaluation, "draw")
     module = Bowl(partial(torch.optim.SGD, lr=rate))
     make_trainer(callbacks=[callback], max_steps=1).fit(module, bowls())
     if expected is None:

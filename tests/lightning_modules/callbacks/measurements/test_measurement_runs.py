@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import RefreshDirections
 from lightning_modules.callbacks.measurements.averaging import AveragingExperiment
-from lightning_modules.callbacks.measurements.measurement import Measurement, plan
+from lightning_modules.callbacks.measurements.budget import plan
+from lightning_modules.callbacks.measurements.measurement import Measurement
 from lightning_modules.callbacks.measurements.quadratic import BatchQuadratic
 from lightning_modules.callbacks.measurements.sharpness import SharpnessMonitor
 from lightning_modules.callbacks.measurements.valley import ValleyWalk
+from lightning_modules.support import quantities
 from nsgd import NSGD
 
 # -- when, and at what cost ------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_a_short_run_is_measured_once_in_its_middle(make_trainer, name):
     assert {r["measurement"] for r in callback.rows} == {1}
     assert {r["step"] for r in callback.rows} == ({6, 7, 8} if name == "valley" else {first})
     if name != "quadratic":
-        assert sum(n for _, n in callback.evaluation) == 16
+        assert sum(n for _, n in callback.evaluation.parts) == 16
 
 
 def test_every_says_when_and_samples_how_many(make_trainer):
@@ -141,7 +143,7 @@ def test_every_says_when_and_samples_how_many(make_trainer):
     assert trainer.global_step == 9
     assert sorted({r["step"] for r in callbacks[0].rows}) == [0, 3, 6]
     assert sorted({r["step"] for r in callbacks[1].rows}) == [0, 4, 8]
-    assert [n for _, n in callbacks[1].evaluation] == [10, 10]  # no batch is short
+    assert [n for _, n in callbacks[1].evaluation.parts] == [10, 10]  # no batch is short
     assert [max(r["measurement"] for r in c.rows) for c in callbacks] == [3, 3]  # not again at every micro-batch
 
 
@@ -150,7 +152,7 @@ def test_every_takes_as_many_samples_as_the_overhead_pays(make_trainer):
     cheap = partial(SharpnessMonitor, k=1, brief=True, products=5)
     callbacks = [cheap(every=4), cheap(every=40, seed=1), cheap(every=4, overhead=100.0)]
     make_trainer(callbacks=callbacks, max_steps=41, max_epochs=-1).fit(Digitlike(), images())
-    counts = [sum(n for _, n in callback.evaluation) for callback in callbacks]
+    counts = [sum(n for _, n in callback.evaluation.parts) for callback in callbacks]
     assert counts == [16, int(0.15 * 40 / (1 + 2 * 5) * 128), 128]
 
 
@@ -173,7 +175,12 @@ def test_nothing_as_large_as_the_parameters_is_kept_between_measurements(make_tr
             size = 12
             self.kept.append(
                 {
-                    c.name: [k for k, v in vars(c).items() if isinstance(v, Tensor) and v.numel() >= size]
+                    c.name: [
+                        k
+                        for holder in (c, c.budget, c.evaluation, c.table)
+                        for k, v in vars(holder).items()
+                        if isinstance(v, Tensor) and v.numel() >= size
+                    ]
                     for c in trainer.callbacks
                     if isinstance(c, Measurement)
                 }
@@ -186,6 +193,15 @@ def test_nothing_as_large_as_the_parameters_is_kept_between_measurements(make_tr
     assert between.pop("valley") == ["_start"]
     assert not any(burst.values())
     assert not any(between.values())
+
+
+@EACH
+def test_every_quantity_has_its_name_in_the_module_that_reports_share(make_trainer, name):
+    callback = FREQUENT[name]()
+    make_trainer(callbacks=[callback]).fit(Smooth(SGD), loader(features=2, number=2, samples=112))
+    names = {value for value in vars(quantities).values() if isinstance(value, str)}
+    assert {row["quantity"] for row in callback.rows} <= names
+    assert callback.name in quantities.MEASUREMENTS
 
 
 # -- files and checkpoints -------------------------------------------------------------------------------------------
@@ -314,7 +330,7 @@ def test_a_training_set_of_fewer_batches_is_refused(make_trainer, name, batches)
 def test_an_evaluation_set_takes_what_there_is(make_trainer):
     callback = ValleyWalk(samples=500, length=2)
     make_trainer(callbacks=[callback]).fit(Smooth(SGD), loader(features=2, number=2))
-    assert [n for _, n in callback.evaluation] == [16, 16, 16]
+    assert [n for _, n in callback.evaluation.parts] == [16, 16, 16]
 
 
 @pytest.mark.filterwarnings("ignore:SharpnessMonitor at step .* above the limit of stable steps:UserWarning")

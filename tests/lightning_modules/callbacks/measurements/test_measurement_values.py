@@ -42,7 +42,7 @@ OFFSETS = (-16, -8, -4, -2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 def test_a_batch_of_a_quadratic_is_as_predicted(make_trainer):
     callback, iterates = BatchQuadratic(every=5), Iterates()
-    kept = drawn(callback, "draw_batches")
+    kept = drawn(callback.evaluation, "draw_batches")
     make_trainer(callbacks=[iterates, callback], max_epochs=2).fit(
         Bowl(partial(torch.optim.SGD, lr=0.1, momentum=0.5)), bowls(12)
     )
@@ -102,7 +102,7 @@ def test_eigenvalues_are_those_of_the_dense_hessian(make_trainer, samples):
 
     module = Small()
     make_trainer(callbacks=[Before(), callback], max_steps=2).fit(module, DataLoader(data, batch_size=12))
-    x, y = (torch.cat([batch[i] for batch, _ in callback.evaluation]) for i in (0, 1))
+    x, y = (torch.cat([batch[i] for batch, _ in callback.evaluation.parts]) for i in (0, 1))
     assert len(x) == samples
     for step, state in enumerate(states):
         names, sizes = list(state), [v.numel() for v in state.values()]
@@ -124,13 +124,13 @@ def test_eigenvalues_are_those_of_the_dense_hessian(make_trainer, samples):
 
 def test_steps_along_the_sharpest_directions_of_a_quadratic(make_trainer):
     callback, iterates = SharpnessMonitor(samples=20, every=6, k=5, products=7, batches=3), Iterates()
-    kept = drawn(callback, "draw_batches")
+    kept = drawn(callback.evaluation, "draw_batches")
     lr = 0.15
     make_trainer(callbacks=[iterates, callback]).fit(Bowl(partial(torch.optim.SGD, lr=lr, momentum=0.5)), bowls())
     found: dict[tuple[Any, ...], list[float]] = {}
     for r in callback.rows:
         found.setdefault((r["step"], r["quantity"], r["of"], r["at"]), []).append(r["value"])
-    centres, vectors = samples_of(callback.evaluation), ROTATION.T  # (7, 7), rows in the order of the eigenvalues
+    centres, vectors = samples_of(callback.evaluation.parts), ROTATION.T  # (7, 7), rows in the order of the eigenvalues
     assert len(kept) == 3  # the first draw is a trial
     for step, batches in zip((0, 6), kept[1:], strict=True):
         theta = iterates.found[step]

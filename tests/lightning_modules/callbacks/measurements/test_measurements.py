@@ -222,7 +222,7 @@ def test_samples_are_drawn_as_the_trainer_moves_them(make_trainer):
     callback = ValleyWalk(samples=16, length=2)
     data = TensorDataset(torch.ones(48, 2), torch.randint(2, (48,), generator=seeded(0)))
     make_trainer(callbacks=[callback]).fit(Scaled(SGD), DataLoader(data, batch_size=16))
-    assert callback.evaluation[0][0][0].tolist() == [[10.0, 10.0]] * 16
+    assert callback.evaluation.parts[0][0][0].tolist() == [[10.0, 10.0]] * 16
 
 
 def test_samples_are_drawn_from_the_whole_data_set_whatever_the_sampler(make_trainer):
@@ -230,7 +230,7 @@ def test_samples_are_drawn_from_the_whole_data_set_whatever_the_sampler(make_tra
     data = TensorDataset(torch.arange(96.0).reshape(48, 2), torch.arange(48) % 2)
     sampler = SubsetRandomSampler(range(16), generator=seeded(0))
     make_trainer(callbacks=[callback]).fit(Smooth(SGD), DataLoader(data, batch_size=8, sampler=sampler))
-    drawn = torch.cat([batch[0][:, 0] for batch, _ in callback.evaluation])
+    drawn = torch.cat([batch[0][:, 0] for batch, _ in callback.evaluation.parts])
     assert drawn.sort().values.tolist() == data.tensors[0][:, 0].tolist()
 
 

@@ -66,12 +66,12 @@ class Single(Bowl):
 def test_a_block_is_that_of_the_hessian(make_trainer, brief, dtype):
     callback = SharpnessMonitor(samples=20, every=4, k=2, products=4, params=["theta.1"], brief=brief)
     iterates = Iterates()
-    batches = drawn(callback, "draw_batches")
+    batches = drawn(callback.evaluation, "draw_batches")
     data = DataLoader(TensorDataset(CENTRES.to(dtype)), batch_size=8)
     make_trainer(callbacks=[iterates, callback]).fit(Single(PLAIN).to(dtype), data)
     # Sums in float32 round to some 1e-7; the closed form squares and divides them.
     close = partial(pytest.approx, rel=1e-9, abs=1e-9) if dtype == torch.float64 else partial(pytest.approx, rel=1e-4)
-    found, centres = table(callback), samples_of(callback.evaluation).double()
+    found, centres = table(callback), samples_of(callback.evaluation.parts).double()
     block, expected = HESSIAN[BLOCK, BLOCK], torch.linalg.eigh(HESSIAN[BLOCK, BLOCK])
     for number, step in enumerate((0, 4, 8)):
         theta = iterates.found[step].double()

@@ -43,7 +43,7 @@ def test_the_valley_of_a_quadratic_is_as_predicted(make_trainer, optimizer, accu
     )
     module = Bowl(OPTIMIZERS[optimizer])
     trainer.fit(module, bowls())
-    found, centres = table(callback), samples_of(callback.evaluation)
+    found, centres = table(callback), samples_of(callback.evaluation.parts)
     steps = sorted({r["step"] for r in callback.rows})
     assert steps == [*range(6), *range(8, 14), *range(16, 22)]
     assert len(centres) == 20
@@ -138,12 +138,12 @@ def test_segments_join_to_the_bit_with_dropout_and_augmentation(make_trainer, sa
 
     make_trainer(callbacks=[callback, iterates, Buffers()], max_epochs=2).fit(module, DataLoader(Jittered(), 8))
     found, other = table(callback), Random().train()
-    assert [n for _, n in callback.evaluation] == [8] * (samples // 8)
+    assert [n for _, n in callback.evaluation.parts] == [8] * (samples // 8)
     for step in range(16):
         for at, alpha in ((step, 0.0), (step + 1, 1.0)):
             other.load_state_dict(states[at])
             total = torch.zeros((), dtype=torch.float64)
-            for batch, n in callback.evaluation:
+            for batch, n in callback.evaluation.parts:
                 torch.manual_seed(0)
                 random.seed(0)
                 np.random.seed(0)
