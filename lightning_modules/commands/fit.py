@@ -13,9 +13,8 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from rich.console import Console
 
-from lightning_modules.callbacks.measurements import make_measurements
+from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.callbacks.write_averages import WriteAverages
@@ -25,9 +24,7 @@ from lightning_modules.commands.parsing.given_options import given_options
 from lightning_modules.commands.parsing.parser import name_publicly
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.report.measurements.report import write_measurements
-from lightning_modules.study.escape import EscapeStudy, run_escape
 from lightning_modules.support.files import unused
-from lightning_modules.support.progress import progress_bar
 from lightning_modules.support.quiet import ignore_lightning_noise
 from nsgd import damp
 from nsgd.damping.step import Damped
@@ -79,7 +76,7 @@ class _Commands(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         help_ = f"damp whatever optimizer there is: options of nsgd.damp, {', '.join(_DAMP_OPTIONS)}"
         parser.add_argument("--damp", type=dict[str, Any] | None, help=help_)
-        help_ = "with fit: what to measure on the way, any of sharpness,valley,quadratic,averaging,escape, or all"
+        help_ = f"with fit: what to measure on the way, any of {','.join(MEASUREMENTS)}, or all"
         parser.add_argument("--measure", type=str, default="", help=help_)
         help_ = "gradients that each measurement may cost for each gradient of training"
         parser.add_argument("--measure_overhead", type=float, default=0.15, help=help_)
@@ -146,8 +143,6 @@ class _Commands(LightningCLI):
 
     def before_fit(self) -> None:
         names = [name.strip() for name in self._chosen("measure").split(",") if name.strip()]
-        self._escape = names == ["all"] or "escape" in names
-        names = [name for name in names if name != "escape"]
         self._measurements = make_measurements(names, overhead=self._chosen("measure_overhead"))
         self._callbacks[:0] = self._measurements
         for callback in self._callbacks:
@@ -165,16 +160,16 @@ class _Commands(LightningCLI):
 
     def _report(self) -> None:
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        if self._escape:  # no network's: the fifth of the papers' pictures, beside those of this run
-            print("Simulating escapes from a minimum, which takes a minute or two", flush=True)
-            with progress_bar(Console()) as update:
-                run_escape(EscapeStudy(), folder / "escape", update)
-        if self._escape or any(measurement.rows for measurement in self._measurements):
+        files = {measurement.name: measurement.table.file for measurement in self._measurements if measurement.rows}
+        written = {name: path for name, path in files.items() if path is not None}
+        if written:
             optimizers = ", ".join(type(optimizer).__name__ for optimizer in self.trainer.optimizers)
             title = (
                 f"{type(self.model).__name__} with {optimizers}, {self.trainer.global_step} steps: what was measured"
             )
-            print(f"Measurements: {write_measurements(folder, title=title)}")
+            saved = (folder / c.config_filename for c in self._callbacks if isinstance(c, _SaveConfig))
+            config = next((path for path in saved if path.exists()), None)
+            print(f"Measurements: {write_measurements(folder, written, title=title, config=config)}")
 
     def _validate_averages(self, averages: WriteAverages) -> None:
         """Log what validation says of each read-out as ``ema/val_loss`` and the like, and print it."""

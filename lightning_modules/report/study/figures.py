@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_modules.report.measurements.report import measurement_figures
+from lightning_modules.report.measurements.report import measurement_figures, measurements_in
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.study.files import Files, label
 from lightning_modules.report.study.tables import upper
@@ -65,7 +65,7 @@ def study_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     if refreshed := _refreshed(files):
         figures["eigenvalues"] = (_eigenvalues(files, refreshed), _eigenvalues_caption(files, refreshed))
     for method in (m for m in files.methods if 0 in files.metrics[m]):
-        measured = measurement_figures(files.folder / "runs" / f"{method}-0")
+        measured = measurement_figures(measurements_in(files.folder / "runs" / f"{method}-0"))
         for name, (figure, words) in measured.items():
             figures[f"{name}-{method}"] = (figure, f"{label(method)}, first seed. {words}")
     return figures

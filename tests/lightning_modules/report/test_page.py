@@ -20,7 +20,7 @@ from studies import finished
 
 from lightning_modules import AveragingExperiment, BatchQuadratic, Classifier, Digits, SharpnessMonitor, ValleyWalk
 from lightning_modules.report.escape.report import write_escape
-from lightning_modules.report.measurements.report import write_measurements
+from lightning_modules.report.measurements.report import measurements_in, write_measurements
 from lightning_modules.report.page import Section, new_figure, write_page
 from lightning_modules.report.study.report import write_report
 from lightning_modules.study.escape import EscapeStudy, run_escape
@@ -104,7 +104,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "example": write_example(example / "report.html"),
         "study": write_report(finished(study / "out")),
         "escape": write_escape(escape / "out"),
-        "measurements": write_measurements(measured, title="A run"),
+        "measurements": write_measurements(measured, measurements_in(measured), title="A run"),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lightning_modules import AveragingExperiment, BatchQuadratic, Classifier, Digits, SharpnessMonitor, ValleyWalk
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
-from lightning_modules.report.measurements.report import measurement_figures, write_measurements
+from lightning_modules.report.measurements.report import measurement_figures, measurements_in, write_measurements
 from lightning_modules.support.files import read_csv, write_csv
 from nsgd import NSGD
 
@@ -51,24 +51,24 @@ def altered(measured: Path, to: Path, name: str, change: Any) -> str:
     """The caption after changing every row."""
     rows = read_csv(measured / f"{name}.csv")
     write_csv(to / f"{name}.csv", [change(dict(row)) for row in rows])
-    return measurement_figures(to)[name][1]
+    return measurement_figures(measurements_in(to))[name][1]
 
 
 def test_one_page_holds_a_figure_of_each_and_asks_for_nothing_else(measured):
-    page = write_measurements(measured, title="A run").read_text()
+    page = write_measurements(measured, measurements_in(measured), title="A run").read_text()
     assert page.count("<figure>") == len(MEASUREMENTS)
     assert page.count("<svg") >= len(MEASUREMENTS)
     for name in MEASUREMENTS:
         assert (measured / f"{name}.png").read_bytes()[1:4] == b"PNG"
-    assert "nan" not in " ".join(caption for _, caption in measurement_figures(measured).values())
+    assert "nan" not in " ".join(caption for _, caption in measurement_figures(measurements_in(measured)).values())
 
 
 def test_only_what_was_measured_is_drawn(measured, tmp_path):
     (tmp_path / "valley.csv").write_bytes((measured / "valley.csv").read_bytes())
-    assert list(measurement_figures(tmp_path)) == ["valley"]
+    assert list(measurement_figures(measurements_in(tmp_path))) == ["valley"]
     (tmp_path / "valley.csv").unlink()
-    with pytest.raises(ValueError, match=r"expected measurements in .*sharpness\.csv.*; got none"):
-        write_measurements(tmp_path, title="")
+    with pytest.raises(ValueError, match=r"expected a file of sharpness, .* with rows for .*, got none"):
+        write_measurements(tmp_path, measurements_in(tmp_path), title="")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_quadratics_caption_follows_the_unseen_losses(measured, tmp_path, sh
 def test_one_batch_alone_resolves_nothing(measured, tmp_path):
     rows = [row for row in read_csv(measured / "quadratic.csv") if row["measurement"] == 1]
     write_csv(tmp_path / "quadratic.csv", rows)
-    assert "is not resolved" in measurement_figures(tmp_path)["quadratic"][1]
+    assert "is not resolved" in measurement_figures(measurements_in(tmp_path))["quadratic"][1]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_measurements_of_a_damped_run_show_what_it_feels(tmp_path):
     sharpness = {row["step"]: row["value"] for row in rows if row["quantity"] == "eigenvalue" and row["of"] == "e1"}
     assert list(felt) == [6, 12]  # there are no directions before the first step
     assert all(felt[step] < sharpness[step] for step in felt)
-    assert "what damped steps feel" in measurement_figures(tmp_path)["sharpness"][1]
+    assert "what damped steps feel" in measurement_figures(measurements_in(tmp_path))["sharpness"][1]
 
 
 def test_a_brief_monitor_has_a_figure_of_its_spectrum(tmp_path):
@@ -183,6 +183,6 @@ def test_a_brief_monitor_has_a_figure_of_its_spectrum(tmp_path):
         for quantity, of, value in (("eigenvalue", "e1", 8.0), ("lr", "", 0.1), ("stability limit", "", 20.0))
     ]
     write_csv(tmp_path / "sharpness.csv", rows)
-    figure, words = measurement_figures(tmp_path)["sharpness"]
+    figure, words = measurement_figures(measurements_in(tmp_path))["sharpness"]
     assert len(figure.axes) == 1
     assert "0.4 of the limit of stable steps, in the median" in words
