@@ -7,18 +7,17 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox, BboxBase
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-matplotlib.use("Agg")
+if TYPE_CHECKING:  # matplotlib takes a second, which reading a report's words does without
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import BboxBase
 
 _PAD = 3  # points around a panel
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # nor a date, which would change the file
@@ -40,8 +39,12 @@ class Section:
 
 
 def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
+    """A figure with panels side by side, on a canvas of its own: the backend of pyplot stays the user's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.4 * columns, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
     panels = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -81,6 +84,8 @@ def write_page(
         links: Label to the path of a file, relative to the page.
         appendix: Heading to preformatted text.
     """
+    import matplotlib
+
     pictures, drawn = [], ""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "pdf.fonttype": 42}):  # text stays text
         for number, (name, (figure, words)) in enumerate(figures.items()):
@@ -147,6 +152,8 @@ def _lay_out(figure: Figure) -> None:
 
 def _panels(figure: Figure, heading: str, prefix: str) -> list[dict[str, str]]:
     """Each axes of a figure as a drawing of its own, with what it shows in words."""
+    from matplotlib.transforms import Bbox
+
     shown = [(axes, axes.bbox.frozen(), tight) for axes in figure.axes if (tight := axes.get_tightbbox()) is not None]
     # Equal room at the left and right, and above, so that equal frames line up, side by side or below each other.
     left, right = (

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]  # (n,)
 
@@ -17,6 +16,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean; without bounds for fewer than two values, or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return -math.inf, math.inf
+    from scipy import stats  # takes a second
+
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
@@ -41,6 +42,8 @@ def interval_words(share: object) -> str:
 
 def correlation(x: Numbers, y: Numbers) -> float:
     """Spearman's: of ranks, since a floor far outside of its step may lie anywhere. NaN where one does not vary."""
+    from scipy import stats
+
     both = np.isfinite(x) & np.isfinite(y)
     varies = both.sum() > 2 and np.ptp(x[both]) > 0 and np.ptp(y[both]) > 0
     return float(stats.spearmanr(x[both], y[both]).statistic) if varies else math.nan

@@ -10,6 +10,8 @@ import numpy as np
 from lightning_modules.report.verdicts import Numbers
 from lightning_modules.support.files import Rows
 
+ONE_POINT = "one point: no trend can be told"  # in place of whatever a trend would be
+
 
 def values_of(rows: Rows, quantity: str) -> Numbers:
     """All values of a quantity, in the order of the rows."""
@@ -29,8 +31,14 @@ def value_of(rows: Rows, quantity: str, *, of: str | None = None, at: float | No
 
 def series(rows: Rows, quantity: str, of: str | None = None) -> tuple[list[float], list[float]]:
     """Steps and values of a quantity, as they are drawn."""
-    own = [row for row in rows if row["quantity"] == quantity and of in (None, row.get("of"))]
-    return columns([(row["step"], row["value"]) for row in own])
+    return columns(
+        [(row["step"], row["value"]) for row in rows if row["quantity"] == quantity and of in (None, row.get("of"))]
+    )
+
+
+def by_step(rows: Rows, quantity: str, of: str | None = None) -> dict[int, float]:
+    """The value of a quantity at each step that has one."""
+    return {row["step"]: row["value"] for row in rows if row["quantity"] == quantity and of in (None, row.get("of"))}
 
 
 def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -41,3 +49,9 @@ def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 def finite(values: Numbers) -> Numbers:
     """Those of the values that are finite."""
     return values[np.isfinite(values)]
+
+
+def measured_by(rows: Rows) -> list[Rows]:
+    """The rows of each measurement, in the order of the measurements."""
+    numbers = sorted({row["measurement"] for row in rows})
+    return [[row for row in rows if row["measurement"] == number] for number in numbers]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from lightning_modules.report.measurements.averaging import draw_averaging
-from lightning_modules.report.measurements.quadratic import draw_quadratic
-from lightning_modules.report.measurements.sharpness import draw_sharpness
-from lightning_modules.report.measurements.valley import draw_valley
+from lightning_modules.report.measurements.averaging import draw_averaging, summarize_averaging
+from lightning_modules.report.measurements.quadratic import draw_quadratic, summarize_quadratic
+from lightning_modules.report.measurements.sharpness import draw_sharpness, summarize_sharpness
+from lightning_modules.report.measurements.valley import draw_valley, summarize_valley
 from lightning_modules.report.page import write_page
 from lightning_modules.support import quantities
 from lightning_modules.support.files import Rows, read_csv, unused
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def write_measurements(folder: Path, files: Mapping[str, Path], *, title: str, config: Path | None = None) -> Path:
     """Draw measurements, and write measurements.html and its figures into a folder; returns its path.
+
+    The page begins with a sentence on each measurement, and on what the signs mean that it uses.
 
     What an earlier run left there stays: the page has a number in its name then, and each figure is named after the
     file that it is drawn from.
@@ -31,17 +35,26 @@ def write_measurements(folder: Path, files: Mapping[str, Path], *, title: str, c
     Raises:
         ValueError: If none of the files has a row.
     """
-    figures = {files[name].stem: figure for name, figure in measurement_figures(files).items()}
+    tables = _tables(files)
+    figures = {files[name].stem: _DRAW[name](rows) for name, rows in tables.items()}
     if not figures:
         raise ValueError(f"expected a file of {', '.join(quantities.MEASUREMENTS)} with rows for {folder}, got none")
     appendix = {} if config is None else {"Configuration": config.read_text()}
-    return write_page(unused(folder / "measurements.html"), title=title, figures=figures, appendix=appendix)
+    signs = " ".join([_SIGNS, *(words for name, words in _SIGNS_OF.items() if name in tables)])
+    summary = [*(_SUMMARIZE[name](rows) for name, rows in tables.items()), signs]
+    page = unused(folder / "measurements.html")
+    return write_page(page, title=title, summary=summary, figures=figures, appendix=appendix)
 
 
 def measurement_figures(files: Mapping[str, Path]) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption of every measurement that has rows, from the files that they wrote."""
+    return {name: _DRAW[name](rows) for name, rows in _tables(files).items()}
+
+
+def _tables(files: Mapping[str, Path]) -> dict[str, Rows]:
+    """The rows of each measurement that has some, always in one order."""
     tables = {name: read_csv(files[name]) for name in _DRAW if name in files}
-    return {name: _DRAW[name](rows) for name, rows in tables.items() if rows}
+    return {name: rows for name, rows in tables.items() if rows}
 
 
 def measurements_in(folder: Path) -> dict[str, Path]:
@@ -55,4 +68,23 @@ _DRAW: dict[str, Callable[[Rows], tuple[Figure, str]]] = {
     quantities.VALLEY: draw_valley,
     quantities.QUADRATIC: draw_quadratic,
     quantities.AVERAGING: draw_averaging,
+}
+_SUMMARIZE: dict[str, Callable[[Rows], str]] = {
+    quantities.SHARPNESS: summarize_sharpness,
+    quantities.VALLEY: summarize_valley,
+    quantities.QUADRATIC: summarize_quadratic,
+    quantities.AVERAGING: summarize_averaging,
+}
+_SIGNS = (
+    "Signs: η or lr is the learning rate, β the momentum, B the samples of a training batch, T = η σ² / (2B) the "
+    "temperature of SGD, with σ² the variance of one sample's gradient; g is a batch's gradient, H the Hessian of its "
+    "loss."
+)
+_SIGNS_OF = {
+    quantities.SHARPNESS: (
+        "e1, e2, ... are the eigenvectors of H on the evaluation samples, from the top eigenvalue (the sharpness) on "
+        "down. γ scales a damped step along its directions V; what damped steps feel is the top eigenvalue of "
+        "M^½ H M^½ with M = I − (1 − γ) Vᵀ V. Steps are stable while it is below (2 + 2β) / η."
+    ),
+    quantities.AVERAGING: "Δ is the difference of two points of the path.",
 }

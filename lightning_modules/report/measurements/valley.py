@@ -1,60 +1,99 @@
-"""The figure and the caption of the valley walk."""
+"""The valley walk: the figure, its caption, and what the page says first."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
-from scipy import stats
 
-from lightning_modules.report.measurements.numbers import columns, finite, values_of
+from lightning_modules.report.measurements.numbers import ONE_POINT, columns, finite, measured_by, values_of
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.style import COLORS, GREY
 from lightning_modules.report.verdicts import NOT_RESOLVED, correlation, interval_words, side, spread
+from lightning_modules.support import quantities
 from lightning_modules.support.files import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_valley(rows: Rows) -> tuple[Figure, str]:
     """The loss along consecutive steps with the valley's floor, and where that was predicted; with the caption."""
-    bursts = sorted({row["measurement"] for row in rows})
+    bursts = measured_by(rows)
     shown = bursts if len(bursts) <= 3 else [bursts[0], bursts[len(bursts) // 2], bursts[-1]]
     figure, panels = new_figure(len(shown) + 1)
     for axes, burst in zip(panels, shown, strict=False):
-        own = [row for row in rows if row["measurement"] == burst]
-        path = [(row["step"] + row["at"], row["value"]) for row in own if row["quantity"] == "loss"]
-        floors = list(zip(values_of(own, "position"), values_of(own, "floor"), strict=True))
-        steps = [row["step"] for row in own if row["quantity"] == "position"]
-        inside = [(s + p, f) for s, (p, f) in zip(steps, floors, strict=True) if 0 <= p <= 1]
-        ends = [(row["step"] + row["at"], row["value"]) for row in own if row["quantity"] == "loss" and row["at"] == 0]
+        losses = [row for row in burst if row["quantity"] == quantities.LOSS]
+        steps = [row["step"] for row in burst if row["quantity"] == quantities.POSITION]
+        floors = zip(steps, values_of(burst, quantities.POSITION), values_of(burst, quantities.FLOOR), strict=True)
+        inside = [(step + position, floor) for step, position, floor in floors if 0 <= position <= 1]
+        path = [(row["step"] + row["at"], row["value"]) for row in losses]
+        iterates = [(row["step"] + row["at"], row["value"]) for row in losses if row["at"] == 0]
         axes.plot(*columns(path), color=COLORS[0], linewidth=1.1, label="loss between iterates")
-        axes.plot(*columns(ends), "o", color=COLORS[0], markersize=3)
+        axes.plot(*columns(iterates), "o", color=COLORS[0], markersize=3)
         axes.plot(*columns(inside), "--", color=COLORS[1], linewidth=1.2, label="floor, where it lies inside a step")
         axes.set(xlabel="optimizer steps", title=f"from step {steps[0]}" if steps else "")
     panels[0].set_ylabel("loss on the evaluation samples")
     panels[0].legend(frameon=False, fontsize=8)
-    predicted, measured = values_of(rows, "predicted position"), values_of(rows, "position")
-    panels[-1].plot(np.clip(predicted, -1, 4), np.clip(measured, -1, 4), "o", color=COLORS[0], markersize=3, alpha=0.6)
+    predicted = np.clip(values_of(rows, quantities.PREDICTED_POSITION), -1, 4)
+    measured = np.clip(values_of(rows, quantities.POSITION), -1, 4)
+    panels[-1].plot(predicted, measured, "o", color=COLORS[0], markersize=3, alpha=0.6)
     panels[-1].plot([-1, 4], [-1, 4], color=GREY, linewidth=0.8)
     panels[-1].set(xlabel="floor predicted by a quadratic, in steps", ylabel="floor measured, cut to -1 ... 4")
-    return figure, _valley_caption(rows)
+    return figure, _caption(rows)
 
 
-def _valley_caption(rows: Rows) -> str:
-    positions, barriers = values_of(rows, "position"), values_of(rows, "barrier")
-    inside = int(((positions > 0) & (positions < 1)).sum())
-    share = stats.binomtest(inside, len(positions)).proportion_ci(method="wilson") if len(positions) else None
-    verdict = side(share.low - 0.5, share.high - 0.5) if share else NOT_RESOLVED
-    cosines = finite(values_of(rows, "cosine"))
-    floor = [row["value"] for row in rows if row["quantity"] == "floor barrier"]
-    agreement = correlation(values_of(rows, "predicted position"), positions)
+def summarize_valley(rows: Rows) -> str:
+    """One sentence: how many steps cross the valley."""
+    crossings = _crossings(rows)
+    if crossings.steps == 1:
+        return f"Valley: one step was measured, that after {rows[0]['step']}; {ONE_POINT}."
+    return (
+        f"Valley: the floor lies between the ends of {crossings.inside} of {crossings.steps} steps"
+        f"{crossings.interval}. That most steps cross the valley is {crossings.verdict} by this run."
+    )
+
+
+@dataclass(frozen=True)
+class _Crossings:
+    """Steps whose ends lie on both sides of the floor."""
+
+    inside: int
+    steps: int
+    interval: str  # of their share, in words
+    verdict: str  # on whether they are more than half
+
+
+def _crossings(rows: Rows) -> _Crossings:
+    from scipy import stats  # takes a second
+
+    positions = values_of(rows, quantities.POSITION)
+    inside, steps = int(((positions > 0) & (positions < 1)).sum()), len(positions)
+    if steps == 0:
+        return _Crossings(inside, steps, "", NOT_RESOLVED)
+    share = stats.binomtest(inside, steps).proportion_ci(method="wilson")
+    return _Crossings(inside, steps, interval_words(share), side(share.low - 0.5, share.high - 0.5))
+
+
+def _caption(rows: Rows) -> str:
+    crossings = _crossings(rows)
+    verdict = (
+        "The loss along each step, and the valley's floor. That most steps cross the valley, with the floor between "
+        f"their ends, is {crossings.verdict} by this run"
+    )
+    if crossings.steps == 1:
+        return f"{verdict}; {ONE_POINT}."
+    positions, barriers = values_of(rows, quantities.POSITION), values_of(rows, quantities.BARRIER)
+    floor = [row["value"] for row in rows if row["quantity"] == quantities.FLOOR_BARRIER]
+    agreement = correlation(values_of(rows, quantities.PREDICTED_POSITION), positions)
     middle = float(np.median(finite(positions))) if len(finite(positions)) else math.nan
     return (
-        "The loss along each step, and the valley's floor. That most steps cross the valley, with the floor between "
-        f"their ends, is {verdict} by this run: it lies inside {inside} of {len(positions)} steps"
-        f"{interval_words(share)}. The median floor lies at {middle:.2g} of a step (one half is what any stationary "
-        f"run shows, with or without a valley); a quadratic predicts it with rank correlation {agreement:.2f}. "
-        f"{int((barriers > 0).sum())} steps cross a barrier; along the floor there are {len(floor)}"
-        f"{f', of mean height {np.mean(floor):.2g}' if floor else ''}. Mean height above the floor "
-        f"{spread(finite(values_of(rows, 'height')))}; cosine of consecutive gradients {spread(cosines)}."
+        f"{verdict}: it lies inside {crossings.inside} of {crossings.steps} steps{crossings.interval}. The median "
+        f"floor lies at {middle:.2g} of a step (one half is what any stationary run shows, with or without a valley); "
+        f"a quadratic predicts it with rank correlation {agreement:.2f}. {int((barriers > 0).sum())} steps cross a "
+        f"barrier; along the floor there are {len(floor)}{f', of mean height {np.mean(floor):.2g}' if floor else ''}. "
+        f"Mean height above the floor {spread(finite(values_of(rows, quantities.HEIGHT)))}; cosine of consecutive "
+        f"gradients {spread(finite(values_of(rows, quantities.COSINE)))}."
     )

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import importlib.util
+import re
+import shutil
+import statistics
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +19,7 @@ import torch
 from lightning_modules import AveragingExperiment, BatchQuadratic, Classifier, Digits, SharpnessMonitor, ValleyWalk
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.report.measurements.report import measurement_figures, measurements_in, write_measurements
+from lightning_modules.support import quantities
 from lightning_modules.support.files import read_csv, write_csv
 from nsgd import NSGD
 
@@ -61,6 +69,17 @@ def test_one_page_holds_a_figure_of_each_and_asks_for_nothing_else(measured):
     for name in MEASUREMENTS:
         assert (measured / f"{name}.png").read_bytes()[1:4] == b"PNG"
     assert "nan" not in " ".join(caption for _, caption in measurement_figures(measurements_in(measured)).values())
+
+
+@pytest.mark.parametrize("name", quantities.MEASUREMENTS)
+def test_a_measurement_has_a_file_of_its_name_in_each_room(name):
+    for room in (
+        "nsgd.trajectory",
+        "lightning_modules.callbacks.measurements",
+        "lightning_modules.report.measurements",
+    ):
+        assert importlib.util.find_spec(f"{room}.{name}") is not None
+    assert name in MEASUREMENTS
 
 
 def test_only_what_was_measured_is_drawn(measured, tmp_path):
@@ -142,6 +161,124 @@ def test_a_run_that_diverged_is_drawn_all_the_same(measured, tmp_path, value):
         assert "is not resolved" in altered(measured, tmp_path, name, change) or name in ("valley", "averaging")
 
 
+def test_a_batch_without_a_best_rate_is_said(measured, tmp_path):
+    def change(row):
+        if row["quantity"] in ("best rate", "R^2"):
+            row["value"] = float("inf" if row["quantity"] == "best rate" else "nan")
+        return row
+
+    assert "no batch has a best rate" in altered(measured, tmp_path, "quadratic", change)
+
+
+def test_a_measurement_without_a_limit_is_left_out_of_the_shares(tmp_path):
+    """Layers that are unfrozen later may bring an optimizer group at a rate of its own."""
+    spectrum = [(n, f"e{i}", 20.0 - i) for n in (1, 2, 3) for i in range(1, 12)]
+    rows = [
+        {"measurement": n, "step": 10 * n, "quantity": "eigenvalue", "of": of, "at": "", "value": value}
+        for n, of, value in spectrum
+    ]
+    for n, limit in ((1, 38.0), (3, 9.5)):
+        row = {"measurement": n, "step": 10 * n, "quantity": "stability limit", "of": "", "at": "", "value": limit}
+        rows.append(row)
+    write_csv(tmp_path / "sharpness.csv", rows)
+    figure, caption = measurement_figures(measurements_in(tmp_path))["sharpness"]
+    assert "1.2 of the limit of stable steps" in caption  # the median of 19 / 38 and 19 / 9.5
+    (top,) = [line for line in figure.axes[0].lines if line.get_label() == "eigenvalues"]
+    assert list(top.get_ydata()) == [19.0] * 3
+    drawn = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_color() == top.get_color()]
+    assert drawn == sorted(drawn)  # e11 first, below the others
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def summary_of(page: Path) -> list[str]:
+    """What stands above the figures."""
+    return [html.unescape(line) for line in re.findall("<li>(.*?)</li>", page.read_text().partition("<figure>")[0])]
+
+
+def test_the_page_begins_with_a_line_on_each_measurement_and_what_its_signs_mean(measured, tmp_path):
+    page = write_measurements(tmp_path, measurements_in(measured), title="A run")
+    sharpness, valley, quadratic, averaging, signs = summary_of(page)
+    rows = read_csv(measured / "sharpness.csv")
+    top = {row["step"]: row["value"] for row in rows if (row["quantity"], row.get("of")) == ("eigenvalue", "e1")}
+    assert list(top) == [0, 30, 60]
+    assert f"the top eigenvalue is {top[0]:.3g} at step 0 and {top[60]:.3g} at step 60; " in sharpness
+    shares = [value / (2 / 0.2) for value in top.values()]  # plain SGD at 0.2
+    assert f"it is {sorted(shares)[1]:.2g} of the limit of stable steps in the median" in sharpness
+    assert f"above it at {sum(share > 1 for share in shares)} of 3 measurements" in sharpness
+    positions = [row["value"] for row in read_csv(measured / "valley.csv") if row["quantity"] == "position"]
+    assert f"between the ends of {sum(0 < position < 1 for position in positions)} of 24 steps" in valley
+    batch = [row for row in read_csv(measured / "quadratic.csv") if row["quantity"] == "best rate"]
+    assert f"its best rate is {statistics.median(row['value'] / 0.2 for row in batch):.3g} times lr" in quadratic
+    losses = {row["of"]: row["value"] for row in read_csv(measured / "averaging.csv") if row["quantity"] == "loss"}
+    least = min(("EMA", "SWA", "two points"), key=lambda name: losses[name])
+    assert f"the lowest loss is that of {least}, {losses[least]:.3g}; the last iterate has" in averaging
+    for words in ("η or lr is", "β the", "B the", "T = η σ² / (2B)", "γ scales", "what damped steps feel is", "Δ is"):
+        assert words in signs
+
+
+def test_signs_of_what_was_not_measured_are_left_out(measured, tmp_path):
+    files = {"quadratic": measured / "quadratic.csv"}
+    *_, signs = summary_of(write_measurements(tmp_path, files, title="A run"))
+    assert signs.startswith("Signs: η or lr")
+    assert "feel" not in signs
+
+
+@pytest.mark.parametrize("name", ["sharpness", "valley", "quadratic"])
+def test_one_point_tells_no_trend_in_summary_and_caption(measured, tmp_path, name):
+    rows = read_csv(measured / f"{name}.csv")
+    write_csv(tmp_path / "one.csv", [row for row in rows if row["step"] == rows[0]["step"]])
+    files = {name: tmp_path / "one.csv"}
+    line, _ = summary_of(write_measurements(tmp_path, files, title="A run"))
+    assert line.endswith("; one point: no trend can be told.")
+    caption = measurement_figures(files)[name][1]
+    assert " is not resolved by this run; one point: no trend can be told." in caption
+    assert "median" not in caption + line
+    assert "±" not in caption + line
+
+
+def test_a_second_page_takes_the_place_of_none(measured, tmp_path):
+    first = write_measurements(tmp_path, {"valley": measured / "valley.csv"}, title="First")
+    text, picture = first.read_text(), (tmp_path / "valley.png").read_bytes()
+    shutil.copy(measured / "valley.csv", tmp_path / "valley-1.csv")
+    second = write_measurements(tmp_path, {"valley": tmp_path / "valley-1.csv"}, title="Second")
+    assert (first.name, second.name) == ("measurements.html", "measurements-1.html")
+    assert (first.read_text(), (tmp_path / "valley.png").read_bytes()) == (text, picture)
+    assert 'href="valley-1.png"' in second.read_text()
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
+
+_REPORTS = ("page", "verdicts", "style", "measurements.report", "escape.report")
+
+
+@pytest.mark.parametrize("name", _REPORTS)
+def test_a_report_imports_neither_torch_nor_lightning_nor_what_runs_use(name):
+    lines = ["import sys", f"import lightning_modules.report.{name}", "print(*sys.modules)"]
+    loaded = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True, check=True).stdout
+    modules = set(loaded.split())
+    assert f"lightning_modules.report.{name}" in modules
+    assert not modules & {"torch", "pytorch_lightning", "matplotlib.pyplot"}
+    rooms = {module.split(".")[1] for module in modules if module.startswith("lightning_modules.")}
+    assert rooms <= {"report", "support"}
+    if name != "escape.report":
+        assert not modules & {"matplotlib", "scipy.stats"}  # seconds, which only drawing takes
+
+
+def test_the_backend_of_the_user_is_left_alone(measured, tmp_path):
+    lines = [
+        "import matplotlib; matplotlib.use('svg')",
+        "from pathlib import Path",
+        "from lightning_modules.report.measurements.report import write_measurements",
+        f"write_measurements(Path({str(tmp_path)!r}), {{'valley': Path({str(measured / 'valley.csv')!r})}}, title='A')",
+        "import sys; print(matplotlib.get_backend(), 'matplotlib.pyplot' in sys.modules)",
+    ]
+    ran = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["svg", "False"]
+    assert (tmp_path / "valley.png").read_bytes()[1:4] == b"PNG"
+
+
 @pytest.mark.parametrize("names", [["valley", "valley"], ["slope"], ["all", "valley"]])
 def test_an_unknown_measurement_is_named(names):
     with pytest.raises(ValueError, match=r"different ones of sharpness, valley, quadratic, averaging, or all, got"):
@@ -174,6 +311,10 @@ def test_measurements_of_a_damped_run_show_what_it_feels(tmp_path):
     assert list(felt) == [6, 12]  # there are no directions before the first step
     assert all(felt[step] < sharpness[step] for step in felt)
     assert "what damped steps feel" in measurement_figures(measurements_in(tmp_path))["sharpness"][1]
+    limits = {row["step"]: row["value"] for row in rows if row["quantity"] == "stability limit"}
+    line = summary_of(write_measurements(tmp_path, measurements_in(tmp_path), title="A run"))[0]
+    median = statistics.median(felt[step] / limits[step] for step in felt)
+    assert f"what damped steps feel is {median:.2g} of it, in the median" in line
 
 
 def test_a_brief_monitor_has_a_figure_of_its_spectrum(tmp_path):
