@@ -36,7 +36,7 @@ _MOVED = {  # module of 0.1.0 that study folders, configs or pickles name -> mod
     "averages": ("callbacks.averages",),
     "callbacks": ("callbacks.measurements",),
     "callbacks.averaging": ("callbacks.measurements.averaging",),
-    "callbacks.measurement": ("callbacks.measurements.measurement",),
+    "callbacks.measurement": ("callbacks.measurements.measurement", "callbacks.measurements.budget"),
     "callbacks.quadratic": ("callbacks.measurements.quadratic",),
     "callbacks.sharpness": ("callbacks.measurements.sharpness",),
     "callbacks.valley": ("callbacks.measurements.valley",),

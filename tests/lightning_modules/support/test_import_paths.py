@@ -31,7 +31,7 @@ OLD = [  # path in 0.1.0, and module that the class is in now
     ("callbacks.AveragingExperiment", "callbacks.measurements.averaging"),
     ("callbacks.SharpnessMonitor", "callbacks.measurements.sharpness"),
     ("callbacks.averaging.AveragingExperiment", "callbacks.measurements.averaging"),
-    ("callbacks.measurement.Plan", "callbacks.measurements.measurement"),
+    ("callbacks.measurement.Plan", "callbacks.measurements.budget"),
     ("callbacks.predictions.WritePredictions", "callbacks.predictions"),
     ("callbacks.quadratic.BatchQuadratic", "callbacks.measurements.quadratic"),
     ("callbacks.record.RecordSteps", "callbacks.record"),
