@@ -164,9 +164,11 @@ def test_the_study_of_the_readme_is_one():
     (text,) = re.findall(r"^```yaml\n(.*?)^```$", ALL, flags=re.M | re.S)
     from lightning_modules import Digits
     from lightning_modules.study.options import Study
+    from lightning_modules.study.runs.check import check_study
+    from lightning_modules.study.runs.subject import Subject
 
     options = yaml.safe_load(text)
     assert options["data"]["class_path"] == "HuggingFace"
     study = Study(**{**options, "data": Digits(limit=300), "net": "mlp"})  # their network wants larger images
-    study.check()
+    check_study(Subject(study))
     assert len(study.methods) == 7

@@ -16,25 +16,31 @@ from pathlib import Path
 import yaml
 
 from lightning_modules.study.options import Study
-from lightning_modules.study.runs.folder import claim_folder
+from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.launch import Launcher, launch
-from lightning_modules.study.runs.plan import Run, plan_runs, settle, steps_of, tuning_rows
-from lightning_modules.study.runs.train import make_run, options_of, predicted_seconds
-from lightning_modules.study.statistics import summarise, times_to_target
-from lightning_modules.support.files import Rows, read_csv, write_csv
+from lightning_modules.study.runs.plan import Run, plan_runs, settle, steps_of
+from lightning_modules.study.runs.subject import Subject
+from lightning_modules.study.runs.tables import write_tables
+from lightning_modules.study.runs.train import make_run, predicted_seconds, rehearse_method
 from lightning_modules.support.progress import Update, read_line
+from lightning_modules.support.study_folder import StudyFolder
 
 _PACKAGES = ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
 
 
-def claim(study: Study, out: Path) -> None:
+def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
     """Check a study, and make a folder its own.
+
+    Returns:
+        What the study trains, and its folder.
 
     Raises:
         ValueError: If the study cannot run, or the folder holds another study; nothing is written then.
     """
-    study.check()
-    claim_folder(out, {"config.yaml": yaml.safe_load(yaml.safe_dump(study.resolved()))}, packages=_PACKAGES)
+    subject, folder = Subject(study), StudyFolder(out)
+    check_study(subject)
+    folder.claim({"config": yaml.safe_load(yaml.safe_dump(study.resolved()))}, packages=_PACKAGES)
+    return subject, folder
 
 
 def run_one(study: Study, out: Path, number: int, progress: Update) -> str:
@@ -46,11 +52,11 @@ def run_one(study: Study, out: Path, number: int, progress: Update) -> str:
     runs = plan_runs(study)
     if not 0 <= number < len(runs):
         raise ValueError(f"expected --run to be from 0 to {len(runs) - 1}, the runs of this study, got {number}")
-    claim(study, out)
+    subject, folder = claim(study, out)
     run = runs[number]
-    if not run.finished(out):
-        steps = steps_of(study, out, run)
-        make_run(study, out, run, lambda step, loss: progress(run.name, step, steps, f"loss {loss:.3f}"))
+    if not folder.run(run.name).finished:
+        steps = steps_of(subject, folder, run)
+        make_run(subject, folder, run, lambda step, loss: progress(run.name, step, steps, f"loss {loss:.3f}"))
     return run.name
 
 
@@ -88,29 +94,30 @@ def run_study(
     if jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {jobs}")
     began = time.process_time()  # what it took to come here each process of its own takes too
-    claim(study, out)
+    subject, folder = claim(study, out)
     plan = plan_runs(study)
-    settled = (out / "settled.yaml").exists()  # a trial made now could no longer be chosen
-    left = [run for run in plan if not run.finished(out) and not (settled and run.stage == "tune")]
+    # Once the settings are settled, a trial could no longer be chosen.
+    left = [run for run in plan if not folder.run(run.name).finished and not (folder.settled and run.stage == "tune")]
     for method in dict.fromkeys(run.method for run in left):
         with suppress(Exception):  # of a module of the user's: the run that meets it dies, and says so
-            options_of(study, out, method)
+            rehearse_method(subject, folder, method)
     if left:
         start = began if jobs > 1 or launcher != "local" else 0.0
-        say(_forecast(study, out, left, jobs, launcher, start))
-    counted = _Counter(study, out, plan, progress)
+        say(_forecast(subject, folder, left, jobs, launcher, start))
+    counted = _Counter(subject, folder, plan, progress)
     while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
         left = [run for run in left if run not in wave]
         if wave[0].stage != "tune":
-            settle(study, out)  # at once, and before the first run that counts
+            settle(study, folder)  # at once, and before the first run that counts
         for attempt in (1, 2):
-            wave = list(_attempt(study, out, wave, counted, jobs, launcher, attempt, say))
-    return _write_tables(study, out, plan)
+            wave = list(_attempt(subject, folder, wave, counted, jobs, launcher, attempt, say))
+    settle(study, folder)
+    return write_tables(study, folder, plan)
 
 
 def _attempt(
-    study: Study,
-    out: Path,
+    subject: Subject,
+    folder: StudyFolder,
     wave: Sequence[Run],
     counted: _Counter,
     jobs: int,
@@ -121,10 +128,10 @@ def _attempt(
     """Make runs, and yield those that died."""
     by_number = {run.number: run for run in wave}
     if jobs == 1 and launcher == "local":
-        ended = _in_this_process(study, out, wave, counted)
+        ended = _in_this_process(subject, folder, wave, counted)
     else:
-        commands = {run.number: command_of(out, run) for run in wave}
-        ended = launch(commands, launcher=launcher, jobs=jobs, threads=study.threads, on_line=counted.read)
+        commands = {run.number: command_of(folder, run) for run in wave}
+        ended = launch(commands, launcher=launcher, jobs=jobs, threads=subject.study.threads, on_line=counted.read)
     for number, said in ended:
         run = by_number[number]
         if said is None:
@@ -132,15 +139,14 @@ def _attempt(
             continue
         again = "it is tried once more" if attempt == 1 else "it is left out"
         say(f"{run.name} died, {again}: {said.strip().splitlines()[-1]}")
-        (out / run.name).mkdir(parents=True, exist_ok=True)
         if attempt == 2:
-            (out / run.name / "failed.txt").write_text(said)
+            folder.run(run.name).fail(said)
             counted.end(run)
         yield run
 
 
 def _in_this_process(
-    study: Study, out: Path, wave: Sequence[Run], counted: _Counter
+    subject: Subject, folder: StudyFolder, wave: Sequence[Run], counted: _Counter
 ) -> Iterator[tuple[int, str | None]]:
     for run in wave:
 
@@ -148,26 +154,28 @@ def _in_this_process(
             counted.step(number, step, f"loss {loss:.3f}")
 
         try:
-            make_run(study, out, run, on_step)
+            make_run(subject, folder, run, on_step)
             yield run.number, None
         except Exception:  # whatever it was, the others go on: it is said, kept in failed.txt, and never a success
             yield run.number, traceback.format_exc()
 
 
-def command_of(out: Path, run: Run) -> list[str]:
+def command_of(folder: StudyFolder, run: Run) -> list[str]:
     """The command line of one run, that another machine with the same folder understands as well."""
-    config = str((out / "config.yaml").resolve())
+    config = str(folder.file("config").resolve())
     return [
         *(sys.executable, "-m", "lightning_modules", "compare", config),
-        *("--out", str(out.resolve()), "--run", str(run.number)),
+        *("--out", str(folder.path.resolve()), "--run", str(run.number)),
     ]
 
 
-def _forecast(study: Study, out: Path, left: Sequence[Run], jobs: int, launcher: Launcher, start: float) -> str:
+def _forecast(
+    subject: Subject, folder: StudyFolder, left: Sequence[Run], jobs: int, launcher: Launcher, start: float
+) -> str:
     where = "on one core of this machine each, one after the other" if launcher == "ray" else f"{jobs} at a time"
     to_make = f"{len(left)} run{'s' if len(left) > 1 else ''} to make, {where}"
     try:
-        seconds = predicted_seconds(study, out, left) + start * len(left)
+        seconds = predicted_seconds(subject, folder, left) + start * len(left)
     except Exception as error:  # of a module of the user's: the run that meets it dies, and says so
         return f"{to_make}: no time is predicted, for a first step ended with {type(error).__name__}: {error}"
     seconds = max(1.0, seconds / (jobs if launcher == "local" else 1))
@@ -178,10 +186,10 @@ def _forecast(study: Study, out: Path, left: Sequence[Run], jobs: int, launcher:
 class _Counter:
     """Turns the steps of many runs, which may go on side by side, into one progress."""
 
-    def __init__(self, study: Study, out: Path, plan: Sequence[Run], progress: Update) -> None:
+    def __init__(self, subject: Subject, folder: StudyFolder, plan: Sequence[Run], progress: Update) -> None:
         self._progress, self._plan = progress, plan
-        self._steps = {run.number: steps_of(study, out, run) for run in plan}
-        self._done = {run.number: self._steps[run.number] if run.finished(out) else 0 for run in plan}
+        self._steps = {run.number: steps_of(subject, folder, run) for run in plan}
+        self._done = {run.number: self._steps[run.number] if folder.run(run.name).finished else 0 for run in plan}
 
     def step(self, number: int, step: int, said: str | None) -> None:
         self._done[number] = step
@@ -197,54 +205,3 @@ class _Counter:
         """Take a line that the process of a run printed."""
         if found := read_line(line):
             self.step(number, *found)
-
-
-# -- tables --------------------------------------------------------------------------------------------------------
-
-
-def _write_tables(study: Study, out: Path, plan: Sequence[Run]) -> list[str]:
-    """Gather what the runs wrote; returns the names of those that died. No time stands in results.csv."""
-    settled = settle(study, out)
-    rows: Rows = []
-    metrics: dict[str, dict[int, Rows]] = {method: {} for method in study.methods}
-    times: Rows = []
-    for run in sorted(
-        (run for run in plan if run.stage == "study"), key=lambda run: (run.seed, study.methods.index(run.method))
-    ):
-        if run.finished(out):
-            rows += read_csv(out / run.name / "results.csv")
-            metrics[run.method][run.seed] = steps = read_csv(out / run.name / "metrics.csv")
-            times.append({"method": run.method, "seed": run.seed, "seconds": steps[-1]["seconds"]})
-    died = [run for run in plan if run.died(out) and not run.finished(out)]
-    if not rows:
-        raise ValueError(f"no run of the study survived; see {out / died[0].name / 'failed.txt'}")
-    write_csv(out / "results.csv", rows)
-    write_csv(out / "times.csv", times)
-    measures = [measure.column for measure in study.score.measures(rows[0])]
-    write_csv(out / "summary.csv", summarise(rows, study.methods, measures))
-    (out / "deaths.csv").unlink(missing_ok=True)
-    if died:
-        write_csv(out / "deaths.csv", [{"run": run.name, "method": run.method, "seed": run.seed} for run in died])
-    if study.tune:
-        write_csv(out / "tuning.csv", tuning_rows(study, out))
-    if settled["target"] is not None:
-        reached = times_to_target(metrics, range(study.seeds), settled["target"], study.score)
-        write_csv(out / "target.csv", [{n: v for n, v in row.items() if n != "seconds"} for row in reached])
-        seconds = [{n: row[n] for n in ("method", "seed", "seconds")} for row in reached]
-        write_csv(out / "target-times.csv", seconds)
-    if study.sweep:
-        sweep = [run for run in plan if run.stage == "sweep" and run.finished(out)]
-        write_csv(
-            out / "sweep.csv",
-            [
-                {**row, "start_loss": _first_loss(out, run)}
-                for run in sweep
-                for row in read_csv(out / run.name / "results.csv")
-            ],
-        )
-    return [run.name for run in died]
-
-
-def _first_loss(out: Path, run: Run) -> float:
-    """Loss of the first batch, before the first step."""
-    return float(read_csv(out / run.name / "metrics.csv")[0]["loss"])

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.study.runs.folder import claim_folder
 from lightning_modules.support.files import Rows, read_csv, write_csv
 from lightning_modules.support.imported import imported
 from lightning_modules.support.progress import Update
+from lightning_modules.support.study_folder import Document, StudyFolder
 from nsgd.trajectory.escape import temperature, walkers
 from nsgd.trajectory.escape.landscape import BUILT_IN, Landscape, Map, built_in_landscape, landscape_between
 from nsgd.trajectory.escape.theory import predicted_stay, predicted_steps
@@ -125,8 +125,11 @@ def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
     dampings = _dampings(study, landscape)
     _check_rates(study, landscape, dampings)
     runs = _runs(study, landscape, dampings)
-    files = {"config.yaml": asdict(study), "landscape.yaml": _described(landscape, dampings)}
-    claim_folder(out, files, packages=("nsgd", "torch", "numpy", "scipy"))
+    documents: dict[Document, dict[str, Any]] = {
+        "config": asdict(study),
+        "landscape": _described(landscape, dampings),
+    }
+    StudyFolder(out).claim(documents, packages=("nsgd", "torch", "numpy", "scipy"))
     rows: Rows = []
     for i, (name, run) in enumerate(runs):
         path = out / "runs" / f"{name.replace(' ', '-')}.csv"

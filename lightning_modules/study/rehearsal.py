@@ -9,44 +9,55 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
-
-import yaml
 
 from lightning_modules.study.methods import Method, NSGDOptions, damping_of
 from lightning_modules.study.options import Study
-from lightning_modules.support.files import Rows, write_yaml_once
+from lightning_modules.support.files import Rows
+from lightning_modules.support.study_folder import StudyFolder
 from nsgd.directions.pace import interval_of
 from nsgd.options import FROM_TRAINING
 
-_FOLDER = "rehearsals"
 _EVERY, STEPS = 3, 16  # steps between two refreshes, and in all: six refreshes, of which the first is not timed
 
 Train = Callable[[Method, NSGDOptions, int], Rows]  # steps of a method with these options: what each took
 
 
-def settled_options(study: Study, out: Path, method: Method, train: Train) -> NSGDOptions:
-    """The options of NSGD that the runs of a method take: the study's own, with a number where the clock would decide.
+def rehearse(study: Study, folder: StudyFolder, method: Method, train: Train) -> None:
+    """Measure how often a method refreshes, and keep it, where the clock would decide and nothing is kept yet.
 
-    The number is what the folder holds; where it holds none, it is measured and kept as ``rehearsals/METHOD.yaml``.
     Runs that start at the same time, in several processes, take the number of the first that wrote one.
 
     Args:
         study: The study.
-        out: Its folder.
-        method: One of its methods.
+        folder: Where the number is kept.
+        method: One of the study's.
         train: Trains a method for some steps, and returns their rows, with ``seconds`` and ``refreshes`` so far.
     """
-    own = damping_of(method, study.given(method), study.nsgd)
-    if own is None or own.solver in FROM_TRAINING or own.solver == "random" or own.refresh_every != "auto":
-        return study.nsgd
-    path = out / _FOLDER / f"{method}.yaml"
-    if not path.exists():
+    options = _by_the_clock(study, method)
+    if options is not None and folder.refresh_every(method) is None:
         rows = train(method, replace(study.nsgd, refresh_every=_EVERY, warmup_steps=0), STEPS)
-        write_yaml_once(path, {"refresh_every": interval_of(*prices(rows), own.overhead)})
-    every: int = yaml.safe_load(path.read_text())["refresh_every"]
-    return replace(study.nsgd, refresh_every=every)
+        folder.keep_refresh_every(method, interval_of(*prices(rows), options.overhead))
+
+
+def rehearsed_options(study: Study, folder: StudyFolder, method: Method) -> NSGDOptions:
+    """The options of NSGD that the runs of a method take: the study's own, with the number that was measured.
+
+    Args:
+        study: The study.
+        folder: Where the number is kept.
+        method: One of the study's, rehearsed before.
+    """
+    every = None if _by_the_clock(study, method) is None else folder.refresh_every(method)
+    return study.nsgd if every is None else replace(study.nsgd, refresh_every=every)
+
+
+def _by_the_clock(study: Study, method: Method) -> NSGDOptions | None:
+    """Options of the directions of a method whose refreshes the clock would time; None of any other."""
+    options = damping_of(method, study.given(method), study.nsgd)
+    if options is None or options.refresh_every != "auto" or options.solver in (*FROM_TRAINING, "random"):
+        return None
+    return options
 
 
 def prices(rows: Rows) -> tuple[float, float]:

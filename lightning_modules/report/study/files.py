@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, damping_of
 from lightning_modules.study.score import Measure, Score
 from lightning_modules.study.statistics import COSTS
-from lightning_modules.support.files import Rows, read_csv
+from lightning_modules.support.files import Rows
+from lightning_modules.support.study_folder import StudyFolder, run_name
 
 READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
 _CONTROLS = ("dom-sgd", "random")  # they have directions, but do not damp the sharpest ones
@@ -124,27 +124,32 @@ def damps(method: Method) -> bool:
     return RECIPES[method].damping is not None and method not in _CONTROLS
 
 
-def read_folder(folder: Path) -> Files:
+def read_folder(path: Path) -> Files:
     """Read a finished study."""
-    config, environment, settled = (_values(folder / f"{name}.yaml") for name in ("config", "environment", "settled"))
-    results, tuning = read_csv(folder / "results.csv"), _rows(folder / "tuning.csv")
+    folder = StudyFolder(path)
+    config, settled, results, tuning = (
+        folder.document("config"),
+        folder.document("settled"),
+        folder.table("results"),
+        folder.table("tuning"),
+    )
     finished = {(row["method"], row["seed"]) for row in results}
-    deaths = [row["run"] for row in _rows(folder / "deaths.csv")]
-    first_trial = f"{tuning[0]['method']}-{tuning[0]['trial']}" if tuning else ""
-    seconds = {(row["method"], row["seed"]): row["seconds"] for row in _rows(folder / "target-times.csv")}
-    reached = [{**row, "seconds": seconds[row["method"], row["seed"]]} for row in _rows(folder / "target.csv")]
+    deaths = [row["run"] for row in folder.table("deaths")]
+    seconds = {(row["method"], row["seed"]): row["seconds"] for row in folder.table("target-times")}
+    reached = [{**row, "seconds": seconds[row["method"], row["seed"]]} for row in folder.table("target")]
+    first_trial = run_name("tune", tuning[0]["method"], tuning[0]["trial"]) if tuning else ""
     return Files(
-        folder=folder,
+        folder=path,
         config=config,
-        environment=environment,
+        environment=folder.document("environment"),
         settings=settled["settings"],
         target=settled["target"],
         results=results,
-        times=read_csv(folder / "times.csv"),
-        summary=read_csv(folder / "summary.csv"),
+        times=folder.table("times"),
+        summary=folder.table("summary"),
         metrics={
             method: {
-                seed: read_csv(folder / "runs" / f"{method}-{seed}" / "metrics.csv")
+                seed: folder.run(run_name("study", method, seed)).steps()
                 for seed in range(config["seeds"])
                 if (method, seed) in finished
             }
@@ -152,23 +157,13 @@ def read_folder(folder: Path) -> Files:
         },
         deaths=deaths,
         tuning=tuning,
-        tuning_seed=_values(folder / "tuning" / first_trial / "run.yaml")["seed"] if tuning else None,
-        sweep=_rows(folder / "sweep.csv") + _lost_rates(folder, deaths),
+        tuning_seed=folder.run(first_trial).settings()["seed"] if tuning else None,
+        sweep=folder.table("sweep") + _lost_rates(folder, deaths),
         reached=reached,
     )
 
 
-def _values(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = yaml.safe_load(path.read_text())
-    return values
-
-
-def _rows(path: Path) -> Rows:
-    return read_csv(path) if path.exists() else []
-
-
-def _lost_rates(folder: Path, deaths: list[str]) -> Rows:
+def _lost_rates(folder: StudyFolder, deaths: list[str]) -> Rows:
     """Learning rates of the sweep whose runs died."""
-    paths = [folder / name / "run.yaml" for name in deaths if name.startswith("sweep/")]
-    lost = [_values(path) for path in paths if path.exists()]
-    return [{"method": values["method"], "lr": values["lr"], "train_loss": float("nan")} for values in lost]
+    lost = [folder.run(name).settings() for name in deaths if name.startswith("sweep/")]
+    return [{"method": run["method"], "lr": run["lr"], "train_loss": float("nan")} for run in lost if run]

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
 
 from lightning_modules.study.methods import RECIPES, Method, Settings
 from lightning_modules.study.options import Study
+from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.tuning import chosen_settings, sweep_rates, trial_row, trial_settings
-from lightning_modules.support.files import Rows, read_csv, write_yaml
+from lightning_modules.support.files import Rows
+from lightning_modules.support.study_folder import Stage, StudyFolder, run_name
 
-Stage = Literal["tune", "study", "sweep"]
 TUNING_SEED, _SWEEP_SEED = 1000, 2000  # never used by the study itself
-_FOLDERS = {"tune": "tuning", "study": "runs", "sweep": "sweep"}
 
 
 @dataclass(frozen=True)
@@ -32,16 +28,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder in that of the study."""
-        return f"{_FOLDERS[self.stage]}/{self.method}-{self.index}"
-
-    def finished(self, out: Path) -> bool:
-        """Whether it has results, which are written last."""
-        return (out / self.name / "results.csv").exists()
-
-    def died(self, out: Path) -> bool:
-        """Whether it was tried in vain."""
-        return (out / self.name / "failed.txt").exists()
+        """Of its files in the folder of the study."""
+        return run_name(self.stage, self.method, self.index)
 
 
 def plan_runs(study: Study) -> list[Run]:
@@ -71,41 +59,38 @@ def plan_runs(study: Study) -> list[Run]:
     return runs
 
 
-def settle(study: Study, out: Path) -> dict[str, Any]:
-    """Settings of every method and the target, frozen in settled.yaml before the first run that counts.
+def settle(study: Study, folder: StudyFolder) -> None:
+    """Fix the settings of every method and the target, before the first run that counts; what is fixed stays.
 
     Raises:
         ValueError: If all trials of a method died.
     """
-    path = out / "settled.yaml"
-    if path.exists():
-        found: dict[str, Any] = yaml.safe_load(path.read_text())
-        return found
-    settings, target = chosen_settings(study, tuning_rows(study, out))
-    settled = {"settings": settings, "target": target}
-    write_yaml(path, settled)
-    return settled
+    if not folder.settled:
+        settings, target = chosen_settings(study, tuning_rows(study, folder))
+        folder.settle(settings, target)
 
 
-def tuning_rows(study: Study, out: Path) -> Rows:
+def tuning_rows(study: Study, folder: StudyFolder) -> Rows:
     """One row for each finished trial: its settings, and what it scored."""
     return [
-        trial_row(study, run.method, run.index, read_csv(out / run.name / "results.csv")[0])
+        trial_row(study, run.method, run.index, folder.run(run.name).results()[0])
         for run in plan_runs(study)
-        if run.stage == "tune" and run.finished(out)
+        if run.stage == "tune" and folder.run(run.name).finished
     ]
 
 
-def settings_of(study: Study, out: Path, run: Run) -> Settings:
+def settings_of(study: Study, folder: StudyFolder, run: Run) -> Settings:
     """Hyperparameters that a run trains with: those of its trial, the settled ones, or these at its rate of a sweep."""
     if run.stage == "tune":
         return trial_settings(study, run.method)[run.index]
-    settings: Settings = settle(study, out)["settings"][run.method]
+    settings: Settings = folder.document("settled")["settings"][run.method]
     return settings if run.stage == "study" else {**settings, "lr": sweep_rates(study, run.method)[run.index]}
 
 
-def steps_of(study: Study, out: Path, run: Run) -> int:
+def steps_of(subject: Subject, folder: StudyFolder, run: Run) -> int:
     """Optimizer steps of a run; of one that it is given the gradients of, if that is finished."""
-    more_of = RECIPES[run.method].more_of
-    path = out / "runs" / f"{more_of[1]}-{run.seed}" / "results.csv" if more_of else None
-    return study.steps if path is None or not path.exists() else round(read_csv(path)[0]["gradients"])
+    if more_of := RECIPES[run.method].more_of:
+        other = folder.run(run_name("study", more_of[1], run.seed))
+        if other.finished:
+            return round(float(other.results()[0]["gradients"]))
+    return subject.steps

@@ -460,7 +460,7 @@ def test_an_unknown_command_is_one_sentence(capsys, here, args):
 def test_a_fault_of_a_library_is_not_passed_off_as_bad_input(monkeypatch):
     """It keeps its traceback, for a bug report."""
 
-    monkeypatch.setattr("lightning_modules.study.compare.write_csv", lambda *_: np.array([1, 2]).reshape(3))
+    monkeypatch.setattr("lightning_modules.study.runs.tables.summarise", lambda *_: np.array([1, 2]).reshape(3))
     with pytest.raises(ValueError, match="reshape"):
         main(["compare", *TINY])
 

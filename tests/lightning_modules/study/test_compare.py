@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from scipy import stats
-from studies import MEASURES, OPTIONS, finished, silent, study, without_seconds
+from studies import MEASURES, OPTIONS, STEPS, finished, silent, study, without_seconds
 from torch.nn import functional as F
 
 import lightning_modules
@@ -24,7 +24,9 @@ from lightning_modules import Classifier, Digits, RefreshDirections
 from lightning_modules.study.compare import run_one, run_study
 from lightning_modules.study.methods import METHODS, NSGDOptions
 from lightning_modules.study.options import Study
+from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.plan import plan_runs
+from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.statistics import summarise
 from lightning_modules.study.tuning import sweep_rates, trial_settings
 from lightning_modules.support.files import read_csv, write_csv
@@ -229,7 +231,7 @@ def test_a_study_that_diverges_is_recorded_as_it_is(tmp_path):
 def test_progress_counts_every_step_of_every_run(tmp_path):
     seen: list[tuple[str, int, int, str | None]] = []
     run_study(study(), tmp_path / "out", lambda *call: seen.append(call))
-    total = 4 * study().steps
+    total = 4 * STEPS
     assert [done for _, done, _, said in seen if said is not None] == list(range(1, total + 1))
     assert {of for _, _, of, _ in seen} == {total}
     ends = [name for name, _, _, said in seen if said is None]
@@ -241,7 +243,7 @@ def test_progress_counts_every_step_of_every_run(tmp_path):
 
 def interrupted_at(run: int, step: int) -> Callable[..., None]:
     def progress(_: str, done: int, total: int, said: str | None) -> None:
-        if said is not None and done == run * study().steps + step:
+        if said is not None and done == run * STEPS + step:
             raise KeyboardInterrupt
 
     return progress
@@ -260,7 +262,7 @@ def test_an_interrupted_study_keeps_finished_runs_and_ends_as_if_it_had_not_been
     run_study(study(), folder, lambda *call: seen.append(call))
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert without_seconds(folder) == without_seconds(whole)
-    assert len([call for call in seen if call[3] is not None]) == (4 - run) * study().steps
+    assert len([call for call in seen if call[3] is not None]) == (4 - run) * STEPS
 
 
 def broken(run: str, times: int) -> Callable[..., None]:
@@ -611,7 +613,7 @@ def test_every_study_that_ships_can_run(path):
     options = yaml.safe_load(path.read_text())
     nsgd = NSGDOptions(**{**options.pop("nsgd", {}), "k": 2, "samples": 32})
     own = {**options, "data": Digits(), "net": "mlp", "sizes": None, "nsgd": nsgd}
-    Study(**own).check()
+    check_study(Subject(Study(**own)))
 
 
 def test_options_have_one_default_wherever_they_are_spelled():

@@ -20,6 +20,7 @@ from lightning_modules.study.compare import run_study
 from lightning_modules.study.methods import NSGDOptions
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.plan import plan_runs
+from lightning_modules.study.runs.subject import Subject
 from lightning_modules.support.files import read_csv
 
 MODULE = '''
@@ -531,6 +532,6 @@ def test_what_cannot_be_compared_is_one_sentence_and_writes_nothing(own, capsys,
 def test_every_run_of_a_users_module_is_a_command(own):
     chosen = study(own)
     assert [run.name for run in plan_runs(chosen)] == ["runs/sgd-0", "runs/nsgd-0"]
-    assert chosen.steps == 10
-    assert not chosen.is_tested
-    assert study(own, "Tested").is_tested
+    assert Subject(chosen).steps == 10
+    assert not Subject(chosen).is_tested
+    assert Subject(study(own, "Tested")).is_tested

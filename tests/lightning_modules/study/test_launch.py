@@ -16,9 +16,9 @@ import pytest
 from studies import finished, silent, study, without_seconds
 
 from lightning_modules.study.compare import run_study
-from lightning_modules.study.runs.folder import claim_folder
 from lightning_modules.study.runs.launch import launch
 from lightning_modules.support.files import read_csv
+from lightning_modules.support.study_folder import Document, StudyFolder
 
 
 def python(code: str) -> list[str]:
@@ -82,10 +82,11 @@ run_study(chosen, Path(sys.argv[1]), silent, jobs=int(sys.argv[2]))
 
 def test_runs_that_start_at_the_same_time_claim_one_folder(tmp_path):
     """As on a cluster, where nobody comes first."""
-    packages, files = ("numpy",), {"config.yaml": {"a": 1}}
+    config: dict[Document, dict[str, int]] = {"config": {"a": 1}}
     with ThreadPoolExecutor(8) as pool:
         for i in range(20):
-            list(pool.map(lambda _, to=tmp_path / str(i): claim_folder(to, files, packages=packages), range(8)))
+            folder = StudyFolder(tmp_path / str(i))
+            list(pool.map(lambda _, to=folder: to.claim(config, packages=("numpy",)), range(8)))
     assert {path.name for path in tmp_path.glob("*/*")} == {"config.yaml", "environment.yaml"}
 
 

@@ -1,0 +1,142 @@
+"""What is refused of a study, in one sentence, before anything is trained or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from lightning_modules.callbacks.measurements import make_measurements
+from lightning_modules.models.base import Split
+from lightning_modules.study.methods import METHODS, RECIPES, damping_of, hyperparameters, tuned_as
+from lightning_modules.study.optimizers import prepare, refresh_callbacks
+from lightning_modules.study.options import Study
+from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
+from lightning_modules.study.runs.subject import Subject
+
+
+def check_study(subject: Subject) -> None:
+    """Refuse what cannot run: options by themselves, then every method on the module, then what the module logs.
+
+    Args:
+        subject: What the study trains. It is made once for each method, and validated and tested on one batch.
+
+    Raises:
+        ValueError: In one sentence, with what was given, what was expected and what to do.
+    """
+    study = subject.study
+    _check_numbers(study)
+    _check_methods(study)
+    _check_settings(study)
+    _check_search(study)
+    make_measurements(study.measure)
+    _check_training(subject)
+    if study.model is not None or study.monitor is not None:
+        _check_scores(subject)
+
+
+def _check_numbers(study: Study) -> None:
+    least = {"seeds": 1, "epochs": 1, "threads": 1, "tune": 0, "sweep_points": 2}
+    for name, bound in least.items():
+        if getattr(study, name) < bound:
+            raise ValueError(f"expected {name} of at least {bound}, got {getattr(study, name)}")
+    if any(m not in METHODS for m in study.methods) or not study.methods:
+        raise ValueError(f"expected methods to be among {', '.join(METHODS)}, got {study.methods}")
+    if len(set(study.methods)) < len(study.methods):
+        raise ValueError(f"expected methods to be different, got {study.methods}")
+    if study.sweep not in (None, "lr"):
+        raise ValueError(f"expected sweep to be lr or null, got {study.sweep!r}")
+    if study.lr is not None and not 0 <= study.lr < math.inf:
+        raise ValueError(f"expected lr >= 0 and finite, got {study.lr}")
+    if study.target is not None and study.model is None and study.score.is_share and not 0 < study.target < 1:
+        raise ValueError(f"expected target to be an accuracy between 0 and 1, got {study.target}")
+    if study.target is not None and not math.isfinite(study.target):
+        raise ValueError(f"expected target to be finite, got {study.target}")
+    if study.mode not in (None, "min", "max"):
+        raise ValueError(f"expected mode to be min, max or null, got {study.mode!r}")
+    if study.model is not None and study.sizes is not None:
+        raise ValueError(f"expected no sizes with a model, whose options are its own, got {study.sizes}")
+    if study.lr is not None and study.tune and any("lr" in study.ranges(tuned_as(m)) for m in study.methods):
+        raise ValueError(f"expected no lr with tune, whose trials look for it, got {study.lr}; leave one of them out")
+
+
+def _check_methods(study: Study) -> None:
+    """Those that take the settings of others come with them."""
+    for method in study.methods:
+        wanted = RECIPES[method].more_of or ()
+        if missing := [m for m in wanted if m not in study.methods]:
+            raise ValueError(
+                f"{method} takes its settings and its gradients from {' and '.join(wanted)}; "
+                f"expected them among the methods, got no {' and no '.join(missing)}"
+            )
+
+
+def _check_settings(study: Study) -> None:
+    _check_names("settings", study.settings)
+    _check_names("search", study.search)
+    for method, values in study.settings.items():
+        for name, value in values.items():
+            if not 0 <= value < math.inf or (name == "momentum" and value >= 1):
+                wanted = "below 1" if name == "momentum" else "finite"
+                raise ValueError(f"expected settings.{method}.{name} >= 0 and {wanted}, got {value}")
+
+
+def _check_search(study: Study) -> None:
+    for method, ranges in study.search.items():
+        for name, ends in ranges.items():
+            if len(ends) != 2 or not 0 < ends[0] < ends[1] < math.inf:
+                raise ValueError(
+                    f"expected search.{method}.{name} to be a lower and a higher number above 0, got {ends}"
+                )
+            if name == "momentum" and ends[1] >= 1:
+                raise ValueError(f"expected search.{method}.momentum below 1, got {ends}")
+
+
+def _check_names(option: str, values: Mapping[str, Iterable[str]]) -> None:
+    """Settings and ranges belong to methods that have them."""
+    for method, names in values.items():
+        if method not in METHODS or RECIPES[method].more_of:
+            known = [m for m in METHODS if not RECIPES[m].more_of]
+            raise ValueError(f"expected {option} of a method among {', '.join(known)}, got {method!r}")
+        known_names = hyperparameters(method)
+        if unknown := [name for name in names if name not in known_names]:
+            raise ValueError(f"expected {option} of {method} to be among {', '.join(known_names)}, got {unknown[0]!r}")
+
+
+def _check_training(subject: Subject) -> None:
+    """Every method can train the module, at its settings and at the largest that are searched; and there are data."""
+    study = subject.study
+    for method in study.methods:
+        largest = {name: ends[1] for name, ends in study.ranges(tuned_as(method)).items()} if study.tune else {}
+        module = subject.module()
+        prepare(module, method, {**study.given(method), **largest}, study.nsgd)
+        module.configure_model()
+        if not is_overridden("setup", module):  # which may make layers, from the data
+            module.configure_optimizers()
+        if RECIPES[method].damping is not None:
+            options = damping_of(method, study.given(method), study.nsgd) or study.nsgd
+            for callback in refresh_callbacks(options):
+                callback.check_samples([options.solver], module)
+    if subject.steps < 1:
+        raise ValueError("expected a batch of training data at least, got none")
+
+
+def _check_scores(subject: Subject) -> None:
+    """Validate, and test, on one batch: what is to be compared has to be logged there."""
+    module, data, score = subject.module(), subject.data(), subject.study.score
+    kind = type(module).__name__
+    if not is_overridden("validation_step", module) or subject.loader("val") is None:
+        raise ValueError(
+            f"expected {kind} to have a validation_step, and its data a val_dataloader, got none; a study compares "
+            "what is logged there"
+        )
+    stages: dict[Split, str] = {"val": score.monitor, **({"test": score.tested} if subject.is_tested else {})}
+    for stage, name in stages.items():
+        logged = logged_scores(module, data, stage, **{f"limit_{stage}_batches": 1})
+        if name not in wanted_scores(logged, stage, score):
+            mend = "name what it logs there with --monitor" if stage == "val" else "log it there as well"
+            raise ValueError(
+                f"expected {kind} to log {name} in {'validation' if stage == 'val' else 'its test'}, got "
+                f"{', '.join(logged) or 'nothing'}; {mend}"
+            )

@@ -1,0 +1,107 @@
+"""What a study trains and judges: its module, its data and their loaders, anew for every run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import ArgumentParser
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_modules.models.base import Split
+from lightning_modules.models.classifier import Classifier
+from lightning_modules.study.options import Study
+
+
+class Subject:
+    """The module and the data that the options of a study mean.
+
+    Args:
+        study: The options.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def module(self) -> pl.LightningModule:
+        """What is trained, anew from the global seed.
+
+        Raises:
+            ValueError: If it cannot be made.
+        """
+        study = self.study
+        if study.model is not None:
+            return _module_of(study.model)
+        if missing := [name for name in ("input_shape", "num_classes") if not hasattr(study.data, name)]:
+            raise ValueError(
+                f"expected data with {' and '.join(missing)} for the network {study.net}, got "
+                f"{type(study.data).__name__}; give image data, or a --model"
+            )
+        shape, classes = study.data.input_shape, study.data.num_classes  # type: ignore[union-attr]
+        return Classifier(study.net, shape, classes, sizes=study.sizes)
+
+    def data(self) -> pl.LightningDataModule | None:
+        """The data as they are before any run, set up once for all stages; None where the module has its own.
+
+        Each run has a copy, so that it finds generators and the like as the others do. And they are not set up again
+        for its validation and test, where many split anew, at random, and mix what was trained on with what was not.
+        """
+        if self.study.data is None:
+            return None
+        data = copy.deepcopy(self.study.data)
+        data.prepare_data()
+        for stage in ("fit", "validate", *(["test"] if is_overridden("test_dataloader", data) else [])):
+            data.setup(stage)
+        vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
+        return data
+
+    def loader(self, stage: Split) -> Any:
+        """The loader of a stage, of the data or of the module; None where there is none."""
+        name = f"{stage}_dataloader"
+        return getattr(self._source, name)() if is_overridden(name, self._source) else None
+
+    @cached_property
+    def _source(self) -> Any:
+        """The data, or the module with loaders of its own, set up once to look at the loaders, which no run takes."""
+        if (data := self.data()) is not None:
+            return data
+        module = self.module()
+        module.prepare_data()
+        for stage in ("fit", *(["test"] if is_overridden("test_dataloader", module) else [])):
+            module.setup(stage)
+        return module
+
+    @cached_property
+    def is_tested(self) -> bool:
+        """Whether there are test data, and a test of the module's."""
+        return is_overridden("test_step", self.module()) and self.loader("test") is not None
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of one run.
+
+        Raises:
+            ValueError: If there is no training loader, or none with a length.
+        """
+        loader = self.loader("train")
+        if loader is None:
+            raise ValueError("expected data with a train_dataloader, got none; give --data, or the model one")
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            what = "an IterableDataset" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
+            raise ValueError(
+                f"expected a train_dataloader that is a DataLoader over a data set with a length, got {what}: a study "
+                "needs to know its steps beforehand, and takes the training loss of samples"
+            )
+        return self.study.epochs * len(loader)
+
+
+def _module_of(config: Mapping[str, Any]) -> pl.LightningModule:
+    """The module that a class path and its options name."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model", required=True)
+    module: pl.LightningModule = parser.instantiate_classes(parser.parse_object({"model": dict(config)})).model
+    return module

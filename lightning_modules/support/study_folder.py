@@ -1,0 +1,234 @@
+"""The folder of a study: the name of every file in it, how each is read and written, and whose folder it is.
+
+Runs write it and reports read it, on floors that do not know each other, so this stands below both.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from lightning_modules.support.files import Rows, read_csv, write_csv, write_yaml, write_yaml_once
+from lightning_modules.support.import_paths import public_path
+
+Stage = Literal["tune", "study", "sweep"]
+Document = Literal["config", "methods", "settled", "environment", "landscape"]
+Table = Literal["results", "times", "summary", "tuning", "sweep", "target", "target-times", "deaths"]
+
+_DOCUMENTS = get_args(Document)
+_FOLDERS: dict[Stage, str] = {"tune": "tuning", "study": "runs", "sweep": "sweep"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run of a study.
+
+    Attributes:
+        path: Where it lies.
+    """
+
+    path: Path
+
+    @property
+    def failure(self) -> Path:
+        """What a run that died had to say."""
+        return self.path / "failed.txt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether there are results, which are written last."""
+        path = self.path / "results.csv"
+        return path.exists() and len(read_csv(path)) > 0
+
+    @property
+    def died(self) -> bool:
+        """Whether the run was tried in vain."""
+        return self.failure.exists()
+
+    def begin(self, settings: Mapping[str, Any], *, measurements: Iterable[str] = ()) -> None:
+        """Make the folder, take away what an interrupted run left, and write the settings of this one.
+
+        Args:
+            settings: What the run trains with.
+            measurements: Names of the tables that a run may measure.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in (*(self.path / f"{name}.csv" for name in measurements), self.failure):
+            path.unlink(missing_ok=True)
+        write_yaml(self.path / "run.yaml", settings)
+
+    def end(self, steps: Rows, results: Rows) -> None:
+        """Write the rows of its steps and, last, its results."""
+        write_csv(self.path / "metrics.csv", steps)
+        write_csv(self.path / "results.csv", results)
+
+    def fail(self, words: str) -> None:
+        """Write down why the run died."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.failure.write_text(words)
+
+    def settings(self) -> dict[str, Any]:
+        """What the run trained with; empty where it never began."""
+        return _mapping(self.path / "run.yaml")
+
+    def steps(self) -> Rows:
+        """One row for each optimizer step; none where they were not kept."""
+        return _rows(self.path / "metrics.csv")
+
+    def results(self) -> Rows:
+        """One row for each read-out; none before the run has ended."""
+        return _rows(self.path / "results.csv")
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Every file of a study. What reads writes nothing, and finds nothing where there is no file.
+
+    Attributes:
+        path: Where it lies.
+    """
+
+    path: Path
+
+    def file(self, name: Document | Table | Literal["report"]) -> Path:
+        """The path of a file: options in YAML, tables in CSV, the report in HTML."""
+        suffix = "html" if name == "report" else "yaml" if name in _DOCUMENTS else "csv"
+        return self.path / f"{name}.{suffix}"
+
+    def run(self, name: str) -> RunFolder:
+        """The files of a run, by its name, as "runs/sgd-0"."""
+        return RunFolder(self.path / name)
+
+    def document(self, name: Document) -> dict[str, Any]:
+        """Options by name; empty where there are none."""
+        return _mapping(self.file(name))
+
+    def table(self, name: Table) -> Rows:
+        """Rows of a table; none where there is no such table."""
+        return _rows(self.file(name))
+
+    def write_table(self, name: Table, rows: Rows) -> None:
+        """Write a table; of no rows there is none."""
+        if rows:
+            write_csv(self.file(name), rows)
+        else:
+            self.file(name).unlink(missing_ok=True)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the settings that the runs train with are fixed."""
+        return self.file("settled").exists()
+
+    def settle(self, settings: Mapping[Any, Any], target: float | None) -> None:
+        """Fix the settings of every method and the target; those that are there already stay."""
+        write_yaml_once(self.file("settled"), {"settings": dict(settings), "target": target})
+
+    def refresh_every(self, method: str) -> int | None:
+        """Steps between two refreshes that a rehearsal of a method found; None before it."""
+        every: int | None = _mapping(self._rehearsal(method)).get("refresh_every")
+        return every
+
+    def keep_refresh_every(self, method: str, every: int) -> None:
+        """Keep what a rehearsal found; of several processes the first one's stays."""
+        write_yaml_once(self._rehearsal(method), {"refresh_every": every})
+
+    def _rehearsal(self, method: str) -> Path:
+        return self.path / "rehearsals" / f"{method}.yaml"
+
+    def claim(self, documents: Mapping[Document, Mapping[str, Any]], *, packages: Iterable[str]) -> None:
+        """Make the folder a study's, or check that it is; environment.yaml tells the machine and the packages.
+
+        Args:
+            documents: Options by name, config among them, as plain values.
+            packages: Names of those whose versions change the numbers.
+
+        Raises:
+            ValueError: If it cannot be a folder, or holds another study or other files; nothing is written then.
+        """
+        out = self.path
+        versions = {name: version(name) for name in packages}
+        if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+            raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
+        there = {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.exists() else set()
+        if there and self.file("config").name not in there:
+            raise _no_study(out)
+        for name, values in documents.items():
+            if self.file(name).exists():
+                _same(out, _read_mapping(out, self.file(name)), values)
+        if self.file("environment").exists():
+            _same(out, _read_mapping(out, self.file("environment")).get("packages", {}), versions)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
+        machine = {
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "packages": versions,
+        }
+        written: dict[Document, Mapping[str, Any]] = {**documents, "environment": machine}
+        for name, values in written.items():
+            if not self.file(name).exists():  # runs that start at the same time claim it too
+                write_yaml(self.file(name), values)
+
+
+def run_name(stage: Stage, method: str, index: int) -> str:
+    """The name of a run, which is the path of its files in the folder: "runs/sgd-0".
+
+    Args:
+        stage: What the run is for.
+        method: Name of its method.
+        index: Its trial, seed, or point of the sweep.
+    """
+    return f"{_FOLDERS[stage]}/{method}-{index}"
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return values
+
+
+def _rows(path: Path) -> Rows:
+    return read_csv(path) if path.exists() else []
+
+
+def _no_study(out: Path) -> ValueError:
+    return ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
+
+
+def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise _no_study(out)
+    return values
+
+
+def _same(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    was, now = _flat(there), _flat(wanted)
+    changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in {**now, **was} if was.get(n) != now.get(n)]
+    if changes:
+        raise ValueError(
+            f"{out} holds another study: {'; '.join(changes)}; choose another folder with --out, or remove it"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names; a class by its public path, since older folders have others."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = public_path(value) if name == "class_path" else value
+    return flat
