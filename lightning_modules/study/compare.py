@@ -22,6 +22,7 @@ from lightning_modules.study.runs.plan import Run, plan_runs, settle, steps_of
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.runs.tables import write_tables
 from lightning_modules.study.runs.train import make_run, predicted_seconds, rehearse_method
+from lightning_modules.support.as_found import as_found
 from lightning_modules.support.progress import Update, read_line
 from lightning_modules.support.study_folder import StudyFolder
 
@@ -43,6 +44,7 @@ def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
     return subject, folder
 
 
+@as_found()
 def run_one(study: Study, out: Path, number: int, progress: Update) -> str:
     """Make one run of a study, whatever becomes of the others; returns its name.
 
@@ -60,6 +62,7 @@ def run_one(study: Study, out: Path, number: int, progress: Update) -> str:
     return run.name
 
 
+@as_found()
 def run_study(
     study: Study,
     out: Path,
@@ -74,7 +77,8 @@ def run_study(
     A run that dies is tried once more; one that dies again is left out of every table, and counts as a miss where a
     target was to be reached. Starting again makes the runs that are missing. How often a method refreshes its
     directions, where its options leave that to the clock, is measured once before its runs and kept in ``rehearsals``:
-    with a copy of that and of config.yaml, another folder holds the same study.
+    with a copy of that and of config.yaml, another folder holds the same study. Torch's threads, the global seed and
+    random state, and levels of logging are as found afterwards.
 
     Args:
         study: The study.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import os
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from inspect import signature
@@ -236,6 +239,43 @@ def test_progress_counts_every_step_of_every_run(tmp_path):
     assert {of for _, _, of, _ in seen} == {total}
     ends = [name for name, _, _, said in seen if said is None]
     assert [name.split(": ")[1] for name in ends] == ["runs/sgd-0", "runs/nsgd-0", "runs/sgd-1", "runs/nsgd-1"]
+
+
+def of_the_process() -> list[Any]:
+    """What a study sets, read where torch, Python, NumPy, the environment and logging keep it."""
+    name, keys, *rest = np.random.get_state()
+    state = [torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), rest]
+    loggers = [
+        logging.getLogger(n) for n in ("", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "torch")
+    ]
+    seeds = [os.environ.get(variable) for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")]
+    return [torch.get_num_threads(), state, seeds, [logger.level for logger in loggers]]
+
+
+@pytest.mark.parametrize("seed", [None, "7"])
+def test_threads_seed_and_levels_are_as_found(tmp_path, monkeypatch, seed):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+    if seed is not None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+    before = of_the_process()
+    within: list[Any] = []
+
+    def progress(*_: Any) -> None:
+        within.append(of_the_process())
+
+    run_study(study(methods=["sgd"], seeds=1, epochs=1, threads=2), tmp_path / "a", progress)
+    assert of_the_process() == before
+    assert within[0][0] == 2  # the study's own threads, while it runs
+    assert all(found != kept for found, kept in zip(within[0][1:3], before[1:3], strict=True))
+    run_one(study(methods=["sgd"], seeds=1, epochs=1, threads=2), tmp_path / "b", 0, silent)
+    assert of_the_process() == before
+    with pytest.raises(ZeroDivisionError):  # from outside of any run
+        run_study(study(methods=["sgd"], threads=2), tmp_path / "c", silent, say=lambda words: 1 / 0)
+    assert of_the_process() == before
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run_study(study(threads=2), tmp_path / "d", interrupted_at(0, 3))
+    assert of_the_process() == before
 
 
 # -- interruption and folders ----------------------------------------------------------------------------------------
