@@ -16,7 +16,7 @@ from lightning_modules.commands.parsing.parser import Parser, parse
 from lightning_modules.data.characters import Characters
 from lightning_modules.data.images import ImageData
 from lightning_modules.report.study.report import print_table, write_report
-from lightning_modules.study.compare import run_one, run_study
+from lightning_modules.study.compare import run_one, run_study, serve_runs
 from lightning_modules.study.options import NAMED, Study
 from lightning_modules.study.runs.launch import Launcher
 from lightning_modules.support.progress import progress_bar
@@ -33,14 +33,21 @@ def run_compare_command(argv: list[str]) -> int:
     parser = Parser(prog="nsgd compare [STUDY]", description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     parser.add_argument("--out", type=Path, default=Path("nsgd-compare"), help="folder for results and report")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, in as many processes")
     parser.add_argument("--launcher", type=Launcher, default="local", help="local, or ray for tasks of a Ray cluster")
     parser.add_argument("--run", type=int, help="make this run of the study alone, by its number from 0 on")
+    help_ = (
+        "make the runs whose numbers come on standard input, while it is open; --jobs starts its processes with this"
+    )
+    parser.add_argument("--worker", action="store_true", help=help_)
     parser.add_class_arguments(Study, skip={"model", "data_config"})
     help_ = "LightningModule that is trained, in place of our Classifier with the network --net, as in nsgd fit"
     parser.add_subclass_arguments(pl.LightningModule, "model", required=False, instantiate=False, help=help_)
     argv = _with_study(_in_two_words(argv))
     parsed, study = _study(parser, argv)
+    if parsed.worker:
+        serve_runs(study, parsed.out)
+        return 0
     console = Console()
 
     def say(words: str) -> None:

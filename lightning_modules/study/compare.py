@@ -6,25 +6,30 @@ Work is counted in gradients (forward and backward passes on a training batch), 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
-from lightning_modules.study.runs.launch import Launcher, launch
+from lightning_modules.study.runs.launch import Launcher, launch_on_ray
 from lightning_modules.study.runs.plan import Run, plan_runs, settle, steps_of
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.runs.tables import write_tables
 from lightning_modules.study.runs.train import make_run, predicted_seconds, rehearse_method
+from lightning_modules.study.runs.workers import Workers, serve
 from lightning_modules.support.as_found import as_found
-from lightning_modules.support.progress import Update, read_line
+from lightning_modules.support.progress import Update
 from lightning_modules.support.study_folder import StudyFolder
+
+_Ends = Generator[tuple[int, str | None]]  # numbers of runs as they end, with what was said where one died
 
 _PACKAGES = ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
 
@@ -40,8 +45,12 @@ def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
     """
     subject, folder = Subject(study), StudyFolder(out)
     check_study(subject)
-    folder.claim({"config": yaml.safe_load(yaml.safe_dump(study.resolved()))}, packages=_PACKAGES)
+    _claim_folder(study, folder)
     return subject, folder
+
+
+def _claim_folder(study: Study, folder: StudyFolder) -> None:
+    folder.claim({"config": yaml.safe_load(yaml.safe_dump(study.resolved()))}, packages=_PACKAGES)
 
 
 @as_found()
@@ -84,7 +93,7 @@ def run_study(
         study: The study.
         out: Its folder.
         progress: Called as the runs go on.
-        jobs: Runs at a time, each in a process of its own where there is more than one.
+        jobs: Runs at a time; where there is more than one, in as many processes that take one run after the other.
         launcher: "local", or "ray" for tasks of a Ray cluster.
         say: Called with the predicted time, before anything runs, and with every death.
 
@@ -97,7 +106,7 @@ def run_study(
     """
     if jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {jobs}")
-    began = time.process_time()  # what it took to come here each process of its own takes too
+    began = time.process_time()  # what it took to come here each other process takes too
     subject, folder = claim(study, out)
     plan = plan_runs(study)
     # Once the settings are settled, a trial could no longer be chosen.
@@ -109,56 +118,71 @@ def run_study(
         start = began if jobs > 1 or launcher != "local" else 0.0
         say(_forecast(subject, folder, left, jobs, launcher, start))
     counted = _Counter(subject, folder, plan, progress)
-    while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
-        left = [run for run in left if run not in wave]
-        if wave[0].stage != "tune":
-            settle(study, folder)  # at once, and before the first run that counts
-        for attempt in (1, 2):
-            wave = list(_attempt(subject, folder, wave, counted, jobs, launcher, attempt, say))
+    with _maker(subject, folder, counted, jobs, launcher) as make:
+        while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
+            left = [run for run in left if run not in wave]
+            if wave[0].stage != "tune":
+                settle(study, folder)  # at once, and before the first run that counts
+            for attempt in (1, 2):
+                wave = list(_attempt(make, folder, wave, counted, attempt, say))
     settle(study, folder)
     return write_tables(study, folder, plan)
 
 
+def serve_runs(study: Study, out: Path) -> None:
+    """Make the runs of a study whose numbers come on standard input, as one of several workers; see ``workers``.
+
+    Raises:
+        ValueError: If the folder holds another study.
+    """
+    subject, folder, plan = Subject(study), StudyFolder(out), plan_runs(study)
+    _claim_folder(study, folder)
+    serve(lambda number, on_step: make_run(subject, folder, plan[number], on_step))
+
+
+@contextmanager
+def _maker(
+    subject: Subject, folder: StudyFolder, counted: _Counter, jobs: int, launcher: Launcher
+) -> Iterator[Callable[[Sequence[Run]], _Ends]]:
+    """What makes runs: this process, workers, or a Ray cluster."""
+    if launcher == "ray":
+        threads = subject.study.threads
+        yield lambda wave: launch_on_ray({run.number: command_of(folder, run) for run in wave}, threads=threads)
+    elif jobs == 1:
+        yield lambda wave: _in_this_process(subject, folder, wave, counted)
+    else:
+        with Workers(_command(folder, "--worker"), jobs=jobs, on_step=counted.on_step) as workers:
+            yield lambda wave: workers.make(run.number for run in wave)
+
+
 def _attempt(
-    subject: Subject,
+    make: Callable[[Sequence[Run]], _Ends],
     folder: StudyFolder,
     wave: Sequence[Run],
     counted: _Counter,
-    jobs: int,
-    launcher: Launcher,
     attempt: int,
     say: Callable[[str], None],
 ) -> Iterator[Run]:
     """Make runs, and yield those that died."""
     by_number = {run.number: run for run in wave}
-    if jobs == 1 and launcher == "local":
-        ended = _in_this_process(subject, folder, wave, counted)
-    else:
-        commands = {run.number: command_of(folder, run) for run in wave}
-        ended = launch(commands, launcher=launcher, jobs=jobs, threads=subject.study.threads, on_line=counted.read)
-    for number, said in ended:
-        run = by_number[number]
-        if said is None:
-            counted.end(run)
-            continue
-        again = "it is tried once more" if attempt == 1 else "it is left out"
-        say(f"{run.name} died, {again}: {said.strip().splitlines()[-1]}")
-        if attempt == 2:
-            folder.run(run.name).fail(said)
-            counted.end(run)
-        yield run
+    with closing(make(wave)) as ends:
+        for number, words in ends:
+            run = by_number[number]
+            if words is None:
+                counted.end(run)
+                continue
+            again = "it is tried once more" if attempt == 1 else "it is left out"
+            say(f"{run.name} died, {again}: {words.strip().splitlines()[-1]}")
+            if attempt == 2:
+                folder.run(run.name).fail(words)
+                counted.end(run)
+            yield run
 
 
-def _in_this_process(
-    subject: Subject, folder: StudyFolder, wave: Sequence[Run], counted: _Counter
-) -> Iterator[tuple[int, str | None]]:
+def _in_this_process(subject: Subject, folder: StudyFolder, wave: Sequence[Run], counted: _Counter) -> _Ends:
     for run in wave:
-
-        def on_step(step: int, loss: float, number: int = run.number) -> None:
-            counted.step(number, step, f"loss {loss:.3f}")
-
         try:
-            make_run(subject, folder, run, on_step)
+            make_run(subject, folder, run, partial(counted.on_step, run.number))
             yield run.number, None
         except Exception:  # whatever it was, the others go on: it is said, kept in failed.txt, and never a success
             yield run.number, traceback.format_exc()
@@ -166,25 +190,65 @@ def _in_this_process(
 
 def command_of(folder: StudyFolder, run: Run) -> list[str]:
     """The command line of one run, that another machine with the same folder understands as well."""
-    config = str(folder.file("config").resolve())
-    return [
-        *(sys.executable, "-m", "lightning_modules", "compare", config),
-        *("--out", str(folder.path.resolve()), "--run", str(run.number)),
-    ]
+    return _command(folder, "--run", str(run.number))
+
+
+def _command(folder: StudyFolder, *options: str) -> list[str]:
+    config, out = str(folder.file("config").resolve()), str(folder.path.resolve())
+    return [sys.executable, "-m", "lightning_modules", "compare", config, "--out", out, *options]
 
 
 def _forecast(
     subject: Subject, folder: StudyFolder, left: Sequence[Run], jobs: int, launcher: Launcher, start: float
 ) -> str:
+    """How long it will take, and where one run at a time would take less, that.
+
+    Args:
+        subject: What is trained.
+        folder: Of the study.
+        left: Runs that are left to make.
+        jobs: Runs at a time.
+        launcher: Where they are made.
+        start: Seconds that a process takes to start.
+    """
     where = "on one core of this machine each, one after the other" if launcher == "ray" else f"{jobs} at a time"
     to_make = f"{len(left)} run{'s' if len(left) > 1 else ''} to make, {where}"
     try:
-        seconds = predicted_seconds(subject, folder, left) + start * len(left)
+        alone = predicted_seconds(subject, folder, left)
     except Exception as error:  # of a module of the user's: the run that meets it dies, and says so
         return f"{to_make}: no time is predicted, for a first step ended with {type(error).__name__}: {error}"
-    seconds = max(1.0, seconds / (jobs if launcher == "local" else 1))
-    long = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{round(seconds / 60)} minutes"
-    return f"{to_make}: about {long if seconds > 90 else 'a second' if seconds < 1.5 else f'{seconds:.0f} seconds'}"
+    if launcher == "ray":
+        return f"{to_make}: about {_words(alone + start * len(left))}"
+    if jobs == 1:
+        return f"{to_make}: about {_words(alone)}"
+    seconds = seconds_side_by_side(alone, len(left), jobs=jobs, cores=_cores() // subject.study.threads, start=start)
+    less = f"; --jobs 1 takes less, about {_words(alone)}" if alone < seconds else ""
+    return f"{to_make}: about {_words(seconds)}{less}"
+
+
+def seconds_side_by_side(alone: float, runs: int, *, jobs: int, cores: int, start: float) -> float:
+    """What runs take in several workers, of which more than there are cores for share these.
+
+    Args:
+        alone: Seconds of all runs, one after the other.
+        runs: How many there are.
+        jobs: Workers.
+        cores: Workers that have cores of their own.
+        start: Seconds that a worker takes to start, once.
+    """
+    workers = min(jobs, runs)
+    return (alone + start * workers) / max(1, min(workers, cores))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _words(seconds: float) -> str:
+    if seconds > 90:
+        return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{round(seconds / 60)} minutes"
+    return "a second" if seconds < 1.5 else f"{seconds:.0f} seconds"
 
 
 class _Counter:
@@ -195,17 +259,17 @@ class _Counter:
         self._steps = {run.number: steps_of(subject, folder, run) for run in plan}
         self._done = {run.number: self._steps[run.number] if folder.run(run.name).finished else 0 for run in plan}
 
-    def step(self, number: int, step: int, said: str | None) -> None:
+    def on_step(self, number: int, step: int, loss: float) -> None:
+        """Count the steps of a run so far."""
+        self._count(number, step, f"loss {loss:.3f}")
+
+    def end(self, run: Run) -> None:
+        """Count all steps of a run."""
+        self._count(run.number, self._steps[run.number], None)
+
+    def _count(self, number: int, step: int, stands: str | None) -> None:
         self._done[number] = step
         self._steps[number] = max(self._steps[number], step)  # more where it is given another's gradients
         finished = sum(self._done[n] >= self._steps[n] for n in self._steps)
         name = f"run {min(finished + 1, len(self._plan))} of {len(self._plan)}: {self._plan[number].name}"
-        self._progress(name, sum(self._done.values()), sum(self._steps.values()), said)
-
-    def end(self, run: Run) -> None:
-        self.step(run.number, self._steps[run.number], None)
-
-    def read(self, number: int, line: str) -> None:
-        """Take a line that the process of a run printed."""
-        if found := read_line(line):
-            self.step(number, *found)
+        self._progress(name, sum(self._done.values()), sum(self._steps.values()), stands)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -30,7 +29,7 @@ def progress_bar(console: Console) -> Iterator[Update]:
 
     def update(name: str, done: int, total: int, said: str | None) -> None:
         nonlocal shown
-        if not console.file.isatty():  # a line for each per cent, which a study that started this run reads
+        if not console.file.isatty():  # a line for each per cent
             if 100 * done // total > shown:
                 shown = 100 * done // total
                 print(f"step {done} of {total}, {name}: {said or 'done'}", flush=True)
@@ -45,9 +44,3 @@ def progress_bar(console: Console) -> Iterator[Update]:
     finally:
         if progress.live.is_started:
             progress.stop()
-
-
-def read_line(line: str) -> tuple[int, str] | None:
-    """Steps done, and how it stands, of a line that a progress bar printed; None for any other line."""
-    found = re.fullmatch(r"step (\d+) of \d+, .*: (.*)", line)
-    return None if found is None else (int(found[1]), found[2])

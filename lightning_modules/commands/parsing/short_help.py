@@ -57,7 +57,7 @@ Train every method with every seed from the same weights on the same batches, an
   STUDY                 digits (without --data and --net the default), cifar10-small, cifar10-paper, or a YAML file with
                         any of the options below; options come after it, and count
   --out FOLDER          results and report (nsgd-compare); the same command again goes on where it stopped
-  --jobs N              runs at a time, each in a process of its own (1)
+  --jobs N              runs at a time, in as many processes (1)
   --threads N           threads of each run (1); they change the numbers, so they belong to the study
   --data CLASS          Digits, HuggingFace, Characters, or a LightningDataModule of yours, as mymodule.MyData;
                         --data.path NAME, --data.limit N, --data.batch_size N are options of HuggingFace

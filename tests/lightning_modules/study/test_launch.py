@@ -1,4 +1,4 @@
-"""Commands in processes of their own, and a study whose runs are such commands: killed, resumed, on Ray."""
+"""A study whose runs are made in other processes: side by side, killed, resumed, on Ray."""
 
 from __future__ import annotations
 
@@ -9,52 +9,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from studies import finished, silent, study, without_seconds
 
-from lightning_modules.study.compare import run_study
-from lightning_modules.study.runs.launch import launch
+from lightning_modules.study import compare
+from lightning_modules.study.compare import run_study, seconds_side_by_side
 from lightning_modules.support.files import read_csv
 from lightning_modules.support.study_folder import Document, StudyFolder
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def local(commands: dict[int, list[str]], jobs: int = 2) -> tuple[dict[int, str | None], list[tuple[int, str]]]:
-    lines: list[tuple[int, str]] = []
-    ends = launch(commands, launcher="local", jobs=jobs, threads=1, on_line=lambda n, line: lines.append((n, line)))
-    return dict(ends), lines
-
-
-def test_commands_end_well_or_say_how_they_died():
-    killed = "import os, signal; print('so far'); os.kill(os.getpid(), signal.SIGKILL)"
-    ends, lines = local({3: python("print('a'); print('b')"), 5: python("raise SystemExit('no')"), 7: python(killed)})
-    assert ends[3] is None
-    assert [line for n, line in lines if n == 3] == ["a", "b"]
-    assert ends[5] == "ended with exit code 1\nno\n"
-    assert str(ends[7]).splitlines()[-1] == "ended by signal 9"
-
-
-def test_no_more_commands_than_jobs_run_at_a_time(tmp_path):
-    code = "import time, sys; print(time.time()); time.sleep(0.3); print(time.time())"
-    _, lines = local({n: python(code) for n in range(4)}, jobs=2)
-    spans = [tuple(float(t) for n, t in lines if n == number) for number in range(4)]
-    for begin, _ in spans:
-        assert sum(b <= begin < e for b, e in spans) <= 2
-
-
-def test_what_is_abandoned_is_killed(tmp_path):
-    long = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
-    ends = launch({0: python(""), 1: python(long)}, launcher="local", jobs=2, threads=1, on_line=lambda n, line: None)
-    assert next(ends) == (0, None)
-    ends.close()
-    time.sleep(4)
-    assert not (tmp_path / "late").exists()
 
 
 def test_runs_side_by_side_give_the_files_of_runs_one_after_the_other(tmp_path):
@@ -67,6 +32,24 @@ def test_runs_side_by_side_give_the_files_of_runs_one_after_the_other(tmp_path):
     assert (tmp_path / "two" / "results.csv").read_bytes() == (tmp_path / "one" / "results.csv").read_bytes()
     assert seen[-1][1] == seen[-1][2]
     assert any(said and said.startswith("loss ") for *_, said in seen)  # from the other processes
+
+
+def processes(marker: str) -> list[int]:
+    """Those with a marker in their command line; one that has ended, and is not waited for, has none."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended just now
+            if marker.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def gone(marker: str) -> None:
+    """Wait until no process has the marker, and fail after some seconds."""
+    deadline = time.monotonic() + 20
+    while left := processes(marker):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.05)
 
 
 CHILD = """
@@ -107,14 +90,84 @@ def test_a_study_killed_five_times_ends_with_the_results_of_one_that_was_not(tmp
                 break
             time.sleep(0.02)
         if process.poll() is None:
-            # The study alone: the processes of its runs end by themselves, since nobody reads what they print.
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)  # the study alone: its workers end by themselves
             kills += 1
         process.wait()
+        gone(str(folder.resolve()))
     assert kills >= 3
     run_study(study(**options), folder, silent)
     assert (folder / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     assert without_seconds(folder) == without_seconds(whole)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])  # SIGKILL: above
+def test_a_study_that_is_ended_leaves_no_process(tmp_path, sent):
+    here = str(Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "out"), "2", here], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("run.yaml")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = [pid for pid in processes(str(tmp_path / "out")) if pid != process.pid]
+    process.send_signal(sent)
+    assert process.wait(timeout=60) != 0
+    gone(str(tmp_path / "out"))
+    assert workers
+
+
+def test_a_worker_that_is_killed_takes_one_run_with_it_which_is_tried_again(tmp_path):
+    killed: list[int] = []
+    said: list[str] = []
+
+    def progress(*_: Any) -> None:
+        if not killed:
+            killed.append(processes(str(tmp_path / "two"))[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    options: dict[str, Any] = {"methods": ["sgd", "nsgd"], "seeds": 2, "epochs": 20}
+    assert run_study(study(**options), tmp_path / "two", progress, jobs=2, say=said.append) == []
+    (words,) = said[1:]
+    assert words.endswith("died, it is tried once more: ended by signal 9")
+    assert without_seconds(tmp_path / "two") == without_seconds(finished(tmp_path / "one", **options))
+
+
+def test_workers_are_as_many_as_jobs_however_many_runs(tmp_path):
+    seen: set[int] = set()
+
+    def progress(*_: Any) -> None:
+        seen.update(processes(str(tmp_path / "out")))
+
+    options: dict[str, Any] = {"methods": ["sgd"], "seeds": 5, "epochs": 4, "tune": 2, "lr": None}
+    assert run_study(study(**options), tmp_path / "out", progress, jobs=2) == []
+    assert len(seen) == 2
+    assert processes(str(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({"jobs": 2, "cores": 2, "start": 5.0}, (60 + 10) / 2),
+        ({"jobs": 4, "cores": 2, "start": 5.0}, (60 + 20) / 2),  # four share two cores
+        ({"jobs": 4, "cores": 8, "start": 5.0, "runs": 2}, (60 + 10) / 2),  # no more workers than runs
+        ({"jobs": 2, "cores": 0, "start": 0.0}, 60.0),  # fewer cores than one run has threads
+    ],
+)
+def test_workers_share_cores_and_each_starts_once(options, seconds):
+    assert seconds_side_by_side(60.0, options.pop("runs", 12), **options) == seconds
+
+
+def test_jobs_that_take_longer_are_said_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "predicted_seconds", lambda *_: 4.0)
+    monkeypatch.setattr(compare, "_cores", lambda: 2)
+    words: dict[float, str] = {}
+    for start in (1.0, 8.0):
+        monkeypatch.setattr(compare.time, "process_time", lambda start=start: start)
+        said: list[str] = []
+        run_study(study(methods=["sgd"], epochs=1), tmp_path / str(start), silent, jobs=2, say=said.append)
+        words[start] = said[0]
+    assert words[1.0] == "2 runs to make, 2 at a time: about 3 seconds"
+    assert words[8.0] == "2 runs to make, 2 at a time: about 10 seconds; --jobs 1 takes less, about 4 seconds"
 
 
 def test_a_study_on_ray_gives_the_same_files(tmp_path):
