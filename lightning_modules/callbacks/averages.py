@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from lightning_modules.callbacks.evaluation_weights import evaluation_weights
 from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.batch_loss import batch_losses
 from nsgd.curvature.guard import untouched
@@ -55,6 +56,10 @@ class ReadOuts(pl.Callback):
             return
         self._seen = step
         self._training = [m.training for m in pl_module.modules()]
+        with evaluation_weights(trainer.optimizers):
+            self._gather(trainer, pl_module, step)
+
+    def _gather(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         # Without a warm-up a short run would read out its initial weights.
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         self._update("ema", pl_module, get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
