@@ -11,7 +11,7 @@ import torch
 
 
 def has_evaluation_weights(optimizer: Any) -> bool:
-    """Whether an optimizer switches between two sets of weights, by ``train()`` and ``eval()``."""
+    """Whether an optimizer, or a class of them, switches between two sets of weights, by ``train()`` and ``eval()``."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 

@@ -50,7 +50,8 @@ def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
 
 
 def _claim_folder(study: Study, folder: StudyFolder) -> None:
-    folder.claim({"config": yaml.safe_load(yaml.safe_dump(study.resolved()))}, packages=_PACKAGES)
+    config = yaml.safe_load(yaml.safe_dump(study.resolved()))
+    folder.claim({"config": config, "methods": study.described_methods()}, packages=_PACKAGES)
 
 
 @as_found()

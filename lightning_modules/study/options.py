@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 
 from lightning_modules.data.digits import Digits
-from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, tuned_as
+from lightning_modules.study.methods import Method, NSGDOptions, Recipe, Schedule, Settings
+from lightning_modules.study.methods.built_in import recipes_of
 from lightning_modules.study.score import Mode, Score, better
 from lightning_modules.support.import_paths import public_path
 
@@ -34,12 +36,20 @@ class Study:
         net: Name of the network, or module:name of a function of your own from (channels, height, width) and the number
             of classes to a torch module; nsgd compare --help lists the names.
         sizes: Sizes that differ from the network's own, for example {widths: [16, 32], kernel_size: 3}.
-        methods: Any of sgd, sgd-momentum, nsgd, nsgd-momentum, bulk-sgd (gamma = 0), dom-sgd (gamma = 1,
-            bulk_scale = 0), random (random directions), adamw, damped-adamw, sam, and sgd-more and
-            sgd-momentum-more (SGD given NSGD's extra gradients as steps). The others are compared with the first.
+        methods: Any of sgd, sgd-momentum, nsgd, nsgd-momentum, nsgd-hessian, bulk-sgd (gamma = 0), dom-sgd (gamma = 1,
+            bulk_scale = 0), random (random directions), adamw, damped-adamw, sam, muon, soap, schedule-free, sgd-more
+            and sgd-momentum-more (SGD given NSGD's extra gradients as steps), own (the module's configure_optimizers,
+            with its schedule) and damped-own (the rule on it); and any optimizer as {class_path: torch.optim.RMSprop},
+            with init_args, search (ranges of its trials), damped: true for the rule on it, and label, as far as
+            wanted. The others are compared with the first.
         seeds: Number of paired seeds.
         epochs: Epochs of each run.
-        lr: One learning rate for all methods, in place of their own.
+        lr: One learning rate for all methods but own and damped-own, in place of their own.
+        weight_decay: One weight decay for all methods that have one, in place of their own; what it means, as part of
+            the gradient or apart from it, is theirs.
+        schedule: How the learning rate of all methods goes, for example {name: cosine, warmup: 0.05}, step by step
+            over the whole of each run; null for constant. The optimizers of own and damped-own keep the module's, and
+            those that average their weights themselves, such as schedule-free, take the warm-up alone.
         settings: Hyperparameters by method, for example {nsgd: {lr: 0.2, gamma: 0.3}}, in place of those of a study
             file; --settings.nsgd '{lr: 0.2}' changes those of one method.
         tune: Quasi-random trials of each method, by val_loss (or ``monitor``, where none is logged) after a run on the
@@ -49,6 +59,7 @@ class Study:
         sweep_points: Learning rates of a sweep.
         target: Value of ``monitor`` whose cost is compared; null for that of the first method's best trial, and without
             trials for none.
+        limit_test: Batches of the test data that are tested on, at most; null for all.
         threads: Threads of torch in each run. They change the numbers, so they belong to the study.
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
             averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
@@ -63,16 +74,19 @@ class Study:
     mode: Mode | None = None
     net: str = "mlp"
     sizes: dict[str, Any] | None = None
-    methods: list[Method] = field(default_factory=lambda: list[Method](("sgd", "nsgd", "bulk-sgd")))
+    methods: list[str | dict[str, Any]] = field(default_factory=lambda: ["sgd", "nsgd", "bulk-sgd"])
     seeds: int = 5
     epochs: int = 40
     lr: float | None = None
+    weight_decay: float | None = None
+    schedule: Schedule | None = None
     settings: dict[str, Settings] = field(default_factory=dict)
     tune: int = 0
     search: dict[str, Ranges] = field(default_factory=dict)
     sweep: Literal["lr"] | None = None
     sweep_points: int = 9
     target: float | None = None
+    limit_test: int | None = None
     threads: int = 1
     measure: list[str] = field(default_factory=list)
     nsgd: NSGDOptions = field(default_factory=NSGDOptions)
@@ -80,10 +94,30 @@ class Study:
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain values; as a file it is a study of its own."""
-        apart = {"data", "data_config", "nsgd"} | ({"net", "sizes"} if self.model is not None else set())
+        apart = {"data", "data_config", "schedule", "nsgd"} | ({"net", "sizes"} if self.model is not None else set())
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         score = {"monitor": self.score.monitor, "mode": self.score.mode}
-        return {"data": self._data(), **plain, **score, "nsgd": asdict(self.nsgd)}
+        schedule = None if self.schedule is None else asdict(self.schedule)
+        return {"data": self._data(), **plain, **score, "schedule": schedule, "nsgd": asdict(self.nsgd)}
+
+    @cached_property
+    def recipes(self) -> dict[Method, Recipe]:
+        """Everything there is of each method, by its name, in their order.
+
+        Raises:
+            ValueError: If a method is unknown, or cannot be made.
+        """
+        return recipes_of(self.methods)
+
+    def described_methods(self) -> dict[str, dict[str, Any]]:
+        """What a report needs to know of each method, as plain values; the schedule is that of its learning rate."""
+        return {
+            name: {
+                **{key: getattr(recipe, key) for key in ("label", "color", "line", "control", "damps")},
+                "schedule": recipe.schedule_label(self.schedule),
+            }
+            for name, recipe in self.recipes.items()
+        }
 
     def _data(self) -> dict[str, Any] | None:
         if self.data is None or self.data_config is not None:
@@ -103,10 +137,13 @@ class Study:
 
     def given(self, method: Method) -> Settings:
         """Hyperparameters of a method as they are before any tuning."""
-        name = tuned_as(method)
-        everywhere = {} if self.lr is None else {"lr": self.lr}
-        return {**RECIPES[name].defaults, **self.settings.get(name, {}), **everywhere}
+        name = self.recipes[method].tuned_as(method)
+        defaults = self.recipes[name].defaults
+        everywhere = {"lr": self.lr, "weight_decay": self.weight_decay}
+        given = {n: value for n, value in everywhere.items() if value is not None and n in defaults}
+        return {**defaults, **self.settings.get(name, {}), **given}
 
     def ranges(self, method: Method) -> Ranges:
-        """Ranges of the hyperparameters that are searched, lowest and highest value."""
-        return self.search.get(method) or {name: list(ends) for name, ends in RECIPES[method].search.items()}
+        """Ranges of the hyperparameters that are searched, lowest and highest value; none where none are."""
+        name = self.recipes[method].tuned_as(method)
+        return self.search.get(name) or {n: list(ends) for n, ends in self.recipes[name].search.items()}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 
-from lightning_modules.study.methods import Method, NSGDOptions, damping_of
+from lightning_modules.study.methods import Method, NSGDOptions
 from lightning_modules.study.options import Study
 from lightning_modules.support.files import Rows
 from lightning_modules.support.study_folder import StudyFolder
@@ -54,7 +54,7 @@ def rehearsed_options(study: Study, folder: StudyFolder, method: Method) -> NSGD
 
 def _by_the_clock(study: Study, method: Method) -> NSGDOptions | None:
     """Options of the directions of a method whose refreshes the clock would time; None of any other."""
-    options = damping_of(method, study.given(method), study.nsgd)
+    options = study.recipes[method].directions(study.given(method), study.nsgd)
     if options is None or options.refresh_every != "auto" or options.solver in (*FROM_TRAINING, "random"):
         return None
     return options

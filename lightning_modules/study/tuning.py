@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import qmc
 
-from lightning_modules.study.methods import RECIPES, Method, Settings, tuned_as
+from lightning_modules.study.methods import Method, Settings
 from lightning_modules.study.options import Study
 from lightning_modules.support.files import Rows
 
@@ -26,7 +26,7 @@ def trial_settings(study: Study, method: Method) -> list[Settings]:
 
 def sweep_rates(study: Study, method: Method) -> list[float]:
     """Learning rates of the sweep, evenly spaced in their logarithm over the method's range."""
-    low, high = study.ranges(method).get("lr") or RECIPES[method].search["lr"]
+    low, high = study.ranges(method).get("lr") or study.recipes[method].rates
     return [float(f"{lr:.4g}") for lr in np.geomspace(low, high, study.sweep_points)]
 
 
@@ -41,6 +41,8 @@ def trial_row(study: Study, method: Method, trial: int, scores: Mapping[str, Any
 def chosen_settings(study: Study, trials: Rows) -> tuple[dict[Method, Settings], float | None]:
     """Settings of every method, and the target: as given, or by the best trial of each method, and of the first.
 
+    Methods without ranges, such as the module's own optimizer, are not tuned.
+
     Args:
         study: The study.
         trials: Rows of all finished trials; none where nothing is tuned.
@@ -48,16 +50,16 @@ def chosen_settings(study: Study, trials: Rows) -> tuple[dict[Method, Settings],
     Raises:
         ValueError: If all trials of a method died.
     """
-    settings = {method: study.given(method) for method in study.methods}
+    settings = {method: study.given(method) for method in study.recipes}
     target = study.target
     if study.tune:
-        for method in study.methods:
-            own = tuned_as(method)
+        for method in (m for m in study.recipes if study.ranges(m)):
+            own = study.recipes[method].tuned_as(method)
             rows = [row for row in trials if row["method"] == own]
             if not rows:
                 raise ValueError(f"every trial of {own} died; see tuning/{own}-0/failed.txt in its folder")
             best = min(rows, key=study.score.criterion(rows[0]).badness)
             settings[method] = trial_settings(study, own)[best["trial"]]
-            if own == study.methods[0] and target is None:
+            if own == next(iter(study.recipes)) and target is None:
                 target = float(best[study.score.monitor])
     return settings, target

@@ -68,9 +68,12 @@ Train every method with every seed from the same weights on the same batches, an
   --net NAME            mlp, simple-cnn, simple-cnn-root, resnet-20, resnet-32, resnet-56, resnet-32-plain, vgg-11, vit,
                         or mymodule:make_net, from (channels, height, width) and the number of classes to a module
   --methods LIST        any of sgd, sgd-momentum, nsgd, nsgd-momentum, nsgd-hessian, bulk-sgd, dom-sgd, random,
-                        sgd-more, sgd-momentum-more, adamw, damped-adamw, sam; the others are compared with the first
+                        sgd-more, sgd-momentum-more, adamw, damped-adamw, sam, muon, soap, schedule-free, own (the
+                        model's configure_optimizers), damped-own, or any optimizer by its class, as
+                        '[sgd, {class_path: torch.optim.RMSprop}]'; the others are compared with the first
   --seeds N --epochs N  paired seeds, and epochs of each run
   --lr X                one learning rate for all; --settings.nsgd '{lr: 0.2, gamma: 0.3}' for one method's
+  --schedule MAPPING    of all learning rates, as '{name: cosine, warmup: 0.05}'; constant without; and --weight_decay X
   --tune N              N quasi-random trials of each method first, by validation loss; --search gives ranges
   --sweep lr            also draw final loss and score against 9 learning rates (--sweep_points) of each method
   --target X            value of what is monitored whose cost is compared

@@ -14,26 +14,11 @@ from lightning_modules.report.measurements.report import measurement_figures, me
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.study.files import Files, label
 from lightning_modules.report.study.tables import upper
-from lightning_modules.study.methods import Method
+from lightning_modules.study.methods import RECIPES, Method
 from lightning_modules.study.score import Measure
 from lightning_modules.support.files import Rows
 
-# The colours of Okabe and Ito. No two methods share both colour and line, and curves that coincide stay visible.
-STYLES: dict[Method, tuple[str, str]] = {
-    "sgd": ("#444444", "-"),
-    "sgd-momentum": ("#444444", "--"),
-    "sgd-more": ("#cc79a7", "-"),
-    "sgd-momentum-more": ("#cc79a7", "--"),
-    "nsgd": ("#0072b2", "-"),
-    "nsgd-momentum": ("#0072b2", "--"),
-    "nsgd-hessian": ("#0072b2", "-."),
-    "bulk-sgd": ("#d55e00", "--"),
-    "dom-sgd": ("#009e73", "-."),
-    "random": ("#999999", ":"),
-    "adamw": ("#009e73", "-"),
-    "damped-adamw": ("#56b4e9", "-"),
-    "sam": ("#e69f00", "-"),
-}
+STYLES: dict[Method, tuple[str, str]] = {name: (recipe.color, recipe.line) for name, recipe in RECIPES.items()}
 AXES = {"step": "optimizer steps", "gradients": "gradients, refreshes included", "seconds": "seconds of training"}
 _ABOVE = 3  # times the loss before training: what diverged would flatten the rest of the axis
 _SENSITIVITY = (

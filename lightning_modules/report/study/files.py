@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, damping_of
+from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings
 from lightning_modules.study.score import Measure, Score
 from lightning_modules.study.statistics import COSTS
 from lightning_modules.support.files import Rows
@@ -88,7 +88,7 @@ class Files:
 
     def directions(self, method: Method) -> NSGDOptions | None:
         """Options of the directions that a method trained with."""
-        return damping_of(method, self.settings[method], NSGDOptions(**self.config["nsgd"]))
+        return RECIPES[method].directions(self.settings[method], NSGDOptions(**self.config["nsgd"]))
 
     def entries(self, measure: str) -> Rows:
         """Rows of the summary."""

@@ -169,6 +169,8 @@ def _tuning(files: Files) -> Table:
         own = RECIPES[method].more_of
         if own:
             found = [f"as {label(own[0])}", settings_of(files.settings[method]), "", ""]
+        elif all(row["method"] != method for row in files.tuning):
+            found = ["none", settings_of(files.settings[method]), "", ""]
         else:
             worse = [measure.badness(row) for row in files.tuning if row["method"] == method]
             sign = 1 if measure.lower_is_better else -1

@@ -241,7 +241,7 @@ def _slower(files: Files, method: Method) -> str:
 def caption(files: Files) -> str:
     """Seeds, intervals, tests, learning rates, batch size, threads, units, and what became of the runs."""
     config = files.config
-    rates = ", ".join(f"{label(m)} {files.settings[m]['lr']:g}" for m in files.methods)
+    rates = ", ".join(f"{label(m)} {files.settings[m]['lr']:g}" for m in files.methods if "lr" in files.settings[m])
     tuned = (
         f"tuned: the best of {_count(config['tune'], 'trial')} of each by {files.criterion.label}, from a scrambled "
         f"Halton sequence, run with seed {files.tuning_seed}"

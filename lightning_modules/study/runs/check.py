@@ -9,8 +9,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_modules.callbacks.measurements import make_measurements
 from lightning_modules.models.base import Split
-from lightning_modules.study.methods import METHODS, RECIPES, damping_of, hyperparameters, tuned_as
-from lightning_modules.study.optimizers import prepare, refresh_callbacks
+from lightning_modules.study.methods import RECIPES, prepare
+from lightning_modules.study.methods.any_optimizer import check_range, did_you_mean
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
 from lightning_modules.study.runs.subject import Subject
@@ -41,14 +41,15 @@ def _check_numbers(study: Study) -> None:
     for name, bound in least.items():
         if getattr(study, name) < bound:
             raise ValueError(f"expected {name} of at least {bound}, got {getattr(study, name)}")
-    if any(m not in METHODS for m in study.methods) or not study.methods:
-        raise ValueError(f"expected methods to be among {', '.join(METHODS)}, got {study.methods}")
-    if len(set(study.methods)) < len(study.methods):
-        raise ValueError(f"expected methods to be different, got {study.methods}")
+    if study.limit_test is not None and study.limit_test < 1:
+        raise ValueError(f"expected limit_test to be a number of batches of at least 1, got {study.limit_test}")
+    if study.schedule is not None:
+        study.schedule.check()
     if study.sweep not in (None, "lr"):
         raise ValueError(f"expected sweep to be lr or null, got {study.sweep!r}")
-    if study.lr is not None and not 0 <= study.lr < math.inf:
-        raise ValueError(f"expected lr >= 0 and finite, got {study.lr}")
+    for name in ("lr", "weight_decay"):
+        if (value := getattr(study, name)) is not None and not 0 <= value < math.inf:
+            raise ValueError(f"expected {name} >= 0 and finite, got {value}")
     if study.target is not None and study.model is None and study.score.is_share and not 0 < study.target < 1:
         raise ValueError(f"expected target to be an accuracy between 0 and 1, got {study.target}")
     if study.target is not None and not math.isfinite(study.target):
@@ -57,24 +58,28 @@ def _check_numbers(study: Study) -> None:
         raise ValueError(f"expected mode to be min, max or null, got {study.mode!r}")
     if study.model is not None and study.sizes is not None:
         raise ValueError(f"expected no sizes with a model, whose options are its own, got {study.sizes}")
-    if study.lr is not None and study.tune and any("lr" in study.ranges(tuned_as(m)) for m in study.methods):
-        raise ValueError(f"expected no lr with tune, whose trials look for it, got {study.lr}; leave one of them out")
 
 
 def _check_methods(study: Study) -> None:
-    """Those that take the settings of others come with them."""
-    for method in study.methods:
-        wanted = RECIPES[method].more_of or ()
-        if missing := [m for m in wanted if m not in study.methods]:
+    """Each is known; those that take the settings of others come with them; what is searched is not given."""
+    for method, recipe in study.recipes.items():
+        wanted = recipe.more_of or ()
+        if missing := [m for m in wanted if m not in study.recipes]:
             raise ValueError(
                 f"{method} takes its settings and its gradients from {' and '.join(wanted)}; "
                 f"expected them among the methods, got no {' and no '.join(missing)}"
             )
+    for name in ("lr", "weight_decay"):
+        value = getattr(study, name)
+        if value is not None and study.tune and any(name in study.ranges(method) for method in study.recipes):
+            raise ValueError(
+                f"expected no {name} with tune, whose trials look for it, got {value}; leave one of them out"
+            )
 
 
 def _check_settings(study: Study) -> None:
-    _check_names("settings", study.settings)
-    _check_names("search", study.search)
+    _check_names(study, "settings", study.settings)
+    _check_names(study, "search", study.search)
     for method, values in study.settings.items():
         for name, value in values.items():
             if not 0 <= value < math.inf or (name == "momentum" and value >= 1):
@@ -85,38 +90,42 @@ def _check_settings(study: Study) -> None:
 def _check_search(study: Study) -> None:
     for method, ranges in study.search.items():
         for name, ends in ranges.items():
-            if len(ends) != 2 or not 0 < ends[0] < ends[1] < math.inf:
-                raise ValueError(
-                    f"expected search.{method}.{name} to be a lower and a higher number above 0, got {ends}"
-                )
+            check_range(f"search.{method}.{name}", ends)
             if name == "momentum" and ends[1] >= 1:
                 raise ValueError(f"expected search.{method}.momentum below 1, got {ends}")
 
 
-def _check_names(option: str, values: Mapping[str, Iterable[str]]) -> None:
+def _check_names(study: Study, option: str, values: Mapping[str, Iterable[str]]) -> None:
     """Settings and ranges belong to methods that have them."""
+    known = {m: recipe for m, recipe in {**RECIPES, **study.recipes}.items() if not recipe.more_of}
     for method, names in values.items():
-        if method not in METHODS or RECIPES[method].more_of:
-            known = [m for m in METHODS if not RECIPES[m].more_of]
-            raise ValueError(f"expected {option} of a method among {', '.join(known)}, got {method!r}")
-        known_names = hyperparameters(method)
-        if unknown := [name for name in names if name not in known_names]:
-            raise ValueError(f"expected {option} of {method} to be among {', '.join(known_names)}, got {unknown[0]!r}")
+        if method not in known:
+            near = did_you_mean(method, known)
+            raise ValueError(f"expected {option} of a method among {', '.join(known)}, got {method!r}{near}")
+        taken = known[method].hyperparameters
+        if unknown := [name for name in names if name not in taken]:
+            raise ValueError(
+                f"expected {option} of {method} to be among {', '.join(taken) or 'none at all'}, got {unknown[0]!r}"
+                f"{did_you_mean(unknown[0], taken)}"
+            )
 
 
 def _check_training(subject: Subject) -> None:
     """Every method can train the module, at its settings and at the largest that are searched; and there are data."""
     study = subject.study
-    for method in study.methods:
-        largest = {name: ends[1] for name, ends in study.ranges(tuned_as(method)).items()} if study.tune else {}
+    for method, recipe in study.recipes.items():
+        largest = {name: ends[1] for name, ends in study.ranges(method).items()} if study.tune else {}
         module = subject.module()
-        prepare(module, method, {**study.given(method), **largest}, study.nsgd)
+        prepare(module, recipe, {**study.given(method), **largest}, study.nsgd, schedule=study.schedule)
         module.configure_model()
         if not is_overridden("setup", module):  # which may make layers, from the data
-            module.configure_optimizers()
-        if RECIPES[method].damping is not None:
-            options = damping_of(method, study.given(method), study.nsgd) or study.nsgd
-            for callback in refresh_callbacks(options):
+            try:
+                module.configure_optimizers()
+            except RuntimeError:  # one of the module's own, which may ask for its trainer, has none yet
+                if recipe.follows != "nothing":
+                    raise
+        if (options := recipe.directions(study.given(method), study.nsgd)) is not None:
+            for callback in options.refresh():
                 callback.check_samples([options.solver], module)
     if subject.steps < 1:
         raise ValueError("expected a batch of training data at least, got none")

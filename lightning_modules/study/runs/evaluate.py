@@ -22,7 +22,13 @@ Scores = dict[str, float]
 
 
 def score_read_outs(
-    trainer: pl.Trainer, read_outs: ReadOuts, wanted: Sequence[ReadOut], *, score: Score, stages: Sequence[Split]
+    trainer: pl.Trainer,
+    read_outs: ReadOuts,
+    wanted: Sequence[ReadOut],
+    *,
+    score: Score,
+    stages: Sequence[Split],
+    test_batches: int | None = None,
 ) -> Iterator[tuple[ReadOut, Scores]]:
     """Scores of each wanted read-out of a run that has ended.
 
@@ -32,6 +38,7 @@ def score_read_outs(
         wanted: Read-outs.
         score: What is compared.
         stages: "val", "test", or both.
+        test_batches: Batches of the test data, at most; None for all.
 
     Yields:
         A read-out, and its training loss on the same samples for all, without dropout or augmentation, and scores.
@@ -45,7 +52,8 @@ def score_read_outs(
         with read_outs.applied(name, module, calibration):
             scores = {"train_loss": _mean_loss(module, samples)}
             for stage in stages:
-                scores |= wanted_scores(logged_scores(module, data, stage), stage, score)
+                limits = {} if test_batches is None or stage == "val" else {"limit_test_batches": test_batches}
+                scores |= wanted_scores(logged_scores(module, data, stage, **limits), stage, score)
         yield name, scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_modules.study.methods import RECIPES, Method, Settings
+from lightning_modules.study.methods import Method, Settings
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.tuning import chosen_settings, sweep_rates, trial_row, trial_settings
@@ -34,26 +34,26 @@ class Run:
 
 def plan_runs(study: Study) -> list[Run]:
     """Every run of a study, each after those that it needs."""
-    tuned = [m for m in study.methods if RECIPES[m].more_of is None]
+    first = [m for m, recipe in study.recipes.items() if recipe.more_of is None]
     runs: list[Run] = []
 
     def add(stage: Stage, method: Method, seed: int, index: int, needs: Sequence[int]) -> None:
         runs.append(Run(len(runs), stage, method, seed, index, tuple(needs)))
 
     for trial in range(study.tune):
-        for method in tuned:
+        for method in (m for m in first if study.ranges(m)):
             add("tune", method, TUNING_SEED, trial, ())
     trials = [run.number for run in runs]  # of all methods: the target is frozen before the first run that counts
     for seed in range(study.seeds):
-        for method in tuned:
+        for method in first:
             add("study", method, seed, seed, trials)
     paired = {(run.method, run.seed): run.number for run in runs if run.stage == "study"}
     for seed in range(study.seeds):
-        for method in study.methods:
-            if more_of := RECIPES[method].more_of:
+        for method, recipe in study.recipes.items():
+            if more_of := recipe.more_of:
                 add("study", method, seed, seed, [*trials, paired[more_of[1], seed]])
     if study.sweep:
-        for method in tuned:
+        for method in (m for m in first if "lr" in study.recipes[m].defaults):
             for point in range(study.sweep_points):
                 add("sweep", method, _SWEEP_SEED, point, trials)
     return runs
@@ -89,7 +89,7 @@ def settings_of(study: Study, folder: StudyFolder, run: Run) -> Settings:
 
 def steps_of(subject: Subject, folder: StudyFolder, run: Run) -> int:
     """Optimizer steps of a run; of one that it is given the gradients of, if that is finished."""
-    if more_of := RECIPES[run.method].more_of:
+    if more_of := subject.study.recipes[run.method].more_of:
         other = folder.run(run_name("study", more_of[1], run.seed))
         if other.finished:
             return round(float(other.results()[0]["gradients"]))

@@ -27,10 +27,11 @@ def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list
     """
     rows: Rows = []
     times: Rows = []
-    metrics: dict[str, dict[int, Rows]] = {method: {} for method in study.methods}
+    names = list(study.recipes)
+    metrics: dict[str, dict[int, Rows]] = {method: {} for method in study.recipes}
     finished = [run for run in plan if folder.run(run.name).finished]
     counted = [run for run in finished if run.stage == "study"]
-    for run in sorted(counted, key=lambda run: (run.seed, study.methods.index(run.method))):
+    for run in sorted(counted, key=lambda run: (run.seed, names.index(run.method))):
         files = folder.run(run.name)
         rows += files.results()
         metrics[run.method][run.seed] = steps = files.steps()
@@ -41,7 +42,7 @@ def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list
     folder.write_table("results", rows)
     folder.write_table("times", times)
     columns = [measure.column for measure in study.score.measures(rows[0])]
-    folder.write_table("summary", summarise(rows, study.methods, columns))
+    folder.write_table("summary", summarise(rows, names, columns))
     folder.write_table("deaths", [{"run": run.name, "method": run.method, "seed": run.seed} for run in died])
     folder.write_table("tuning", tuning_rows(study, folder))
     target = folder.document("settled")["target"]

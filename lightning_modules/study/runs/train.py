@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_modules.callbacks.averages import READ_OUTS, ReadOut, ReadOuts
+from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.models.base import Split
-from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings, damping_of
-from lightning_modules.study.optimizers import prepare, refresh_callbacks
+from lightning_modules.study.methods import Method, NSGDOptions, Settings, prepare
 from lightning_modules.study.rehearsal import rehearse, rehearsed_options
 from lightning_modules.study.runs.evaluate import score_read_outs
 from lightning_modules.study.runs.plan import TUNING_SEED, Run, plan_runs, settings_of, settle, steps_of
@@ -40,7 +40,7 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
             f"run {run.number}, {run.name}, needs runs {', '.join(map(str, missing))} of {folder.path} first; start "
             "those"
         )
-    if more_of := RECIPES[run.method].more_of:
+    if more_of := study.recipes[run.method].more_of:
         other = run_name("study", more_of[1], run.seed)
         if not folder.run(other).finished:
             raise ValueError(f"{run.name} takes as many gradients as {other.split('/')[1]}, which died")
@@ -87,11 +87,13 @@ def _train(
     torch.set_num_threads(subject.study.threads)
     pl.seed_everything(seed, verbose=False)
     module = subject.module()
-    prepare(module, method, settings, nsgd, seed=seed)
-    directions = damping_of(method, settings, nsgd)
-    refresh = [] if directions is None else refresh_callbacks(directions)
+    recipe = subject.study.recipes[method]
+    prepare(module, recipe, settings, nsgd, seed=seed, schedule=subject.study.schedule, steps=steps)
+    directions = recipe.directions(settings, nsgd)
+    refresh = [] if directions is None else directions.refresh()
+    switch = EvaluationWeights()
     with quiet():
-        trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks])
+        trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks, switch])
         trainer.fit(module, datamodule=subject.data())
     if trainer.global_step != steps:
         raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
@@ -107,10 +109,12 @@ def _results(
     wanted: Sequence[ReadOut] = read_outs.available if counted else ["last"]
     counts = {name: last[name] for name in ("step", "gradients", "refreshes", "hvps")}
     about = {"method": run.method, "seed": run.seed}
-    return [
-        {**about, "read_out": name, "lr": settings["lr"], **scores, **counts}
-        for name, scores in score_read_outs(trainer, read_outs, wanted, score=subject.study.score, stages=stages)
-    ]
+    rate = {"lr": settings["lr"]} if "lr" in settings else {}  # not where the module sets it
+    study = subject.study
+    scored = score_read_outs(
+        trainer, read_outs, wanted, score=study.score, stages=stages, test_batches=study.limit_test
+    )
+    return [{**about, "read_out": name, **rate, **scores, **counts} for name, scores in scored]
 
 
 def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]) -> float:
