@@ -19,6 +19,7 @@ from lightning_modules.report.study.report import print_table, write_report
 from lightning_modules.study.compare import run_one, run_study, serve_runs
 from lightning_modules.study.options import NAMED, Study
 from lightning_modules.study.runs.launch import Launcher
+from lightning_modules.support.nearest import did_you_mean
 from lightning_modules.support.progress import progress_bar
 
 _DESCRIPTION = "Train every method with every seed, and compare."
@@ -74,7 +75,7 @@ def _study(parser: Parser, argv: list[str]) -> tuple[Namespace, Study]:
     if given.get("model") and kind is not None:
         link_to_data(parser, kind, given)
     named = {"data": given.get("data") or data, "model": given.get("model")}
-    parsed = parse(parser, argv, "nsgd compare", {option: str(name) for option, name in named.items() if name})
+    parsed = parse(parser, argv, "nsgd compare", {option: name for option, name in named.items() if name})
     values = parser.instantiate_classes(parsed)
     plain = yaml.safe_load(parser.dump(parsed))  # as a file has it, without what is linked
     model = plain.get("model")
@@ -106,10 +107,12 @@ def _with_study(argv: list[str]) -> list[str]:
     if argv and not argv[0].startswith("-"):
         own = NAMED / f"{argv[0]}.yaml"
         if not own.exists() and not Path(argv[0]).is_file():
-            names = ", ".join(sorted(path.stem for path in NAMED.glob("*.yaml")))
+            names = sorted(path.stem for path in NAMED.glob("*.yaml"))
             is_file = Path(argv[0]).suffix in (".yaml", ".yml")
             which = "which does not exist" if is_file else "which is neither"
-            raise ValueError(f"expected STUDY to be {names}, or a YAML file, got {argv[0]!r}, {which}")
+            meant = did_you_mean(argv[0], names)
+            said = f"expected STUDY to be {', '.join(names)}, or a YAML file, got {argv[0]!r}, {which}"
+            raise ValueError(f"{said}; {meant}" if meant else said)
         return ["--config", str(own if own.exists() else argv[0]), *_classes_first(argv[1:])]
     if any(word.split("=")[0] in ("--data", "--net", "--model", "--config") for word in argv):
         return argv if "--config" in argv else _classes_first(argv)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,14 +21,14 @@ from lightning_modules.callbacks.write_averages import WriteAverages
 from lightning_modules.commands.from_data import OWN_DATA, is_called, link_to_data, model_class, own_model, path_of
 from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
 from lightning_modules.commands.parsing.given_options import given_options
-from lightning_modules.commands.parsing.parser import name_publicly
+from lightning_modules.commands.parsing.parser import Parser, name_publicly
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.report.measurements.report import write_measurements
 from lightning_modules.support.files import unused
 from lightning_modules.support.quiet import ignore_lightning_noise
-from nsgd import damp
+from nsgd import NSGD, damp
 from nsgd.damping.step import Damped
-from nsgd.options import FROM_TRAINING
+from nsgd.options import FROM_TRAINING, DampingOptions
 
 _LOADERS = {
     "fit": "train_dataloader",
@@ -36,7 +36,7 @@ _LOADERS = {
     "test": "test_dataloader",
     "predict": "predict_dataloader",
 }
-_DAMP_OPTIONS = [name for name in inspect.signature(damp).parameters if name != "optimizer"]
+_DAMP_OPTIONS = [field.name for field in fields(DampingOptions)]
 
 
 def run_lightning(argv: list[str]) -> None:
@@ -50,27 +50,21 @@ def run_lightning(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*configure_optimizers. will be overridden by.*")
     # Every command logs to a folder of its own, so that nothing is overwritten.
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")
-    given = given_options(argv)
-    found = sys.argv
-    sys.argv = ["nsgd", *argv]  # LightningCLI takes its program name from there, and warns of arguments that differ
-    try:
-        _Commands(given)
-    except BadOption as error:
-        own = own_model(given)
-        classes = ({"model": own.__name__, "data": OWN_DATA[own].__name__} if own else {}) | given
-        said = one_sentence(str(error), command=f"nsgd {argv[0]}", options=error.options, classes=classes)
-        raise ValueError(said) from error
-    finally:
-        sys.argv = found
+    _Commands(argv)
 
 
 class _Commands(LightningCLI):
     """LightningCLI, with our data as a default for our models and refreshes for any damped optimizer."""
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        self.given = given
+    def __init__(self, argv: list[str]) -> None:
+        self.given = given_options(argv)
         super().__init__(
-            parser_class=_Parser, save_config_callback=_SaveConfig, subclass_mode_model=True, seed_everything_default=0
+            parser_class=_Parser,
+            parser_kwargs={"prog": "nsgd"},
+            save_config_callback=_SaveConfig,
+            subclass_mode_model=True,
+            seed_everything_default=0,
+            args=argv,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -94,11 +88,17 @@ class _Commands(LightningCLI):
             link_to_data(parser, kind, self.given)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """In place of LightningCLI's, which warns of what else stands in ``sys.argv``."""
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(args)
         except BadOption as error:
-            error.options = tuple(self._subcommand_parsers[sys.argv[1]]._option_string_actions)
-            raise
+            own = own_model(self.given)
+            classes = {"model": own.__name__, "data": OWN_DATA[own].__name__} if own else {}
+            given = {**classes, **given_options(args, of_files=())}
+            options = [*self._subcommand_parsers[args[0]]._option_string_actions]
+            options += [f"--optimizer.{name}" for name in inspect.signature(NSGD).parameters]
+            said = one_sentence(error, command=f"nsgd {args[0]}", given=given, options=options)
+            raise ValueError(said) from error
         name_publicly(self.config)
 
     def before_instantiate_classes(self) -> None:
@@ -197,14 +197,8 @@ class _Commands(LightningCLI):
         return self.config[self.subcommand][name]
 
 
-class _Parser(LightningArgumentParser):
-    """Takes options by their full names only, and leaves it to the caller to say what is wrong."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise BadOption(message) from ex
+class _Parser(Parser, LightningArgumentParser):
+    """Lightning's, which says what is wrong as those of the other commands do."""
 
 
 class _SaveConfig(SaveConfigCallback):

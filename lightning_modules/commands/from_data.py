@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from pydoc import locate
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+import lightning_modules
 from lightning_modules.data.characters import Characters
 from lightning_modules.data.digits import Digits
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.models.language import LanguageModel
 from lightning_modules.support.import_paths import public_path
+
+# jsonargparse knows a class by its name alone once it is imported.
+for _name in lightning_modules.__all__:
+    getattr(lightning_modules, _name)
 
 OWN_DATA: dict[type, type] = {Classifier: Digits, LanguageModel: Characters}  # where no --data is given
 FROM_DATA = ("input_shape", "num_classes", "vocabulary")
@@ -26,7 +31,10 @@ def own_model(given: Mapping[str, Any]) -> type | None:
 
 def model_class(given: Mapping[str, Any]) -> type | None:
     """The class of the model that the given options mean; None where it cannot be imported."""
-    found = own_model(given) or locate(str(given["model"]))
+    try:
+        found = own_model(given) or resolve_name(str(given["model"]))
+    except (ImportError, AttributeError, ValueError):
+        return None
     return found if isinstance(found, type) else None
 
 

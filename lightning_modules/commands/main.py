@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_modules.commands.parsing import short_help
+from lightning_modules.support.nearest import did_you_mean
 
 HELP = """usage: nsgd COMMAND [options]
 
@@ -64,7 +65,8 @@ def _run(argv: list[str]) -> int:
         return 0
     if command not in ("compare", "escape"):
         known = ", ".join(("compare", *short_help.LIGHTNING, "escape"))
-        raise ValueError(f"expected a command among {known}, got {command!r}")
+        meant = did_you_mean(command, known.split(", ")) or "nsgd --help says what they do"
+        raise ValueError(f"expected a command among {known}, got {command!r}; {meant}")
     from lightning_modules.commands.compare import run_compare_command
     from lightning_modules.commands.escape import run_escape_command
 

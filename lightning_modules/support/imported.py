@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
+
+from lightning_modules.support.nearest import did_you_mean
 
 
 def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
@@ -20,11 +22,15 @@ def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
     """
     module, _, name = path.partition(":")
     if not (module and name):
-        raise ValueError(f"expected {option} to be one of {known}, or module:name of your own, got {path!r}")
+        meant = did_you_mean(path, known.split(", "))
+        said = f"expected {option} to be one of {known}, or module:name of your own, got {path!r}"
+        raise ValueError(f"{said}; {meant}" if meant else said)
     try:
-        found: Any = getattr(importlib.import_module(module), name, None)
+        found: Any = resolve_name(path)
     except ImportError as error:
         raise ValueError(f"expected {option} to name a module that can be imported, got {path!r}: {error}") from error
+    except AttributeError:
+        found = None
     if not callable(found):
         raise ValueError(f"expected {option} to name a function of {module}, got {path!r}, which is none")
     function: Callable[..., Any] = found

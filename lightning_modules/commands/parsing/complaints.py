@@ -1,88 +1,145 @@
-"""What jsonargparse says of bad input, which is a list of all types that a value is not of, as one sentence."""
+"""What is wrong with a command line, in one sentence; jsonargparse lists all types that a value is not of.
+
+Where the fault lies is read off the exceptions and the parsers that met them. Three expressions read jsonargparse's
+words: the key of a value, an option that there is not, and one that is missing.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from lightning_modules.commands.parsing.types import choices_of, described, known_classes, takes_only_classes
+from lightning_modules.support.nearest import did_you_mean
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_NO_OPTION = re.compile(r"[Oo]ption '([^']+)'")
+_MISSING = re.compile(r"arguments are required: ([\w., ]+)")
 
 
 class BadOption(ValueError):
-    """What a parser, or one inside it, complains of, in jsonargparse's words."""
+    """What a parser, or one inside it for the options of a class, complains of, in jsonargparse's words."""
 
-    options: tuple[str, ...] = ()  # that there are
-
-
-_PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "dict": "a mapping"}
-_LIST = "{} --help lists the options"
+    def __init__(self, message: str, parser: ArgumentParser) -> None:
+        super().__init__(message)
+        self.parser = parser
 
 
-def one_sentence(
-    message: str, *, command: str, options: Iterable[str] = (), classes: Mapping[str, str] | None = None
-) -> str:
+def one_sentence(error: BadOption, *, command: str, given: Mapping[str, Any], options: Iterable[str] = ()) -> str:
     """What was expected, what was got and what to do.
 
     Args:
-        message: Of jsonargparse 4; where it is of no known form it stays as it is, on one line.
+        error: Of the parser of the command. Where it is of no known form its words stay, on one line.
         command: The command, for what to do.
-        options: The options that there are, to find what a misspelt one was meant to be.
-        classes: Option to the class that it names, for the options of these.
+        given: Options by name to what was given for them, by hand or by default.
+        options: The options that there are, as ``--lr``, to find what a misspelt one was meant to be.
     """
-    said = " ".join(message.split())
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', said))
-    if found := re.search(r"unrecognized arguments: ([^\s=]+)", said):
-        return f"expected an option of {command}, got {found[1]}; {_meant(found[1], options) or _LIST.format(command)}"
-    if found := re.search(r"Option '([^']+)' is not accepted", said):
-        if not key:  # of a file
-            name, known = found[1], [option.lstrip("-") for option in options]
-            return f"expected an option of {command}, got {name}; {_meant(name, known) or _LIST.format(command)}"
-        name = (classes or {}).get(key)
-        if name is None:
-            return f"expected --{key} CLASS before an option of it, got --{key}.{found[1]}; name the class"
-        return f"expected an option of {name}, got --{key}.{found[1]}; {command} --{key}.help {name} lists them"
-    if found := re.search(r"arguments are required: ([\w., ]+)", said):
-        names = [name.strip() for name in found[1].split(",")]
-        wanted = ", ".join(f"--{key}.{name}" if key else f"--{name.partition('.')[2]}" for name in names)
-        return f"expected {wanted}{_for_class(said)}, got none; give it"
-    if found := re.search(r"Problem with given class_path '([^']+)': (.+?)(?= - Expected a| Given value)", said):
-        return f"expected --{key} to be a class that can be imported and made, got {found[1]!r}: {found[2]}"
-    if found := re.search(r"does not correspond to a subclass.* (?:Given|Got) value: (\S+)$", said):
-        kind = re.search(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>", said)
-        wanted = kind[1] if kind else "class of its kind"
-        return f"expected --{key} to be a {wanted}, got {found[1]!r}, which is none"
-    if found := re.search(r"argument (--[\w.]+): expected one argument", said):
-        return f"expected a value after {found[1]}, got none; give one, or '{{}}' for the defaults of a mapping"
-    choices = re.findall(r"Expected a typing\.Literal\[(.+?)\](?:\.| -| Given)", said)
-    plain = [_PLAIN[name] for name in re.findall(r"Expected an? <class '(\w+)'>", said) if name in _PLAIN]
-    if choices or plain:
-        way = f"give its options as --{key}.OPTION VALUE" if plain == ["a mapping"] else f"{command} --help says more"
-        return f"expected --{key} to be {' or '.join([*choices, *plain])}, got {_got(said)!r}; {way}"
-    if found := re.search(r"Expected a dot import path string: (\S+)", said):
-        return (
-            f"expected --{key} to be a class by its import path, such as module.Class, or a known one by its name, "
-            f"got {found[1]!r}; {command} --help all lists known ones"
-        )
-    if not key:
-        return f"{said}; {_LIST.format(command)}"
-    return re.sub(r'^Parser key "([^"]+)":', r"bad --\1:", said)
+    errors = [e for e in _causes(error) if isinstance(e, BadOption)]
+    inner, words = errors[-1], " ".join(str(errors[-1]).split())
+    key = ".".join(found[1] for e in errors if (found := _KEY.match(str(e))))
+    lists = f"{command} --help lists the options"
+    if (cause := inner.__cause__) is None:  # words that no option takes
+        word = next((word for word in words.split() if word.startswith("-")), words.split()[-1]).partition("=")[0]
+        return f"expected an option of {command}, got {word}; {_option_meant(word, options) or lists}"
+    if isinstance(cause, argparse.ArgumentError) and cause.argument_name:
+        mapping = described(_type(inner.parser, cause.argument_name)).startswith("a mapping")
+        mend = "; give one, or '{}' for the defaults" if mapping else "; give one"
+        return f"expected a value after {cause.argument_name}, got none{mend}"
+    if found := _NO_OPTION.search(words):
+        return _no_option(found[1], key, inner.parser, command, given, options)
+    if found := _MISSING.search(words):
+        names = [name.strip().removeprefix(f"{command.split()[-1]}.") for name in found[1].split(",")]
+        wanted = ", ".join(f"--{key}.{name}" if key else f"--{name}" for name in names)
+        return f"expected {wanted}{f', which {_last(given[key])} needs' if key in given else ''}, got none; give it"
+    return _bad_value(inner, key, words, command, given) if key else f"{words}; {lists}"
 
 
-def _meant(name: str, options: Iterable[str]) -> str:
-    """The option that a misspelt one comes nearest to, as a question; empty if there is none."""
-    known = [option for option in options if not option.endswith(".help")]
-    roots = {option.partition(".")[0] for option in known}
-    root, dot, rest = name.partition(".")
-    near = get_close_matches(name, known, n=1) if root in roots or not dot else get_close_matches(root, roots, n=1)
-    return f"did you mean {near[0] if root in roots or not dot else near[0] + dot + rest}?" if near else ""
+def _no_option(
+    name: str, key: str, parser: ArgumentParser, command: str, given: Mapping[str, Any], options: Iterable[str]
+) -> str:
+    if not key:  # of a file
+        meant = did_you_mean(name, [option.lstrip("-") for option in options])
+        return f"expected an option of {command}, got {name}; {meant or f'{command} --help lists the options'}"
+    kind = given.get(key)
+    if kind is None:
+        return f"expected --{key} CLASS before an option of it, got --{key}.{name}; name the class"
+    own = [option.lstrip("-") for option in _options(parser)]
+    mend = did_you_mean(name, own, f"--{key}.") or f"{command} --{key}.help {kind} lists them"
+    return f"expected an option of {_last(kind)}, got --{key}.{name}; {mend}"
 
 
-def _got(said: str) -> str:
-    found = re.search(
-        r"NestedArg\(key='[^']*', val='(.*?)'\)|Got value: (\S+)|Given value: (.+?)(?= - Expected a|$)", said
+def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapping[str, Any]) -> str:
+    own_key = _KEY.match(str(error))
+    kind, value = _type(error.parser, f"--{own_key[1]}") if own_key else None, given.get(key)
+    if key == "config":
+        return f"expected --config to be a YAML file, got {value!r}, which {_state(value)}"
+    if kind is None and isinstance(value, str) and any(o.startswith(f"--{key}.") for o in _options(error.parser)):
+        return f"expected options one by one, as --{key}.OPTION VALUE, or a YAML file of them, got --{key} {value}"
+    if kind is None or value is None:
+        return f"bad --{key}: {_KEY.sub('', words).lstrip(': ')}"
+    for cause in _causes(error):
+        if isinstance(cause, ImportError | AttributeError):
+            near = did_you_mean(str(cause.name), dir(cause.obj)) if isinstance(cause, AttributeError) else ""
+            mend = f"; {near}" if near else ""
+            return f"expected --{key} to be a class that can be imported and made, got {value!r}: {cause}{mend}"
+    choices = choices_of(kind)
+    unknown = [word for word in re.findall(r"[\w-]+", str(value)) if word not in choices] if choices else []
+    near = did_you_mean(*((unknown[0], choices) if unknown else (_last(value), known_classes(kind))))
+    if not takes_only_classes(kind):
+        return f"expected --{key} to be {described(kind)}, got {value!r}; {near or _way(key, kind, command)}"
+    if "." in str(value):
+        return f"expected --{key} to be {described(kind)}, got {value!r}, which is none"
+    return (
+        f"expected --{key} to be a class by its import path, such as module.Class, or a known one by its name, got "
+        f"{value!r}; {near or f'{command} --help all lists known ones'}"
     )
-    return next((group for group in found.groups() if group is not None), "") if found else ""
 
 
-def _for_class(said: str) -> str:
-    found = re.search(r"class_path='(?:\w+\.)*(\w+)'", said)
-    return f", which {found[1]} needs" if found else ""
+def _way(key: str, kind: Any, command: str) -> str:
+    """How a value is given, where it is no word."""
+    if described(kind).startswith("a list"):
+        return "write a list as '[one,two]'"
+    return (
+        f"give its options as --{key}.OPTION VALUE" if described(kind) == "a mapping" else f"{command} --help says more"
+    )
+
+
+def _option_meant(name: str, options: Iterable[str]) -> str:
+    """The option that a misspelt one comes nearest to, as a question; empty if there is none."""
+    known = [option.lstrip("-") for option in options if option.startswith("--") and not option.endswith(".help")]
+    name = name.lstrip("-")
+    root, dot, rest = name.partition(".")
+    roots = {option.partition(".")[0] for option in known}
+    if dot and root not in roots:
+        return did_you_mean(root, roots, "--").replace("?", f".{rest}?")
+    inside = [option for option in known if option.rpartition(".")[2] == name]  # --gamma for --nsgd.gamma
+    return did_you_mean(inside[0] if inside else name, known, "--")
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    return [option for option in parser._option_string_actions if option.startswith("--")]
+
+
+def _type(parser: ArgumentParser, option: str) -> Any:
+    """The type of an option's values; None where it has none, as a config file."""
+    return getattr(parser._option_string_actions.get(option), "_typehint", None)
+
+
+def _state(path: Any) -> str:
+    return "cannot be read as one" if Path(str(path)).is_file() else "does not exist"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _last(kind: Any) -> str:
+    return str(kind).rpartition(".")[2]

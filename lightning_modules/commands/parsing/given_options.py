@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 
-def given_options(argv: Sequence[str]) -> dict[str, Any]:
-    """Options by name that a command line gives, "model" or "model.net", and of its config files model and data."""
+def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", "data")) -> dict[str, Any]:
+    """Options by name that a command line and its config files give, "model" or "model.net".
+
+    Args:
+        argv: The words of the command line.
+        of_files: First parts of the names that count in config files; empty for all.
+
+    Raises:
+        ValueError: If a config file is no YAML.
+    """
     found: dict[str, Any] = {}
     for word, following in zip(argv, [*argv[1:], None], strict=True):
         if not word.startswith("-"):
@@ -18,23 +26,31 @@ def given_options(argv: Sequence[str]) -> dict[str, Any]:
         name, equals, attached = word.lstrip("-").partition("=")
         value = attached if equals else following
         if name in ("c", "config") and value is not None and Path(value).is_file():
-            found |= _of_config(Path(value))
+            config = _flat(_read(Path(value)))
+            found |= {key: of for key, of in config.items() if not of_files or key.partition(".")[0] in of_files}
         else:
-            found[name.replace(".init_args.", ".").removesuffix(".class_path")] = value
+            found[name.rstrip("+").replace(".init_args.", ".").removesuffix(".class_path")] = value
     return found
 
 
-def _of_config(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a config in YAML, got {path}: {' '.join(str(error).split())}") from error
-    found = {}
-    for key in ("model", "data"):
-        if isinstance(config, dict) and key in config:
-            value = config[key]
-            options = value if isinstance(value, dict) else {"class_path": value}
-            if "class_path" in options:
-                found[key] = options["class_path"]
-            found |= {f"{key}.{name}": option for name, option in (options.get("init_args") or {}).items()}
+    return config if isinstance(config, dict) else {}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options under dotted names, those of a class under the option that names it."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if not isinstance(value, dict):
+            found[key] = value
+        elif "class_path" in value or "init_args" in value:
+            found |= {key: value["class_path"]} if "class_path" in value else {}
+            found |= _flat(value.get("init_args") or {}, f"{key}.")
+        else:
+            found |= {key: value} | _flat(value, f"{key}.")
     return found

@@ -19,7 +19,7 @@ Train any LightningModule. Without options: a small network on handwritten digit
   --trainer.max_epochs N  epochs (20); --trainer.OPTION is an option of Lightning's Trainer
   --trainer.callbacks+ C  a callback, as WriteAverages, which writes checkpoints of EMA and SWA weights
   --trainer.logger CLASS  CSVLogger (default), TensorBoardLogger, WandbLogger, or false
-  --measure NAMES         measure on the way, any of sharpness,valley,quadratic,averaging,escape, or all
+  --measure NAMES         measure on the way, any of sharpness,valley,quadratic,averaging, or all
   --measure_overhead X    gradients that each measurement may cost for each gradient of training (0.15)
   --seed_everything N     seed (0)
   --ckpt_path FILE        go on from a checkpoint

@@ -35,7 +35,6 @@ NSGD = ["--optimizer", "NSGD", "--optimizer.lr", "0.2", "--optimizer.k", "3", "-
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Commands write below the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
@@ -327,17 +326,27 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd.group_size", "1.5"], "group_size"),
         (["--nsgd.solver", "power"], "'auto', 'differences', 'gradients', 'lanczos', 'arpack'"),
         (["--nsgd.samples", "0"], "expected samples of at least 1"),
-        (["--methods", "[sgd,adam]"], "adam"),
+        (["--methods", "[sgd,adam]"], "got '[sgd,adam]'; did you mean adamw?"),
+        (["--methods", "sgd,nsgd"], "got 'sgd,nsgd'; write a list as '[one,two]'"),
+        (
+            ["--settings", "{sgd: {lr: fast}}"],
+            "expected --settings to be a mapping of names to mappings of names to",
+        ),
+        (["--nsgd", "3"], "expected options one by one, as --nsgd.OPTION VALUE, or a YAML file of them, got --nsgd 3"),
+        (["--epochs"], "expected a value after --epochs, got none; give one"),
+        (["--gamma", "0.1"], "did you mean --nsgd.gamma?"),
+        (["digts"], "which is neither; did you mean digits?"),
         (["--methods", "[]"], "methods"),
         (["--seeds", "0"], "expected seeds of at least 1, got 0"),
         (["--epochs", "zero"], "zero"),
         (["--threads", "0"], "expected threads of at least 1, got 0"),
-        (["--net", "resnet"], "expected net to be one of mlp, simple-cnn"),
+        (["--net", "simple-cnm"], "or module:name of your own, got 'simple-cnm'; did you mean simple-cnn?"),
         (["--net", "no_such_module:net"], "expected net to name a module that can be imported"),
         (["--data", "Mnist"], "expected --data to be a class"),
         (["--data.batch_size", "0"], "expected batch_size of at least 1, got 0"),
         (["--data.batch_size", "5000"], "expected batch_size of at most 1149"),
-        (["--data", "HuggingFace"], "path"),
+        (["--data", "HuggingFace"], "expected --data.path, which HuggingFace needs, got none; give it"),
+        (["--data", "HugingFace"], "did you mean HuggingFace?"),
         ([*HF, "missing"], "'missing'"),
         ([*HF, "nobody/no-such-data"], "nobody/no-such-data"),
         ([*HF, "empty"], "got an empty folder"),
@@ -348,7 +357,7 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--out", "other"], "other holds another study"),
         (["--out", "thesis"], "thesis holds files but no study"),
         (["--out", "a-file"], "a-file"),
-        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "missing.yaml"], "expected --config to be a YAML file, got 'missing.yaml', which does not exist"),
         (["--bogus", "1"], "--bogus"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -452,9 +461,13 @@ def test_measuring_what_is_unknown_is_one_sentence(capsys, here):
     assert "expected measurements to be different ones of sharpness, valley" in said
 
 
-@pytest.mark.parametrize("args", [["train"], ["--seeds", "3"], ["Compare"]])
-def test_an_unknown_command_is_one_sentence(capsys, here, args):
-    assert "expected a command among compare, fit, validate, test, predict" in complaint(capsys, here, *args)
+@pytest.mark.parametrize(
+    ("args", "mend"), [(["train"], "--help"), (["--seeds", "3"], "--help"), (["Compare"], "did you mean compare?")]
+)
+def test_an_unknown_command_is_one_sentence(capsys, here, args, mend):
+    said = complaint(capsys, here, *args)
+    assert "expected a command among compare, fit, validate, test, predict" in said
+    assert mend in said
 
 
 def test_a_fault_of_a_library_is_not_passed_off_as_bad_input(monkeypatch):

@@ -15,7 +15,6 @@ import yaml
 
 from lightning_modules.callbacks.write_averages import WriteAverages
 from lightning_modules.commands.main import main
-from lightning_modules.commands.parsing.complaints import one_sentence
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
@@ -115,7 +114,6 @@ _numbers = itertools.count()
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The name of a user's module in the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     name = f"users_module_{next(_numbers)}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     yield name
@@ -321,18 +319,28 @@ def test_one_sample_calibrates_nothing(calibration):
         (["--model.wdith", "3"], "expected an option of Classifier, got --model.wdith"),
         (["--modle.net", "mlp"], "did you mean --model.net?"),
         (["--trainer.max_epoch", "3"], "did you mean --trainer.max_epochs?"),
+        (["--gamma", "0.3"], "did you mean --optimizer.gamma?"),
+        (["--optimizer", "NSDG"], "did you mean NSGD?"),
+        (["--optimizer", "torch.optim.Adagrda"], "has no attribute 'Adagrda'; did you mean Adagrad?"),
+        (["--optimizer", "collections.OrderedDict"], "expected --optimizer to be an Optimizer, got 'collections.Order"),
+        (["--trainer.callbacks+", "SharpnesMonitor"], "did you mean SharpnessMonitor?"),
+        (["--trainer.logger", "CsvLogger"], "to be a Logger or a list of Loggers or true or false, got 'CsvLogger'"),
+        (["--measure", "escape"], "expected measurements to be different ones of sharpness, valley"),
         (["--trainer.max_epochs", "three"], "expected --trainer.max_epochs to be a whole number, got 'three'"),
         (["--trainer.accelerator", "quantum"], "bad --trainer options"),
         (["--trainer.logger", "WandbLogger"], "expected a package that is not installed"),
         (["--trainer.callbacks", "Nonsense"], "expected --trainer.callbacks to be a class"),
         (["--optimizer", "nsgd.Nonsense"], "module 'nsgd' has no attribute 'Nonsense'"),
-        (["--optimizer", "NSGD", "--optimizer.gama", "0.1"], "expected an option of NSGD, got --optimizer.gama"),
+        (
+            ["--optimizer", "NSGD", "--optimizer.gama", "0.1"],
+            "expected an option of NSGD, got --optimizer.gama; did you mean --optimizer.gamma?",
+        ),
         (["--optimizer", "NSGD", "--optimizer.lr", "fast"], "expected --optimizer.lr to be a number, got 'fast'"),
         (["--optimizer.lr", "0.1"], "expected --optimizer CLASS before an option of it"),
         (["--lr_scheduler", "StepLR"], "expected --lr_scheduler.step_size, which StepLR needs"),
         (["--damp.gama", "0.1"], "expected options of --damp among k, gamma"),
         (["--damp", "3"], "expected --damp to be a mapping, got '3'; give its options as --damp.OPTION VALUE"),
-        (["--damp", "--trainer.max_epochs", "1"], "expected a value after --damp, got none; give one, or '{}' for the"),
+        (["--damp", "--trainer.max_epochs", "1"], "expected a value after --damp, got none; give one, or '{}' for"),
         (
             ["--optimizer", "AdamW", "--optimizer.lr", "-1"],
             "the optimizer refuses an option: Invalid learning rate: -1",
@@ -350,10 +358,6 @@ def test_bad_input_is_one_sentence(own, capsys, args, said):
     assert len(found) == 1
     assert said in found[0]
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == before
-
-
-def test_a_message_of_unknown_form_stays_as_it_is():
-    assert one_sentence("all\n  wrong", command="nsgd fit") == "all wrong; nsgd fit --help lists the options"
 
 
 def test_a_checkpoint_of_another_module_asks_for_its_config(own, capsys):
