@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from lightning_modules.commands.parsing import short_help
 from lightning_modules.support.nearest import did_you_mean
+from lightning_modules.support.progress import starting
 
 HELP = """usage: nsgd COMMAND [options]
 
@@ -21,26 +30,45 @@ NSGD, Nudged SGD: SGD that steps less along the sharpest directions of the loss.
   test       evaluate a checkpoint on the test data
   predict    write what a checkpoint predicts for the test data
 
-nsgd COMMAND --help shows the options of a command."""
+nsgd COMMAND --help shows the options of a command, nsgd --version the version."""
+
+
+class _Terminated(SystemExit):
+    """What SIGTERM raises: whatever is under way is closed as after any other exit, and the runs of a study end."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0; 2 for bad input, said in one sentence; 130 if interrupted."""
+    """Run a command line.
+
+    Args:
+        args: Its words; by default those that the program was started with.
+
+    Returns:
+        The exit code: 0; 1 if a run of a study died twice; 2 for bad input, said in one sentence; 130 if interrupted;
+        143 after SIGTERM; 141 if nobody reads what is printed any more. A fault raises, which ends Python with 1.
+    """
     argv = list(sys.argv[1:] if args is None else args)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
     path = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))  # for module files of the user's
+    again = "; the same command keeps the finished runs and goes on" if argv[:1] in (["compare"], ["escape"]) else ""
     try:
-        return _run(argv)
+        with _raising_at_sigterm():
+            code = _run(argv)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
+    except _Terminated:
+        print(f"nsgd: ended by SIGTERM{again}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns an interrupt of its own loop into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        again = "; the same command keeps the finished runs and goes on" if argv[0] in ("compare", "escape") else ""
         print(f"nsgd: interrupted{again}", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except Exception as error:
         said = _said(error)
         if said is None:
@@ -53,24 +81,61 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     """Importing Lightning takes seconds, which help does without."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"nsgd {version('nsgd')}")
+        return 0
     command, *options = argv
     if command in short_help.HELP and short_help.asks_short_help(argv):
         print(short_help.HELP[command])
         return 0
     options = options[:-1] if options[-2:] == ["--help", "all"] else options
-    if command in short_help.LIGHTNING:
+    known = ("compare", *short_help.LIGHTNING, "escape")
+    if command not in known:
+        meant = did_you_mean(command, known) or "nsgd --help says what they do"
+        raise ValueError(f"expected a command among {', '.join(known)}, got {command!r}; {meant}")
+    with starting("importing torch and Lightning"):
+        from lightning_modules.commands.compare import run_compare_command
+        from lightning_modules.commands.escape import run_escape_command
         from lightning_modules.commands.fit import run_lightning
-
+    if command in short_help.LIGHTNING:
         run_lightning([command, *options])
         return 0
-    if command not in ("compare", "escape"):
-        known = ", ".join(("compare", *short_help.LIGHTNING, "escape"))
-        meant = did_you_mean(command, known.split(", ")) or "nsgd --help says what they do"
-        raise ValueError(f"expected a command among {known}, got {command!r}; {meant}")
-    from lightning_modules.commands.compare import run_compare_command
-    from lightning_modules.commands.escape import run_escape_command
-
     return run_compare_command(options) if command == "compare" else run_escape_command(options)
+
+
+@contextmanager
+def _raising_at_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise, where Python would end at once and leave the processes that it started."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one does not disturb the end
+        raise _Terminated(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that is printed to is closed, as by ``head``; then nothing more is written to it."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # no file of the system's
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:  # Python itself flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return closed
 
 
 def _said(error: Exception) -> str | None:

@@ -3,44 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Update = Callable[[str, int, int, str | None], None]  # what is running, steps done, steps in all, how it stands
+
+_LINES = 10  # in all, where there is no terminal
+
+
+@contextlib.contextmanager
+def starting(words: str) -> Iterator[None]:
+    """Say on a terminal what goes on before there is a bar, and for how long; it is gone afterwards."""
+    console = Console(stderr=True)
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn(words),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,  # modules that are imported meanwhile keep the streams that they find
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        progress.add_task("", total=None)
+        yield
 
 
 @contextlib.contextmanager
 def progress_bar(console: Console) -> Iterator[Update]:
-    """A bar of steps; it is updated with what is running, steps done, steps in all, and how that stands."""
+    """A bar of steps; it is updated with what is running, steps done, steps in all, and how that stands.
+
+    Args:
+        console: On a terminal the bar is there at once, and gone where nothing ever ran, as with bad input; elsewhere a
+            line is printed for each tenth of the work.
+    """
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, {task.fields[said]}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[stands]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("elapsed"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("", said="")
-    shown = -1
+    drawn = console.is_terminal
+    progress = Progress(*columns, console=console, disable=not drawn)
+    task = progress.add_task("getting ready", total=None, stands="", left="")
+    shown, last_said = -1, ""
+    began, done_before = time.monotonic(), -1  # since the first update
 
     def update(name: str, done: int, total: int, said: str | None) -> None:
-        nonlocal shown
-        if not console.file.isatty():  # a line for each per cent
-            if 100 * done // total > shown:
-                shown = 100 * done // total
-                print(f"step {done} of {total}, {name}: {said or 'done'}", flush=True)
-            return
-        progress.start()  # not before: bad input is said without a bar
-        progress.update(task, completed=done, total=total, description=name)
-        if said is not None:
-            progress.update(task, said=said)
+        nonlocal shown, last_said, began, done_before
+        if done_before < 0:
+            began, done_before = time.monotonic(), done
+        if drawn:
+            last_said = last_said if said is None else said
+            stands = f"{done} of {total} steps{last_said and f', {last_said}'}"
+            progress.update(task, completed=done, total=total, description=name, stands=stands, left="left")
+        elif _LINES * done // total > shown:
+            shown = _LINES * done // total
+            times = _times(time.monotonic() - began, done - done_before, total - done)
+            print(f"step {done} of {total}, {times}{name}: {said or 'done'}", flush=True)
 
-    try:
-        yield update
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+    with progress:
+        try:
+            yield update
+        finally:
+            progress.live.transient = done_before < 0
+
+
+def _times(elapsed: float, done: int, left: int) -> str:
+    """Seconds gone for some steps, and what those that are left will take at that pace."""
+    if done <= 0:
+        return ""
+    gone, to_come = (timedelta(seconds=round(seconds)) for seconds in (elapsed, elapsed / done * left))
+    return f"{gone} elapsed, {to_come} left, "

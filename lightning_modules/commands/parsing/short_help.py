@@ -90,8 +90,34 @@ Train every method with every seed from the same weights on the same batches, an
 
 nsgd compare --help all shows every option."""
 
+_ESCAPE = """usage: nsgd escape [options]
+
+Let walkers run SGD on a loss with two minima until they leave the sharp one, and compare with theory; then with the
+step along one direction scaled, as NSGD scales it: a table and a report.
+
+  --out FOLDER          results and report (nsgd-escape); the same command again goes on where it stopped
+  --potential NAME      double-well (default), channel, or module:name of a function of torch, points (n, d) to losses
+                        (n,), with --start, --goal and, where it is not straight between, --saddle
+  --barrier X --skew X  height of the saddle, and how much sharper the left minimum is; --walls across the channel
+  --lr LIST             learning rates ([0.02,0.01])
+  --batch_sizes LIST    batch sizes at the first of them ([40,46,52,60]); the others' are scaled to its temperatures
+  --noise X             variance of the gradient of one sample (1000)
+  --gammas LIST         factors on the step along one direction ([1,0.75,0.5]), at --gamma_batch_size (10)
+  --walkers N           walkers of each run (10,000)
+  --steps N             most steps of each run (5,000)
+  --seed N              seed of the noise (0)
+  --config FILE         any of these options from a YAML file
+  --print_config        print all options as such a file, and do nothing
+
+  nsgd escape
+  nsgd escape --potential channel --gammas '[1,0.5,0.25]' --out channel
+  nsgd escape --potential wells:tilted --start '[-1.0]' --goal '[0.9]'
+
+nsgd escape --help all shows every option."""
+
 HELP = {
     "compare": _COMPARE,
+    "escape": _ESCAPE,
     "fit": _FIT,
     "validate": _EVALUATE.format(command="validate", what="Evaluate, on the validation data,", more=""),
     "test": _EVALUATE.format(command="test", what="Evaluate, on the test data,", more=""),

@@ -101,7 +101,7 @@ def test_the_command_is_installed_and_the_package_runs_as_a_module(capsys, monke
 # -- compare ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["compare", "fit"])
+@pytest.mark.parametrize("command", ["compare", "escape", "fit"])
 def test_short_help_names_options_that_there_are_and_imports_nothing_slow(capsys, command):
     assert code_of(command, "--help", "all") == 0
     everything = capsys.readouterr().out

@@ -1,0 +1,76 @@
+"""How the `nsgd` command ends: exit codes, signals, pipes that nobody reads, and what is there before any import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+
+from lightning_modules.commands import compare, escape
+from lightning_modules.commands.main import main
+from lightning_modules.study.runs.launch import launch
+
+NSGD = [sys.executable, "-m", "lightning_modules"]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nsgd {version('nsgd')}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"]])
+def test_a_reader_that_goes_early_ends_it_quietly(tmp_path, args, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody reads, as when head has ended
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(
+        [*NSGD, *args], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"), [(signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_a_study_with_its_code_and_one_line(capsys, monkeypatch, sent, code, said):
+    monkeypatch.setattr(escape, "run_escape", lambda *_: signal.raise_signal(sent))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["escape"]) == code
+    assert capsys.readouterr().err == f"nsgd: {said}; the same command keeps the finished runs and goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_processes_of_a_study_end_with_it(capsys, monkeypatch):
+    run = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+    seen: list[int] = []
+
+    def on_line(number: int, line: str) -> None:
+        seen.append(int(line))
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def run_study(*_: Any, **__: Any) -> None:
+        list(launch({0: run, 1: run}, launcher="local", jobs=2, threads=1, on_line=on_line))
+
+    monkeypatch.setattr(compare, "run_study", run_study)
+    assert main(["compare"]) == 143
+    assert "nsgd: ended by SIGTERM" in capsys.readouterr().err
+    assert len(seen) == 2
+    for process in seen:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_a_terminal_hears_of_the_imports_before_they_begin(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)\n")
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}  # as if it were a terminal, to rich
+    ended = subprocess.run([*NSGD, "fit"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 7
+    assert "importing torch and Lightning" in ended.stderr
