@@ -32,11 +32,12 @@ class RefreshDirections(pl.Callback):
     optimizers take theirs from the gradients that training leaves.
 
     Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
-    module's loggers, at most once in ``log_every_n_steps`` of the trainer, go the weights of the directions
-    (``nsgd/weight_1`` ...), the eigenvalues where products found some (``nsgd/lambda_1`` ...), ``nsgd/overlap`` with
-    the last basis, ``nsgd/alignment`` of the last step with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far;
-    and, there and in the progress bar, ``nsgd/cost_per_step``, the gradients that refreshes have cost for each step.
-    Those of several damped optimizers go under ``nsgd-0/``, ``nsgd-1/`` ...
+    module's loggers, at most once in ``log_every_n_steps`` of the trainer, go the largest weight of the directions and
+    the sum of all (``nsgd/weight_1``, ``nsgd/weight_sum``), the same of the eigenvalues where products found some
+    (``nsgd/lambda_1``, ``nsgd/lambda_sum``), ``nsgd/overlap`` with the last basis, ``nsgd/alignment`` of the last step
+    with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far; and, there and in the progress bar,
+    ``nsgd/cost_per_step``, the gradients that refreshes have cost for each step. Those of several damped optimizers go
+    under ``nsgd-0/``, ``nsgd-1/`` ... All weights are ``optimizer.weights``.
 
     With the solver "auto" or "gradients" the directions come from the gradients of small groups of samples, otherwise
     from Hessian-vector products. A running batch that cannot be cut, and the loss of a module that optimizes manually
@@ -257,8 +258,10 @@ class RefreshDirections(pl.Callback):
             return
         self._logged[number] = step
         alignment = optimizer.alignment if alignment is None else alignment  # waits for the device
-        metrics = {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
-        metrics |= {f"lambda_{i}": value for i, value in enumerate(optimizer.eigenvalues, start=1)}
+        metrics: dict[str, float] = {}
+        for quantity, values in (("weight", optimizer.weights), ("lambda", optimizer.eigenvalues)):
+            if values:  # the largest and the sum: k curves of each would fill a logger's page
+                metrics |= {f"{quantity}_1": values[0], f"{quantity}_sum": sum(values)}
         cost = optimizer.cost_gradients / (optimizer.steps + 1)  # with the step that comes
         metrics |= {"hvps": float(optimizer.hvps), "cost_gradients": optimizer.cost_gradients, "cost_per_step": cost}
         metrics |= {"overlap": optimizer.overlap, "alignment": alignment}

@@ -202,7 +202,7 @@ def test_fit_validate_test_and_predict_agree_on_one_checkpoint(here):
     assert code_of("fit", *SHORT, *NSGD, "--optimizer.solver", "gradients") == 0
     logs = here / "lightning_logs"
     metrics = logs / "version_0" / "metrics.csv"
-    wanted = {"nsgd/weight_1", "nsgd/weight_3", "nsgd/hvps", "nsgd/overlap", "train_loss", "val_loss"}
+    wanted = {"nsgd/weight_1", "nsgd/weight_sum", "nsgd/hvps", "nsgd/overlap", "train_loss", "val_loss"}
     assert wanted <= set(rows(metrics)[0])
     assert not any(name.startswith("nsgd/lambda") for name in rows(metrics)[0])  # there are no products
     logged = [int(row["step"]) for row in rows(metrics) if row["nsgd/weight_1"]]
@@ -233,7 +233,7 @@ def test_fit_takes_an_optimizer_without_directions_and_a_scheduler(here):
 
 def test_fit_without_an_optimizer_trains_with_nsgd(here):
     assert code_of("fit", *SHORT) == 0
-    assert any(row["nsgd/weight_10"] for row in rows(here / "lightning_logs" / "version_0" / "metrics.csv"))
+    assert any(row["nsgd/weight_sum"] for row in rows(here / "lightning_logs" / "version_0" / "metrics.csv"))
 
 
 @pytest.mark.parametrize("from_log", [False, True], ids=["printed", "saved"])
