@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -356,6 +357,16 @@ class Damped(Optimizer):
     def steps(self) -> int:
         """Steps so far, without those at a learning rate of 0."""
         return self._directions.counts.steps
+
+    def __repr__(self) -> str:
+        """The base optimizer's groups, and below them what of the damping is not as by default."""
+        options = self._directions.options
+        usual = {"gamma": options.gamma, "bulk_scale": options.bulk_scale, "curvature": True}
+        as_usual = {f"{self._key(name)}: {value}" for name, value in usual.items()}
+        groups = [line for line in super().__repr__().removesuffix(")").splitlines() if line.strip() not in as_usual]
+        values = [(field, getattr(options, field.name)) for field in fields(options)]
+        chosen = [f"{field.name}={value!r}" for field, value in values if value != field.default]
+        return "\n".join([*groups, "Damping", f"    {', '.join(chosen) or 'every option at its default'}", ")"])
 
     # -- groups, state, copies -------------------------------------------------------------------------------
 
