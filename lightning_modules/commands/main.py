@@ -30,7 +30,8 @@ NSGD, Nudged SGD: SGD that steps less along the sharpest directions of the loss.
   test       evaluate a checkpoint on the test data
   predict    write what a checkpoint predicts for the test data
 
-nsgd COMMAND --help shows the options of a command, nsgd --version the version."""
+nsgd COMMAND --help shows the options of a command, nsgd --version the version, and
+nsgd --print-completion SHELL what bash or zsh sources to complete all of them."""
 
 
 class _Terminated(SystemExit):
@@ -86,6 +87,11 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[0] == "--version":
         print(f"nsgd {version('nsgd')}")
+        return 0
+    if argv[0] == "--print-completion":
+        with starting("importing torch and Lightning"):
+            from lightning_modules.commands.completion import completion_script
+        print(completion_script(" ".join(argv[1:])))
         return 0
     command, *options = argv
     if command in short_help.HELP and short_help.asks_short_help(argv):

@@ -9,6 +9,9 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+_TIMES = "0:00:00 elapsed, 0:00:00 left"
 
 Update = Callable[[str, int, int, str | None], None]  # what is running, steps done, steps in all, how it stands
 
@@ -42,18 +45,19 @@ def progress_bar(console: Console) -> Iterator[Update]:
         console: On a terminal the bar is there at once, and gone where nothing ever ran, as with bad input; elsewhere a
             line is printed for each tenth of the work.
     """
+    bar = 20 if console.width >= 100 else 10
+    rest = Column(no_wrap=True, overflow="ellipsis", max_width=max(10, console.width - bar - len(_TIMES) - 2))
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[stands]}"),
+        BarColumn(bar_width=bar),
         TimeElapsedColumn(),
-        TextColumn("elapsed"),
+        TextColumn("elapsed,"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[left]}"),
+        TextColumn("left"),
+        TextColumn("{task.description}", table_column=rest),  # last, and cut where a terminal is narrow
     )
     drawn = console.is_terminal
     progress = Progress(*columns, console=console, disable=not drawn)
-    task = progress.add_task("getting ready", total=None, stands="", left="")
+    task = progress.add_task("getting ready", total=None)
     shown, last_said = -1, ""
     began, done_before = time.monotonic(), -1  # since the first update
 
@@ -63,8 +67,8 @@ def progress_bar(console: Console) -> Iterator[Update]:
             began, done_before = time.monotonic(), done
         if drawn:
             last_said = last_said if said is None else said
-            stands = f"{done} of {total} steps{last_said and f', {last_said}'}"
-            progress.update(task, completed=done, total=total, description=name, stands=stands, left="left")
+            said_last = f"{name}, {last_said}" if last_said else name
+            progress.update(task, completed=done, total=total, description=f"step {done} of {total}, {said_last}")
         elif _LINES * done // total > shown:
             shown = _LINES * done // total
             times = _times(time.monotonic() - began, done - done_before, total - done)

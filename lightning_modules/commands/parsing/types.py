@@ -35,13 +35,13 @@ def takes_only_classes(kind: Any) -> bool:
 
 
 def known_classes(kind: Any) -> set[str]:
-    """Names of the classes that a type takes, of those that are imported."""
+    """Names of the classes that a type takes, of those that are imported, but of the bases that it names."""
     bases = [leaf for leaf in _leaves(kind) if isinstance(leaf, type) and leaf not in (*_PLAIN, *_UNSAID)]
     found: set[type] = set()
     while bases:
-        base = bases.pop()
-        bases += set(type.__subclasses__(base)) - found
-        found.add(base)
+        new: set[type] = set(type.__subclasses__(bases.pop())) - found
+        bases += new
+        found |= new
     return {one.__name__ for one in found}
 
 

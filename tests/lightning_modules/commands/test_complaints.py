@@ -112,6 +112,8 @@ def test_types_of_classes_and_choices():
     assert takes_only_classes(list[Callback] | Callback | None)
     assert not takes_only_classes(Logger | bool)
     assert not takes_only_classes(float | Tensor)
-    assert {"Callback", "Timer"} <= known_classes(list[Callback] | None)
+    known = known_classes(list[Callback] | None)
+    assert {"Timer", "Checkpoint", "ModelCheckpoint"} <= known
+    assert "Callback" not in known
     assert known_classes(float | None) == set()
     assert choices_of(list[Literal["a", "b"]]) == ["a", "b"]

@@ -44,13 +44,16 @@ def test_what_is_left_goes_by_the_pace_since_the_first_update(capsys, monkeypatc
     assert last == "step 600 of 1000, 0:00:10 elapsed, 0:00:20 left, runs/a: done"
 
 
-def test_on_a_terminal_the_bar_is_there_at_once_and_stays_when_something_ran(capsys):
-    console = terminal()
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_the_bar_is_there_at_once_and_stays_when_something_ran(capsys, width):
+    console = terminal(width)
     with progress_bar(console) as update:
         assert "getting ready" in printed(console)
-        update("run 1 of 2: runs/sgd-0", 30, 60, "loss 0.5")
+        update("run 1 of 20: runs/sgd-momentum-more-0", 3000, 6000, "loss 0.5")
     last = [line for line in printed(console).splitlines() if line.strip()][-1]
-    assert re.search(r"runs/sgd-0 .*30 of 60 steps, loss 0.5 0:00:\d\d elapsed .* left", last)
+    assert re.search(r" 0:00:\d\d elapsed, .:..:.. left step 3000 of 6000, run 1 of 20", last)
+    assert len(last) <= width
+    assert last.rstrip().endswith("loss 0.5" if width == 120 else "…")
     assert capsys.readouterr().out == ""
 
 
