@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 from lightning_modules.data.digits import Digits
 from lightning_modules.study.methods import Method, NSGDOptions, Recipe, Schedule, Settings
 from lightning_modules.study.methods.built_in import recipes_of
-from lightning_modules.study.score import Mode, Score, better
 from lightning_modules.support.import_paths import public_path
+from lightning_modules.support.score import Mode, Score, better
 
 NAMED = Path(__file__).parent / "named"  # folder of the studies that nsgd compare knows by name
 

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lightning_modules.study.score import Score
 from lightning_modules.support.files import Rows
-
-COSTS = ("step", "gradients", "seconds")
+from lightning_modules.support.score import COSTS, Score
 
 _ROUNDING = 1e-6  # relative: modules log in float32, so that one image more is not the same difference everywhere
 

@@ -11,7 +11,7 @@ from lightning_modules import Digits
 from lightning_modules.study.compare import run_study
 from lightning_modules.study.methods import NSGDOptions
 from lightning_modules.study.options import Study
-from lightning_modules.study.score import Score
+from lightning_modules.support.score import Score
 
 ACCURACY = Score("val_accuracy", "max")
 MEASURES = ("test_accuracy", "val_accuracy", "train_loss")  # of our classifier

@@ -15,8 +15,8 @@ from lightning_modules.report.page import new_figure
 from lightning_modules.report.study.files import Files, label
 from lightning_modules.report.study.tables import upper
 from lightning_modules.study.methods import RECIPES, Method
-from lightning_modules.study.score import Measure
 from lightning_modules.support.files import Rows
+from lightning_modules.support.score import Measure
 
 STYLES: dict[Method, tuple[str, str]] = {name: (recipe.color, recipe.line) for name, recipe in RECIPES.items()}
 AXES = {"step": "optimizer steps", "gradients": "gradients, refreshes included", "seconds": "seconds of training"}

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings
-from lightning_modules.study.score import Measure, Score
-from lightning_modules.study.statistics import COSTS
 from lightning_modules.support.files import Rows
+from lightning_modules.support.score import COSTS, Measure, Score
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
 READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}

@@ -10,9 +10,9 @@ import numpy as np
 
 from lightning_modules.report.study.files import READ_OUTS, Files, label
 from lightning_modules.study.methods import RECIPES, Settings
-from lightning_modules.study.score import TRAIN_LOSS, Measure
 from lightning_modules.study.statistics import stable_range
 from lightning_modules.support.files import Rows
+from lightning_modules.support.score import TRAIN_LOSS, Measure
 
 Table = dict[str, Any]
 

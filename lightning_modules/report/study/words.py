@@ -19,8 +19,7 @@ from lightning_modules.report.study.tables import (
     verdict,
 )
 from lightning_modules.study.methods import Method
-from lightning_modules.study.score import EVALUATED, Measure
-from lightning_modules.study.statistics import COSTS
+from lightning_modules.support.score import COSTS, EVALUATED, Measure
 
 
 def title(files: Files) -> str:

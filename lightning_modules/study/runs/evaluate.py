@@ -12,8 +12,8 @@ from lightning_modules.callbacks.averages import ReadOut, ReadOuts, calibration_
 from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.base import Split
 from lightning_modules.models.batch_loss import batch_losses
-from lightning_modules.study.score import EVALUATED, Score
 from lightning_modules.support.quiet import quiet, quiet_trainer
+from lightning_modules.support.score import EVALUATED, Score
 
 _CALIBRATION = 2000  # training samples that BatchNorm statistics are recalibrated on
 _BATCH = 500

@@ -18,9 +18,9 @@ from lightning_modules.study.rehearsal import rehearse, rehearsed_options
 from lightning_modules.study.runs.evaluate import score_read_outs
 from lightning_modules.study.runs.plan import TUNING_SEED, Run, plan_runs, settings_of, settle, steps_of
 from lightning_modules.study.runs.subject import Subject
-from lightning_modules.study.score import EVALUATED
 from lightning_modules.support.files import Rows
 from lightning_modules.support.quiet import quiet, quiet_trainer
+from lightning_modules.support.score import EVALUATED
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
 OnStep = Callable[[int, float], None]  # steps done, their last loss

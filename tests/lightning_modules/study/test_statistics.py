@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from studies import ACCURACY, MEASURES
 
-from lightning_modules.study.score import Score
 from lightning_modules.study.statistics import holm, stable_range, summarise, times_to_target
+from lightning_modules.support.score import Score
 
 
 def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 Mode = Literal["min", "max"]
 
+COSTS = ("step", "gradients", "seconds")  # columns of what a run has cost so far
+
 EVALUATED = 5000  # training samples, at most, that the training loss is taken on
 
 _VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|eval|dev)(?![a-z])")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_modules.study.score import Score, better
+from lightning_modules.support.score import Score, better
 
 
 @pytest.mark.parametrize(
