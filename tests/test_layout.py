@@ -134,14 +134,13 @@ def test_nsgd_knows_neither_lightning_nor_its_modules():
     assert not tops & (LIGHTNING | {"lightning_modules"})
 
 
-def test_a_report_needs_neither_lightning_nor_the_runs_of_a_study():
+def test_a_report_needs_neither_lightning_nor_a_study():
     found = reached(name for name in modules("lightning_modules") if room_of(name) == "lightning_modules.report")
     assert {"lightning_modules.report.page", "lightning_modules.support.files", "matplotlib"} <= found
     assert not {name.split(".")[0] for name in found} & LIGHTNING
-    assert not of("lightning_modules.study.runs", found)
     assert {room_of(name) for name in of("lightning_modules", found)} == {
         "lightning_modules",
-        *(f"lightning_modules.{room}" for room in ("support", "study", "report")),
+        *(f"lightning_modules.{room}" for room in ("support", "report")),
     }
 
 

@@ -126,19 +126,3 @@ def times_to_target(
             costs = {name: math.inf if reached is None else float(reached[name]) for name in COSTS}
             rows.append({"method": method, "seed": seed, "reached": int(reached is not None), **costs})
     return rows
-
-
-def stable_range(rows: Rows, start: float) -> tuple[float, float] | None:
-    """Lowest and highest learning rate of the longest unbroken range whose final loss is below the first one.
-
-    Args:
-        rows: Of one method's sweep: ``lr`` and ``train_loss``.
-        start: Loss before training.
-    """
-    ordered = sorted(rows, key=lambda row: row["lr"])
-    best: list[float] = []
-    current: list[float] = []
-    for row in ordered:
-        current = [*current, row["lr"]] if row["train_loss"] < start else []
-        best = max(best, current, key=len)
-    return (best[0], best[-1]) if best else None

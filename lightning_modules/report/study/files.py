@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.study.methods import RECIPES, Method, NSGDOptions, Settings
+from lightning_modules.report.style import MethodStyle, method_styles
 from lightning_modules.support.files import Rows
 from lightning_modules.support.score import COSTS, Measure, Score
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
 READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
-_CONTROLS = ("dom-sgd", "random")  # they have directions, but do not damp the sharpest ones
+# Options of the directions that a method has whatever the study's are.
+_FIXED: dict[str, dict[str, Any]] = {
+    "bulk-sgd": {"gamma": 0.0, "bulk_scale": 1.0},
+    "dom-sgd": {"gamma": 1.0, "bulk_scale": 0.0},
+    "nsgd-hessian": {"solver": "lanczos"},
+    "random": {"solver": "random"},
+}
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,13 @@ class Files:
         folder: Where it lies.
         config: Its options.
         environment: Machine and packages.
+        styles: How each method is called and drawn.
         settings: Hyperparameters that each method trained with.
         target: Value of the score in validation whose cost is compared.
         results: One row for each method, seed and read-out.
         times: Seconds of each run.
         summary: What :func:`lightning_modules.study.statistics.summarise` made of the results.
-        metrics: Method to seed to steps.
+        metrics: Method to seed to steps; none in a folder that was kept without its runs.
         deaths: Names of the runs that died.
         tuning: One row for each trial.
         tuning_seed: Seed of the trials.
@@ -41,12 +48,13 @@ class Files:
     folder: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    settings: dict[Method, Settings]
+    styles: dict[str, MethodStyle]
+    settings: dict[str, dict[str, float]]
     target: float | None
     results: Rows
     times: Rows
     summary: Rows
-    metrics: dict[Method, dict[int, Rows]]
+    metrics: dict[str, dict[int, Rows]]
     deaths: list[str]
     tuning: Rows
     tuning_seed: int | None
@@ -71,33 +79,44 @@ class Files:
         return self.score.criterion(next(iter(self.tuning or self.sweep or self.results), {}))
 
     @property
-    def methods(self) -> list[Method]:
+    def methods(self) -> list[str]:
         """In the order of the study."""
         return list(self.metrics)
 
     @property
-    def base(self) -> Method:
+    def base(self) -> str:
         """The first method, which the others are compared with."""
         return self.methods[0]
 
     @property
-    def judged(self) -> list[Method]:
+    def judged(self) -> list[str]:
         """The methods other than the first that damp the sharpest directions."""
-        return [m for m in self.methods[1:] if damps(m)]
+        return [m for m in self.methods[1:] if self.styles[m].damps]
 
-    def directions(self, method: Method) -> NSGDOptions | None:
-        """Options of the directions that a method trained with."""
-        return RECIPES[method].directions(self.settings[method], NSGDOptions(**self.config["nsgd"]))
+    @property
+    def subjects(self) -> list[str]:
+        """Whose result is the main one: the judged methods, or where there are none, all but the first."""
+        return self.judged or self.methods[1:]
+
+    def label(self, method: str) -> str:
+        """How a method is called in print."""
+        return self.styles[method].label
+
+    def directions(self, method: str) -> dict[str, Any]:
+        """Options of the directions of a method that has them."""
+        tuned = {name: self.settings[method][name] for name in ("gamma", "k") if name in self.settings[method]}
+        options = {**self.config["nsgd"], **tuned, **_FIXED.get(method, {})}
+        return {**options, "k": round(options["k"])}
 
     def entries(self, measure: str) -> Rows:
         """Rows of the summary."""
         return [row for row in self.summary if row["measure"] == measure]
 
-    def last(self, method: Method) -> Rows:
+    def last(self, method: str) -> Rows:
         """Results of a method's last weights."""
         return [row for row in self.results if row["method"] == method and row["read_out"] == "last"]
 
-    def cost(self, method: Method) -> dict[str, float] | None:
+    def cost(self, method: str) -> dict[str, float] | None:
         """Means over the runs of a method: steps, gradients, seconds, refreshes and products."""
         rows = self.last(method)
         if not rows:
@@ -106,32 +125,19 @@ class Files:
         seconds = float(np.mean([row["seconds"] for row in self.times if row["method"] == method]))
         return {**counts, "seconds": seconds}
 
-    def to_target(self, method: Method) -> tuple[int, int, dict[str, float]]:
+    def to_target(self, method: str) -> tuple[int, int, dict[str, float]]:
         """Number of a method's runs that reached the target, of all, and median costs, infinite where most did not."""
         rows = [row for row in self.reached if row["method"] == method]
         medians = {name: float(np.median([row[name] for row in rows])) for name in COSTS}
         return sum(row["reached"] for row in rows), len(rows), medians
 
 
-def label(method: Method) -> str:
-    """How a method is called in print."""
-    return RECIPES[method].label
-
-
-def damps(method: Method) -> bool:
-    """Whether a method steps less along the sharpest directions."""
-    return RECIPES[method].damping is not None and method not in _CONTROLS
-
-
 def read_folder(path: Path) -> Files:
     """Read a finished study."""
     folder = StudyFolder(path)
-    config, settled, results, tuning = (
-        folder.document("config"),
-        folder.document("settled"),
-        folder.table("results"),
-        folder.table("tuning"),
-    )
+    config, written, settled = (folder.document(name) for name in ("config", "methods", "settled"))
+    methods = list(written) or config["methods"]
+    results, tuning = folder.table("results"), folder.table("tuning")
     finished = {(row["method"], row["seed"]) for row in results}
     deaths = [row["run"] for row in folder.table("deaths")]
     seconds = {(row["method"], row["seed"]): row["seconds"] for row in folder.table("target-times")}
@@ -141,6 +147,7 @@ def read_folder(path: Path) -> Files:
         folder=path,
         config=config,
         environment=folder.document("environment"),
+        styles=method_styles(methods, written),
         settings=settled["settings"],
         target=settled["target"],
         results=results,
@@ -152,7 +159,7 @@ def read_folder(path: Path) -> Files:
                 for seed in range(config["seeds"])
                 if (method, seed) in finished
             }
-            for method in config["methods"]
+            for method in methods
         },
         deaths=deaths,
         tuning=tuning,

@@ -1,4 +1,4 @@
-"""The report of a study: one page and its tables in a terminal, made from the files in its folder and nothing else."""
+"""The report of a study: one page and its main table in a terminal, made from the files in its folder alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from lightning_modules.report.page import Section, print_tables, write_page
+from lightning_modules.report.page import Figures, Section, print_tables, write_page
 from lightning_modules.report.study.figures import study_figures
-from lightning_modules.report.study.files import Files, label, read_folder
-from lightning_modules.report.study.tables import PRODUCTS, TEST, TEXT_COLUMNS, main_tables, minus, settings_table
-from lightning_modules.report.study.words import caption, shortfalls, summary, title
+from lightning_modules.report.study.files import Files, read_folder
+from lightning_modules.report.study.rates import settings_table
+from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
+from lightning_modules.report.study.tables import TEXT_COLUMNS, main_tables, overview
+from lightning_modules.report.study.verdict import beside_averages, verdict
+from lightning_modules.report.study.words import caption, notes, summary, title
 
 _TABLES = (
-    *("config.yaml", "settled.yaml", "environment.yaml", "results.csv", "times.csv", "summary.csv"),
+    *("config.yaml", "methods.yaml", "settled.yaml", "environment.yaml", "results.csv", "times.csv", "summary.csv"),
     *("tuning.csv", "sweep.csv", "target.csv", "target-times.csv", "deaths.csv"),
 )
 
@@ -22,15 +25,17 @@ _TABLES = (
 def write_report(folder: Path) -> Path:
     """Draw the figures and write report.html, self-contained, beside them; returns its path."""
     files = read_folder(folder)
+    figures = list(study_figures(files).items())
+    first = 1 if "training-loss" in dict(figures) else 0
     return write_page(
         folder / "report.html",
         title=title(files),
-        summary=summary(files),
-        tables=[*main_tables(files), settings_table(files)],
+        verdict=verdict(files),
+        figures=dict(figures[:first]),
+        tables=[overview(files)],
         text_columns=TEXT_COLUMNS,
-        caption=caption(files),
-        sections=[Section("Where NSGD did not help", shortfalls(files))],
-        figures=study_figures(files),
+        caption=notes(files),
+        sections=_sections(files, dict(figures[first:])),
         links=_links(files),
         appendix={
             "Configuration": yaml.safe_dump(files.config, sort_keys=False),
@@ -39,19 +44,28 @@ def write_report(folder: Path) -> Path:
     )
 
 
+def _sections(files: Files, figures: Figures) -> list[Section]:
+    """What comes after the one table; all but the first two are folded."""
+    averages, table = beside_averages(files), shortfalls_table(files)
+    return [
+        *([Section("More than averaging gives?", averages)] if averages else []),
+        Section("Where NSGD did not help", shortfalls_words(files), [table] if table["rows"] else []),
+        Section("The result in sentences", summary(files), folded=True),
+        Section("Every read-out with its test, costs", [caption(files)], main_tables(files), folded=True),
+        Section("Settings", tables=[settings_table(files)], folded=True),
+        *([Section("More figures", figures=figures, folded=True)] if figures else []),
+    ]
+
+
 def print_table(folder: Path, console: Console) -> None:
-    """Print the study's summary and main tables to a terminal."""
+    """Print what came out, and the main table, to a terminal."""
     files = read_folder(folder)
+    table = overview(files)
     console.print(title(files), style="bold", markup=False)
-    for sentence in summary(files):
-        console.print(f"- {sentence}", markup=False, highlight=False)
-    print_tables(
-        console,
-        main_tables(files),
-        text_columns=TEXT_COLUMNS,
-        wrapped=("method", TEST, minus(files), PRODUCTS, files.score.validation.header),
-    )
-    console.print(caption(files), markup=False, highlight=False)
+    console.print(verdict(files), markup=False, highlight=False)
+    print_tables(console, [table], text_columns=TEXT_COLUMNS, wrapped=table["header"])
+    for paragraph in (*beside_averages(files), notes(files)):
+        console.print(paragraph, markup=False, highlight=False)
 
 
 def _links(files: Files) -> dict[str, str]:
@@ -60,6 +74,7 @@ def _links(files: Files) -> dict[str, str]:
     for method, runs in files.metrics.items():
         for seed in runs:
             run = f"runs/{method}-{seed}"
-            links[f"{label(method)}, seed {seed}: settings"] = f"{run}/run.yaml"
-            links[f"{label(method)}, seed {seed}: every step"] = f"{run}/metrics.csv"
+            for what, name in (("settings", "run.yaml"), ("every step", "metrics.csv")):
+                if (files.folder / run / name).exists():
+                    links[f"{files.label(method)}, seed {seed}: {what}"] = f"{run}/{name}"
     return links

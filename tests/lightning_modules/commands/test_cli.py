@@ -133,10 +133,10 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     out = capsys.readouterr().out
     for said in (
         "Test accuracy, %",
-        "Training loss",
-        "Cost of a run",
+        "training loss",
+        "a run",
         "NSGD",
-        "two-point",
+        "EMA",
         "4 runs to make, 1 at a time: about",
         "step 16 of 16",
         "report.html",

@@ -26,7 +26,7 @@ from lightning_modules.report.study.report import write_report
 from lightning_modules.study.escape import EscapeStudy, run_escape
 
 PAGES = ("example", "study", "escape", "measurements")
-WIDTHS = (400, 1400)
+WIDTHS = (390, 1280)
 SCHEMES = ("light", "dark")
 HEADER = ["weights", "method", "mean", "minus SGD", "paired t-test", "gradients"]
 ROWS = [
@@ -64,12 +64,14 @@ def write_example(path: Path, **options: Any) -> Path:
         "tables": [{"title": "Test accuracy, %", "header": HEADER, "rows": ROWS}],
         "text_columns": ("weights", "method", "paired t-test"),
         "caption": "Means over five paired seeds ± half of the 95 % t-interval.",
+        "verdict": "No significant difference.\nNSGD needed fewer steps.",
         "summary": ["No method differs significantly from SGD.", "NSGD took 10 % more gradients."],
         "sections": [
             Section(
                 "Where NSGD did not help",
                 ["Refreshes cost more than they gained.", "So it was with both averages."],
-            )
+            ),
+            Section("Every read-out", tables=[{"title": "All", "header": ["n"], "rows": [["1"]]}], folded=True),
         ],
         "links": {"NSGD, seed 0": "runs/nsgd 0/metrics.csv"},
         "appendix": {"Configuration": "net: mlp\nepochs: 40\n" + "a_long_word_" * 20},
@@ -188,16 +190,31 @@ def test_words_are_shown_as_they_are(browser, tmp_path, words):
     table = {"title": words, "header": [words, "n"], "rows": [[words, "1"], ["", "2"]]}
     options: dict[str, Any] = {
         **{"title": words, "summary": [words], "tables": [table], "text_columns": [words], "caption": words},
-        **{"sections": [Section(words, [words])], "links": {words: words}, "appendix": {words: words}},
+        **{
+            "verdict": words,
+            "sections": [Section(words, [words])],
+            "links": {words: words},
+            "appendix": {words: words},
+        },
         "figures": {"figure": (figure, words)},
     }
     page = opened(browser, write_example(tmp_path / "report.html", **options))
     assert page.title() == words
-    for place in ("h1", ".summary li", "h3", "th button", "tbody th", ".caption", "section + p, h2 + p", "svg text"):
+    for place in (
+        "h1",
+        ".verdict strong",
+        ".summary li",
+        "h3",
+        "th button",
+        "tbody th",
+        ".caption",
+        "h2 + p",
+        "svg text",
+    ):
         assert words in page.locator(place).all_text_contents()
-    for place in ("figcaption p", "details a", "summary", "pre", ".repeat"):
+    for place in ("figcaption p", "details a", "summary", "pre", ".repeat", "button.key span"):
         assert words in page.locator(place).all_text_contents()
-    assert words in str(page.locator("svg").get_attribute("aria-label"))
+    assert words in str(page.locator("svg[role=img]").get_attribute("aria-label"))
     assert page.locator("script").count() == 1
     assert page.locator("img").count() == 0
 
@@ -214,7 +231,8 @@ def test_no_request_leaves_the_page_and_nothing_fails_in_it(browser, pages, name
     page.on("pageerror", lambda fault: faults.append(str(fault)))
     page.on("console", lambda message: faults.append(message.text))
     page.goto(pages[name].as_uri(), wait_until="networkidle")
-    for button in page.locator("thead button").all():
+    page.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+    for button in page.locator("thead button, button.key").all():
         button.click()
     assert requests == [pages[name].as_uri()]
     assert faults == []
@@ -285,12 +303,14 @@ def test_the_page_says_what_it_was_given_in_order(browser, pages):
     page = opened(browser, pages["example"])
     headings = page.locator("h1, h2, summary").all_inner_texts()
     assert headings == [
-        *("SGD, NSGD and Bulk-SGD on Digits", "Results", "Where NSGD did not help", "Training loss", "Validation loss"),
-        *("Files", "Configuration"),
+        *("SGD, NSGD and Bulk-SGD on Digits", "Training loss", "Validation loss", "Results", "Where NSGD did not help"),
+        *("Every read-out", "Configuration", "Files"),
     ]
+    assert page.locator("h1 + .verdict strong").inner_text() == "No significant difference."
+    assert page.locator(".verdict span").inner_text() == "NSGD needed fewer steps."
     assert page.locator(".summary li").count() == 2
     assert page.locator("html").get_attribute("lang") == "en"
-    assert page.locator("thead th[scope=col]").count() == len(HEADER)
+    assert page.locator("table").first.locator("thead th[scope=col]").count() == len(HEADER)
     labels = [svg.get_attribute("aria-label") for svg in page.get_by_role("img").all()]
     assert labels[:2] == [
         "Training loss, panel 1 of 3: training loss, mean of each epoch against optimizer steps; SGD, NSGD, Bulk-SGD",
@@ -309,9 +329,9 @@ LAYOUT = """() => {
   };
   const places = (root, selector) => [...root.querySelectorAll(selector)].map(place);
   return {
-    blocks: places(document, "h1, h2, h3, p, li, svg, .scroll, summary, pre"),
+    blocks: places(document, "h1, h2, h3, p, li, svg[role], .legend, .scroll, summary, pre"),
     headers: [...document.querySelectorAll("thead tr")].map((row) => places(row, "th")),
-    panels: [...document.querySelectorAll("svg")].map((svg) => ({
+    panels: [...document.querySelectorAll("svg[role]")].map((svg) => ({
       frame: place(svg),
       texts: places(svg, "[id*=-text_]"),
       sizes: [...svg.querySelectorAll("text")]
@@ -383,9 +403,8 @@ def test_words_stand_out_in_light_and_dark(browser, pages, name, scheme):
 
 
 def test_lines_keep_their_colour_in_the_dark_but_black_and_greys(browser, pages):
-    strokes = (
-        "() => [...document.querySelectorAll('[id^=figure-0-0-line2d] > path')].map((p) => getComputedStyle(p).stroke)"
-    )
+    lines = ".panel [data-kind=line] > path"
+    strokes = f"() => [...document.querySelectorAll('{lines}')].map((p) => getComputedStyle(p).stroke)"
     light, dark = (set(opened(browser, pages["example"], color_scheme=s).evaluate(strokes)) for s in SCHEMES)
     assert {"rgb(68, 68, 68)", "rgb(26, 26, 26)", "rgb(0, 114, 178)"} <= light
     assert {"rgb(187, 187, 187)", "rgb(232, 232, 232)", "rgb(0, 114, 178)"} <= dark
@@ -397,3 +416,114 @@ def test_print_is_on_white_with_everything_open(browser, pages):
     assert page.evaluate(CONTRAST)["paper"] > 0.9
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.get_by_text("epochs: 40").is_visible()
+
+
+# -- legends, values under the pointer, tables on a phone ------------------------------------------------------------
+
+
+def shown_lines(page: Page, series: str) -> int:
+    """How many lines of a series are seen in the first figure."""
+    number = page.evaluate("JSON.parse(document.querySelector('[data-names]').dataset.names)").index(series)
+    lines = page.locator("figure").first.locator(f".panel [data-series='{number}']")
+    return sum(line.is_visible() for line in lines.all())
+
+
+def test_a_press_in_a_legend_hides_and_shows_lines_in_every_panel_of_its_figure(browser, pages):
+    page = opened(browser, pages["study"])
+    figure = page.locator("figure").first
+    button = figure.get_by_role("button", name="NSGD", exact=True)
+    assert button.count() == 1  # one legend, beside both panels
+    every = {name: shown_lines(page, name) for name in ("SGD", "NSGD")}
+    assert every == {"SGD": 6, "NSGD": 6}  # two seeds and their median, against steps and against seconds
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert [shown_lines(page, name) for name in ("SGD", "NSGD")] == [6, 0]
+    button.press("Enter")
+    assert button.get_attribute("aria-pressed") == "true"
+    assert shown_lines(page, "NSGD") == 6
+
+
+def test_a_legend_of_a_panel_is_beside_it_and_not_in_its_drawing(browser, pages):
+    page = opened(browser, pages["example"])
+    panels = page.locator("figure").first.locator(".panel")
+    assert panels.first.locator(".legend button.key").all_inner_texts() == ["SGD", "NSGD", "Bulk-SGD"]
+    assert page.locator(".legend").count() == 2  # each figure's first panel has one
+    assert "NSGD" not in " ".join(panels.first.locator("svg[role] text").all_text_contents())
+    plain = opened(browser, pages["example"], java_script_enabled=False)
+    assert plain.locator(".key").first.inner_text() == "SGD"  # a legend is one without the script, too
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_line_says_its_values_under_the_pointer(browser, tmp_path, scale):
+    figure, (axes,) = new_figure(1)
+    axes.plot([1, 2, 3], [0.5, 0.02, 4.0], label="SGD")
+    axes.plot([1, 2, 3], [0.3, 1.25, 0.1], label="NSGD")
+    axes.set(xlabel="optimizer steps", yscale=scale)
+    axes.legend()
+    page = opened(browser, write_example(tmp_path / "report.html", figures={"loss": (figure, "")}))
+    svg = page.locator("svg[data-axes]")
+    assert not page.locator(".tip").is_visible()
+    # Where the second point of NSGD is drawn, as the browser says.
+    at = page.evaluate(
+        """() => {
+          const line = document.querySelector(".panel [data-series='1'] path");
+          const [, x, y] = line.getAttribute("d").match(/L ([\\d.]+) ([\\d.]+)/).map(Number);
+          const { x: left, y: top } = new DOMPoint(x, y).matrixTransform(line.getScreenCTM());
+          return [left, top];
+        }"""
+    )
+    page.mouse.move(at[0] + 3, at[1] + 3)
+    assert page.locator(".tip").inner_text() == "NSGD: 1.25 at 2 optimizer steps"
+    page.get_by_role("button", name="NSGD", exact=True).click()
+    page.mouse.move(at[0] + 2, at[1] + 2)
+    assert "NSGD" not in page.locator(".tip").inner_text() or not page.locator(".tip").is_visible()
+    page.mouse.move(2, 2)
+    assert not page.locator(".tip").is_visible()
+    assert svg.locator("circle").count() == 0
+
+
+def test_a_scale_without_numbers_for_its_points_says_none(browser, tmp_path):
+    figure, (axes,) = new_figure(1)
+    axes.plot([1, 2, 3], [-1, 0, 1000], label="SGD")
+    axes.set(yscale="symlog")
+    page = opened(browser, write_example(tmp_path / "report.html", figures={"loss": (figure, "")}))
+    assert page.locator("svg[role]").count() == 1
+    assert page.locator("svg[data-axes]").count() == 0
+
+
+def test_on_a_phone_the_one_table_is_cards_and_others_scroll_in_their_box(browser, pages):
+    page = opened(browser, pages["study"], viewport={"width": 390, "height": 800})
+    cards = page.locator("table.cards").first
+    assert not cards.locator("thead").is_visible()
+    first = cards.locator("tbody tr").first
+    assert first.locator("td").first.evaluate("cell => getComputedStyle(cell, '::before').content") == '"last"'
+    widths = page.evaluate(
+        "[...document.querySelectorAll('table.cards td')].map((c) => c.getBoundingClientRect().right)"
+    )
+    assert widths
+    assert max(widths) <= 390  # nothing is cut off
+    page.get_by_text("Every read-out with its test, costs").click()
+    box = page.locator(".scroll:visible", has=page.locator("table:not(.cards)")).first
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+    assert "gradient" in box.evaluate("box => getComputedStyle(box).backgroundImage")  # the shadow that says so
+    wide = opened(browser, pages["study"], viewport={"width": 1280, "height": 800})
+    assert wide.locator("table.cards thead").first.is_visible()
+
+
+def test_a_study_is_printed_on_three_pages(browser, pages):
+    page = opened(browser, pages["study"])
+    page.emulate_media(media="print")
+    printed = page.pdf(format="A4")
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 3
+
+
+def test_the_first_things_of_a_study_are_its_verdict_its_figure_and_one_table(browser, pages):
+    page = opened(browser, pages["study"])
+    places = [
+        page.locator(selector).first.bounding_box()["y"]  # type: ignore[index]
+        for selector in ("h1", ".verdict", "figure", "table", "details")
+    ]
+    assert places == sorted(places)
+    assert page.locator("table:visible").count() == 2  # the one table, and where NSGD did not help
+    assert page.locator("figure:visible").count() == 1
+    assert page.locator("figure:visible svg[role]").count() == 2

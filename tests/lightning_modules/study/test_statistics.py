@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from studies import ACCURACY, MEASURES
 
-from lightning_modules.study.statistics import holm, stable_range, summarise, times_to_target
+from lightning_modules.study.statistics import holm, summarise, times_to_target
 from lightning_modules.support.score import Score
 
 
@@ -158,20 +158,6 @@ def test_a_target_is_reached_at_the_first_validation_that_has_it_and_a_dead_run_
     as_logged = {"sgd": {0: steps_of(float(np.float32(900 / 2000)))}}  # a little below 0.45
     assert times_to_target(as_logged, range(1), 0.45, ACCURACY)[0]["reached"] == 1
     assert rows[1]["seconds"] == math.inf
-
-
-@pytest.mark.parametrize(
-    ("losses", "found"),
-    [
-        ([2.0, 1.0, 1.5, math.nan], (0.1, 0.4)),
-        ([3.0, 1.0, 1.0, 4.0], (0.2, 0.4)),
-        ([1.0, math.inf, 1.0, 1.0], (0.4, 0.8)),
-        ([math.nan] * 4, None),
-    ],
-)
-def test_the_stable_range_is_the_longest_unbroken_one_that_learns(losses, found):
-    rows = [{"lr": lr, "train_loss": loss} for lr, loss in zip((0.1, 0.2, 0.4, 0.8), losses, strict=True)]
-    assert stable_range(rows[::-1], 2.3) == found
 
 
 @pytest.mark.parametrize(("steps", "p"), [([1, 1, 1], math.nan), ([0, 0, 0], 1.0), ([1, 2, 1], 0.0572)])

@@ -1,0 +1,171 @@
+"""What a study's trials and its sweep say of learning rates: their tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_modules.report.drawing import legend_beside
+from lightning_modules.report.page import new_figure
+from lightning_modules.report.study.curves import has_logarithm, plot
+from lightning_modules.report.study.files import Files
+from lightning_modules.report.study.numbers import MISSING, estimate, settings_of, upper
+from lightning_modules.support.files import Rows
+from lightning_modules.support.score import TRAIN_LOSS, Measure
+
+_ABOVE = 3  # times the loss before training: what diverged would flatten the rest of the axis
+_SENSITIVITY = (
+    "Training loss and {score} of the last weights against the learning rate, one run for each point, all "
+    "with the same seed; other settings are those of the study. Dotted: the loss of the first batch before training. "
+    "Losses that are not finite are not drawn, nor are those above {above} times the dotted line."
+)
+
+
+def stable_range(rows: Rows, start: float) -> tuple[float, float] | None:
+    """Lowest and highest learning rate of the longest unbroken range whose final loss is below the first one.
+
+    Args:
+        rows: Of one method's sweep: ``lr`` and ``train_loss``.
+        start: Loss before training.
+    """
+    ordered = sorted(rows, key=lambda row: row["lr"])
+    best: list[float] = []
+    current: list[float] = []
+    for row in ordered:
+        current = [*current, row["lr"]] if row["train_loss"] < start else []
+        best = max(best, current, key=len)
+    return (best[0], best[-1]) if best else None
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def settings_table(files: Files) -> dict[str, Any]:
+    """What each method trained with, what its learning rate did, and the trials that it comes from."""
+    table = _tuned(files) if files.tuning else _given(files)
+    schedules = [files.styles[method].schedule for method in files.methods]
+    if any(schedules):
+        table["header"].append("schedule")
+        table["rows"] = [[*row, schedule] for row, schedule in zip(table["rows"], schedules, strict=True)]
+    return table
+
+
+def _given(files: Files) -> dict[str, Any]:
+    rows = [[files.label(m), settings_of(files.settings[m])] for m in files.methods]
+    return {"title": "Settings, as given", "header": ["method", "settings"], "rows": rows}
+
+
+def _tuned(files: Files) -> dict[str, Any]:
+    measure = files.criterion
+    rows = []
+    for method in files.methods:
+        worse = [measure.badness(row) for row in files.tuning if row["method"] == method]
+        settings = settings_of(files.settings[method])
+        if not worse:  # it takes those of the method that it gives more steps to, or has nothing to tune
+            other = method.removesuffix("-more")
+            whose = f"as {files.label(other)}" if other != method and other in files.styles else "none"
+            rows.append([files.label(method), whose, settings, "", ""])
+            continue
+        sign = 1 if measure.lower_is_better else -1
+        ends = [_printed(sign * value, measure) for value in (min(worse), float(np.median(worse)))]
+        rows.append([files.label(method), str(len(worse)), settings, *ends])
+    return {
+        "title": f"Settings, the best of each method's trials by {measure.label}",
+        "header": ["method", "trials", "settings", f"{measure.label} of the best", "of the median trial"],
+        "rows": rows,
+    }
+
+
+def sensitivity_table(files: Files) -> dict[str, Any]:
+    """For each method the range of rates that lower the loss, and the best one."""
+    rows = []
+    for method in files.methods:
+        swept = [row for row in files.sweep if row["method"] == method]
+        if swept:
+            rows.append([files.label(method), *_stability(swept), *_best_rate(swept, files)])
+    return {
+        "title": f"Learning rates that lower the loss, and the best by {files.criterion.label} with what it gives",
+        "header": ["method", "stable from", "to", "decades", "best", "training loss", files.score.validation.header],
+        "rows": rows,
+    }
+
+
+def _stability(rows: Rows) -> list[str]:
+    """Ends of the longest unbroken range of rates that lower the loss, and its decades."""
+    starts = [row["start_loss"] for row in rows if "start_loss" in row]
+    stable = stable_range(rows, starts[0]) if starts else None
+    if stable is None:
+        return [MISSING] * 3
+    rates, (low, high) = [row["lr"] for row in rows], stable
+    more = "≥ " if low == min(rates) or high == max(rates) else ""  # it may go on beyond the grid
+    return [f"{low:g}", f"{high:g}", f"{more}{math.log10(high / low):.2f}"]
+
+
+def _best_rate(rows: Sequence[Mapping[str, Any]], files: Files) -> list[str]:
+    """The best rate, with training loss and score in validation there."""
+    best = min(rows, key=files.criterion.badness)
+    if math.isinf(files.criterion.badness(best)):
+        return [MISSING] * 3
+    measure = files.score.validation
+    return [f"{best['lr']:g}", _printed(best["train_loss"], TRAIN_LOSS), _printed(best[measure.column], measure)]
+
+
+def _printed(value: float, measure: Measure) -> str:
+    return estimate(value, math.nan, measure.factor, measure.digits)
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def rate_figures(files: Files) -> dict[str, tuple[Figure, str]]:
+    """Name to figure and caption: of the sweep and of the trials, where there were any."""
+    figures = {}
+    if files.sweep:
+        words = _SENSITIVITY.format(score=files.score.validation.label, above=_ABOVE)
+        figures["learning-rates"] = (_sensitivity(files), words)
+    if any("lr" in row for row in files.tuning):
+        words = (
+            f"{upper(files.criterion.label)} of every trial against its learning rate; other settings may differ too."
+        )
+        figures["trials"] = (_trials(files), f"{words} What diverged is not drawn.")
+    return figures
+
+
+def _sensitivity(files: Files) -> Figure:
+    measure = files.score.validation
+    figure, (losses, scores) = new_figure(2)
+    for method, style in files.styles.items():
+        rows = sorted((row for row in files.sweep if row["method"] == method), key=lambda row: row["lr"])
+        if rows:
+            rates = [row["lr"] for row in rows]
+            plot(losses, style, rates, [row["train_loss"] for row in rows], marker="o")
+            values = [measure.factor * row.get(measure.column, math.nan) for row in rows]
+            plot(scores, style, rates, values, marker="o")
+    for axes in (losses, scores):
+        axes.set(xlabel="learning rate", xscale="log")
+    losses.set(ylabel="final training loss", yscale="log" if has_logarithm(losses) else "linear")
+    starts = [row["start_loss"] for row in files.sweep if "start_loss" in row]
+    if starts and math.isfinite(starts[0]):
+        losses.axhline(starts[0], color="black", linestyle=":", linewidth=1, label="before training")
+        losses.set_ylim(top=min(losses.get_ylim()[1], _ABOVE * starts[0]))
+    scores.set_ylabel(f"final {measure.header}")
+    legend_beside(figure, losses)
+    return figure
+
+
+def _trials(files: Files) -> Figure:
+    measure = files.criterion
+    figure, (axes,) = new_figure(1)
+    for method, style in files.styles.items():
+        rows = sorted((r for r in files.tuning if r["method"] == method and "lr" in r), key=lambda row: row["lr"])
+        if rows:
+            values = [measure.factor * r[measure.column] for r in rows]
+            plot(axes, style, [r["lr"] for r in rows], values, marker="o", linewidth=0.8)
+    yscale = "log" if measure.lower_is_better and has_logarithm(axes) else "linear"
+    axes.set(xlabel="learning rate", ylabel=measure.label, xscale="log", yscale=yscale)
+    legend_beside(figure, axes)
+    return figure
