@@ -114,7 +114,7 @@ def _own_landscape(
 
 
 def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
-    """Run what is not finished yet, and write escape.csv, config.yaml and landscape.yaml into a folder.
+    """Run what is not finished yet, and write escape.csv, potential.csv, config.yaml and landscape.yaml into a folder.
 
     Raises:
         ValueError: If the study cannot run, or the folder holds another study, and nothing is written then; or if
@@ -142,6 +142,7 @@ def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
             write_csv(path, run(int(np.random.SeedSequence([study.seed, i]).generate_state(1)[0]), update))
         update(study.steps, "")
         rows += read_csv(path)
+    write_csv(out / "potential.csv", _way(landscape))
     write_csv(out / "escape.csv", rows)
 
 
@@ -189,6 +190,17 @@ def _described(landscape: Landscape, dampings: list[_Damping]) -> dict[str, Any]
     }
 
 
+def _way(landscape: Landscape) -> Rows:
+    """The potential above the start, along the straight way from the start over the saddle to the goal and beyond."""
+    ends = [float((point - landscape.saddle).norm()) for point in (landscape.start, landscape.goal)]
+    rows = []
+    for side, point, distance in zip((-1, 1), (landscape.start, landscape.goal), ends, strict=True):
+        for share in np.linspace(0, _BEYOND, _POINTS)[side < 0 :]:
+            value = landscape.value(torch.lerp(landscape.saddle, point, float(share)))
+            rows.append({"distance": side * float(share) * distance, "loss": value - landscape.value(landscape.start)})
+    return sorted(rows, key=lambda row: row["distance"])
+
+
 def _check_rates(study: EscapeStudy, landscape: Landscape, dampings: list[_Damping]) -> None:
     """Raise a ValueError if SGD is not stable, or too cold for any walker to arrive."""
     fastest = max(study.lr) * max(1.0, *study.gammas)
@@ -205,6 +217,7 @@ def _check_rates(study: EscapeStudy, landscape: Landscape, dampings: list[_Dampi
         )
 
 
+_BEYOND, _POINTS = 1.3, 80  # how far the way goes on, in distances from saddle to minimum, and points on each side
 _Run = Callable[[int, walkers.Update], Rows]  # seed, update
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_modules.report.drawing import legend_beside
 from lightning_modules.report.escape.files import FEWEST, Files, inverse, read_folder
 from lightning_modules.report.escape.findings import findings
 from lightning_modules.report.page import new_figure
@@ -22,9 +23,43 @@ def escape_figures(folder: Path) -> dict[str, tuple[Figure, str]]:
     files = read_folder(folder)
     times, damped, share, loss = findings(files)
     return {
+        **({"potential": (_potential_figure(files), _potential_words(files))} if files.potential else {}),
         "escape-time": (_escape_figure(files), f"{times} {damped}"),
         "flat-minimum": (_stay_figure(files), f"{share} {loss}"),
     }
+
+
+def _potential_figure(files: Files) -> Figure:
+    figure, (axes,) = new_figure(1)
+    names, barrier = files.landscape["names"], files.landscape["barrier"]
+    points = {name: np.array(point) for name, point in files.landscape["points"].items()}
+    x, y = ([row[name] for row in files.potential] for name in ("distance", "loss"))
+    axes.plot(x, y, color="black", linewidth=1.6, label="potential f")
+    for end, side, marker, color, what in (
+        ("start", -1, "^", "#e69f00", "start"),
+        ("goal", 1, "v", "#56b4e9", "arrive"),
+    ):
+        at = side * float(np.linalg.norm(points[end] - points["saddle"]))
+        label = f"{names[end]} minimum, where walkers {what}"
+        axes.plot([at], [float(np.interp(at, x, y))], marker, color=color, markersize=8, label=label)
+    axes.plot([0], [barrier], "o", color=_COLORS[1], markersize=7, label=f"saddle, Δf = {barrier:.3g} above the start")
+    axes.set(xlabel="distance from the saddle", ylabel="f above the start")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 2 * barrier))  # walls may be steep
+    legend_beside(figure, axes)
+    return figure
+
+
+def _potential_words(files: Files) -> str:
+    names, curvatures = files.landscape["names"], files.landscape["curvatures"]
+    start, saddle, goal = (_numbers(curvatures[name]) for name in ("start", "saddle", "goal"))
+    return (
+        f"The potential, straight from the {names['start']} minimum over the saddle to the {names['goal']} one. "
+        f"Curvatures: {start} at the start, {saddle} at the saddle, {goal} at the other minimum."
+    )
+
+
+def _numbers(values: list[float]) -> str:
+    return " and ".join(f"{value:.3g}" for value in values)
 
 
 def _points(axes: Axes, x: list[float], y: list[float], errors: list[float], **options: Any) -> None:

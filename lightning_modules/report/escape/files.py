@@ -22,6 +22,7 @@ class Files:
     landscape: dict[str, Any]
     environment: dict[str, Any]
     rows: Rows
+    potential: Rows  # along the way from the start over the saddle to the goal; none in folders from before it was kept
 
     def of(self, quantity: str, **values: Any) -> Rows:
         """The rows of a quantity that have these values."""
@@ -34,7 +35,8 @@ def read_folder(folder: Path) -> Files:
     config, landscape, environment = (
         yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("config", "landscape", "environment")
     )
-    return Files(config, landscape, environment, read_csv(folder / "escape.csv"))
+    way = folder / "potential.csv"
+    return Files(config, landscape, environment, read_csv(folder / "escape.csv"), read_csv(way) if way.exists() else [])
 
 
 def prediction(row: dict[str, Any]) -> float:

@@ -10,12 +10,22 @@ import numpy as np
 from lightning_modules.report.escape.files import FEWEST, Files, inverse, prediction
 
 TOLERANCE = 0.1  # of a prediction
+_ONE = "there is one batch size alone, and how a number changes with it takes two"
 FIT_FROM = 4.0  # temperatures in the barrier: below, the prefactor's own dependence on the temperature bends the line
 
 
 def findings(files: Files) -> tuple[str, str, str, str]:
     """One sentence each on escape times, damped escapes, the flat minimum's share and the price."""
     return _times(files), _damped(files), _share(files), _loss(files)
+
+
+def overall(files: Files) -> str:
+    """What is confirmed, what is not, and what these runs leave open, in one line."""
+    kinds: dict[str, list[str]] = {"confirmed": [], "not confirmed": [], "not resolved": []}
+    for finding in findings(files):
+        subject, _, word = finding.partition(": ")[0].rpartition(", ")
+        kinds[word].append(subject if subject.startswith("NSGD") else subject[0].lower() + subject[1:])
+    return " ".join(f"{word.capitalize()}: {', '.join(subjects)}." for word, subjects in kinds.items() if subjects)
 
 
 def verdict(checks: Iterable[tuple[float, float, float]]) -> str:
@@ -105,6 +115,8 @@ def _damped(files: Files) -> str:
 
 def _share(files: Files) -> str:
     rows = sorted(files.of("share", origin="both"), key=lambda row: row["batch_size"])
+    if len(rows) < 2:
+        return f"Flat minimum, not resolved: {_ONE}."
     word = verdict((row["measured"], row["standard_error"], prediction(row)) for row in rows)
     majority = sum(row["measured"] - 2 * row["standard_error"] > 0.5 for row in rows)
     largest = rows[-1]["batch_size"]
@@ -124,6 +136,8 @@ def _share(files: Files) -> str:
 
 def _loss(files: Files) -> str:
     rows = sorted(files.of("loss"), key=inverse, reverse=True)
+    if len(rows) < 2:
+        return f"Price of a large η/B, not resolved: {_ONE}."
     word = verdict((row["measured"], row["standard_error"], prediction(row)) for row in rows)
     first, last = rows[0], rows[-1]
     moves = "rises" if last["measured"] > first["measured"] else "does not rise"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lightning_modules.report.escape.figures import escape_figures
 from lightning_modules.report.escape.files import Files, inverse, prediction, read_folder
-from lightning_modules.report.escape.findings import TOLERANCE, findings, number
+from lightning_modules.report.escape.findings import TOLERANCE, findings, number, overall
 from lightning_modules.report.page import print_tables, write_page
 
 _TEXT_COLUMNS = ("damped",)
@@ -28,6 +28,8 @@ def write_escape(folder: Path) -> Path:
     return write_page(
         folder / "escape.html",
         title=_title(files),
+        verdict=overall(files),
+        summary=_terms(files),
         tables=_tables(files),
         text_columns=_TEXT_COLUMNS,
         caption=_RULE,
@@ -51,6 +53,21 @@ def print_escape(folder: Path, console: Console) -> None:
 
 def _title(files: Files) -> str:
     return f"Escape from a minimum: {files.config['potential']}, {files.config['walkers']:,} walkers"
+
+
+def _terms(files: Files) -> list[str]:
+    """What was run, and what the letters mean."""
+    config, barrier = files.config, files.landscape["barrier"]
+    heats = [barrier / row["temperature"] for row in files.of("escape")]
+    hot, cold = f"{min(heats):.3g}", f"{max(heats):.3g}"
+    return [
+        f"{config['walkers']:,} walkers take steps of SGD on a potential f with two minima, without any network. How "
+        "long they take to the other minimum, where they stay, and what γ changes in that, which scales the step along "
+        "one direction as NSGD does, is held against what the theory of diffusion predicts.",
+        f"η is the learning rate (lr), B the batch size, and σ² = {config['noise']:g} the variance of one sample's "
+        f"gradient. The noise of SGD acts as a temperature T = ησ²/(2B); Δf = {barrier:.3g} is the barrier, which is "
+        + (f"{hot} temperatures high here." if hot == cold else f"{hot} to {cold} temperatures high here."),
+    ]
 
 
 def _tables(files: Files) -> list[dict[str, Any]]:

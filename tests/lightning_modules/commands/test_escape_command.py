@@ -20,7 +20,7 @@ import yaml
 from lightning_modules.commands import escape
 from lightning_modules.commands.main import main
 from lightning_modules.report.escape.files import read_folder
-from lightning_modules.report.escape.findings import findings, verdict
+from lightning_modules.report.escape.findings import findings, overall, verdict
 from lightning_modules.report.escape.report import write_escape
 from lightning_modules.study.escape import EscapeStudy, run_escape
 from lightning_modules.support.files import Rows, read_csv, write_csv
@@ -288,8 +288,8 @@ def test_the_command_leaves_its_folder_and_repeats_its_config(capsys, here):
         assert said in out
     folder = here / "nsgd-escape"
     assert {path.name for path in folder.iterdir()} == {
-        *("escape.csv", "config.yaml", "landscape.yaml", "environment.yaml", "runs"),
-        *("escape.html", "escape-time.png", "flat-minimum.png", "escape-time.pdf", "flat-minimum.pdf"),
+        *("escape.csv", "potential.csv", "config.yaml", "landscape.yaml", "environment.yaml", "runs", "escape.html"),
+        *(f"{name}.{kind}" for name in ("potential", "escape-time", "flat-minimum") for kind in ("png", "pdf")),
     }
     assert code_of("escape", "--config", "nsgd-escape/config.yaml", "--out", "again") == 0
     assert (folder / "escape.csv").read_bytes() == (here / "again" / "escape.csv").read_bytes()
@@ -396,7 +396,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, here, monkeypatch):
 def test_the_page_stands_alone_and_holds_the_pictures(folder):
     source = write_escape(folder).read_text(encoding="utf-8")
     assert not re.search(r"https?:|@import|\bsrc=|url\((?!#)", source)
-    assert source.count("<figure>") == 2
+    assert source.count("<figure>") == 3  # that of the potential, too
     said = findings(read_folder(folder))
     for name, words in zip(("escape-time", "flat-minimum"), (said[:2], said[2:]), strict=True):
         picture = matplotlib.image.imread(folder / f"{name}.png")
@@ -459,6 +459,39 @@ def test_times_that_nobody_arrived_for_are_not_resolved(folder):
     assert times.startswith("Escape times, not resolved: fewer than two values of B/η")
     assert "16,000 of 16,000 walkers had not arrived" in times
     assert "unknown" in write_escape(folder).read_text(encoding="utf-8")
+
+
+def test_the_picture_of_the_potential_is_the_potential(folder):
+    rows = read_csv(folder / "potential.csv")
+    x = torch.tensor([row["distance"] for row in rows], dtype=torch.float64)[:, None]  # the saddle is at 0
+    loss = WELL(x) - WELL(torch.tensor([[SHARP]], dtype=torch.float64))
+    assert [row["loss"] for row in rows] == pytest.approx(loss.flatten().tolist(), abs=1e-9)
+    assert x.min() < SHARP < 0 < FLAT < x.max()
+    source = html.unescape(write_escape(folder).read_text(encoding="utf-8"))
+    assert source.index("<h2>Potential</h2>") < source.index("<h2>Escape time</h2>") < source.index("<table")
+    assert "T = ησ²/(2B); Δf = 1 is the barrier, which is 4 to 5 temperatures high here." in source
+    (folder / "potential.csv").unlink()  # as in folders from before it was kept
+    assert write_escape(folder).read_text(encoding="utf-8").count("<figure>") == 2
+
+
+def test_the_page_says_first_what_is_confirmed(folder):
+    exact = {"measured": lambda row: row["exact"], "standard_error": lambda row: 0.001 * row["exact"]}
+    for quantity in ("escape", "damped escape", "share"):
+        altered(folder, quantity, **exact)
+    altered(folder, "loss", standard_error=50)
+    assert overall(read_folder(folder)) == (
+        "Confirmed: escape times, NSGD, flat minimum. Not resolved: price of a large η/B."
+    )
+
+
+def test_one_batch_size_says_nothing_of_how_a_number_changes(folder):
+    rows = [row for row in read_csv(folder / "escape.csv") if row["batch_size"] in (10, 40)]
+    write_csv(folder / "escape.csv", rows)
+    times, _, share, loss = findings(read_folder(folder))
+    assert times.startswith("Escape times, not resolved: fewer than two values of B/η")
+    assert share.startswith("Flat minimum, not resolved: there is one batch size alone")
+    assert loss.startswith("Price of a large η/B, not resolved: there is one batch size alone")
+    write_escape(folder)
 
 
 def test_a_price_that_falls_and_a_minimum_that_is_left_are_said_as_such(folder):
