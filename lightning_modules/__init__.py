@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.support.import_paths import HOMES
+from lightning_modules.support.import_paths import HOMES, public
 
 if TYPE_CHECKING:
     from lightning_modules.callbacks.averages import ReadOuts as ReadOuts
@@ -32,4 +31,4 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for, and not before: Lightning takes seconds, which ``nsgd --help`` does without."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    return public(name)

@@ -10,13 +10,13 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentParser, capture_parser
 
-import lightning_modules
 import nsgd
 from lightning_modules.commands.compare import run_compare_command
 from lightning_modules.commands.escape import run_escape_command
 from lightning_modules.commands.fit import run_lightning
 from lightning_modules.commands.parsing.types import choices_of, described, known_classes
 from lightning_modules.study.options import NAMED
+from lightning_modules.support.import_paths import HOMES, public
 
 SHELLS = ("bash", "zsh")
 
@@ -68,7 +68,7 @@ def _options(parser: ArgumentParser) -> Iterator[tuple[str, str, Any]]:
             continue
         yield option, (action.help or "").partition(". ")[0], kind
         for name in known_classes(kind):
-            one = getattr(lightning_modules, name, None) or getattr(nsgd, name, None)
+            one = public(name) if name in HOMES else getattr(nsgd, name, None)
             if isinstance(one, type):
                 of_classes |= {f"{option}.{parameter}": name for parameter in inspect.signature(one).parameters}
     for option, name in of_classes.items():

@@ -9,16 +9,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-import lightning_modules
 from lightning_modules.data.characters import Characters
 from lightning_modules.data.digits import Digits
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.models.language import LanguageModel
-from lightning_modules.support.import_paths import public_path
+from lightning_modules.support.import_paths import HOMES, public, public_path
 
 # jsonargparse knows a class by its name alone once it is imported.
-for _name in lightning_modules.__all__:
-    getattr(lightning_modules, _name)
+for _name in HOMES:
+    public(_name)
 
 OWN_DATA: dict[type, type] = {Classifier: Digits, LanguageModel: Characters}  # where no --data is given
 FROM_DATA = ("input_shape", "num_classes", "vocabulary")

@@ -51,6 +51,11 @@ _MOVED = {  # module of 0.1.0 that study folders, configs or pickles name -> mod
 }
 
 
+def public(name: str) -> Any:
+    """What has a public name, which is imported with the module that it is defined in."""
+    return getattr(import_module(f"{_PACKAGE}.{HOMES[name]}"), name)
+
+
 def public_path(path: str) -> str:
     """The path that files record of a class: of ours ``lightning_modules.NAME``, whichever module is named; else as is.
 
