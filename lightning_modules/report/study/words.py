@@ -178,16 +178,32 @@ def caption(files: Files) -> str:
     )
     batch = _of_data(files, "batch_size")
     size = "" if batch is None else f"; batch size {batch}"
-    own = (
-        ""
-        if config["model"] is None
-        else (" Each method's optimizer took the place of the module's own and of its schedules and callbacks.")
+    test = config.get("limit_test")  # which studies of before did not have
+    tested = (
+        "what is validated and tested on all"
+        if test is None
+        else (
+            f"what is validated on all, and what is tested on the first {'batch' if test == 1 else f'{test} batches'}"
+        )
     )
     return (
         f"{_intervals(files)}. Learning rates: {rates} ({tuned}){size}; threads: {config['threads']}. "
         "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
         "those of training without validation and measurements. Averages are read-outs of the same runs; training "
-        f"losses are taken on at most {EVALUATED:,} samples, what is validated and tested on all.{own}{_lost(files)}"
+        f"losses are taken on at most {EVALUATED:,} samples, {tested}.{_optimizers(files)}{_lost(files)}"
+    )
+
+
+def _optimizers(files: Files) -> str:
+    """What became of the optimizer of a module that is not ours."""
+    if files.config["model"] is None:
+        return ""
+    kept = [files.label(m) for m in files.methods if "lr" not in files.settings[m]]  # its rate is the module's
+    if not kept:
+        return " Each method's optimizer took the place of the module's own and of its schedules and callbacks."
+    return (
+        f" But for {' and '.join(kept)}, each method's optimizer took the place of the module's own and of its "
+        "schedules; its callbacks were left out of all runs."
     )
 
 

@@ -99,7 +99,8 @@ def write_study(folder: Path, runs: Mapping[str, Sequence[Result | None]], **con
             counts = {"step": 8, "gradients": 8 * extra, "refreshes": 2, "hvps": 0}
             scores = {"test_accuracy": accuracy, "val_accuracy": accuracy, "train_loss": loss, "val_loss": loss}
             own = {"method": method, "seed": seed}
-            results.append({**own, "read_out": "last", "lr": settings[method]["lr"], **scores, **counts})
+            rate = {"lr": settings[method]["lr"]} if "lr" in settings[method] else {}
+            results.append({**own, "read_out": "last", **rate, **scores, **counts})
             times.append({**own, "seconds": second})
             steps = [
                 {"step": i, "epoch": (i - 1) // 4, "loss": loss, "gradients": i * extra, "seconds": i * second / 8}
@@ -660,6 +661,19 @@ def test_links_lead_to_files_of_the_study(tmp_path):
     runs = {f"runs/{m}-{s}/{name}" for m in ("sgd", "nsgd") for s in range(3) for name in ("metrics.csv", "run.yaml")}
     assert {"config.yaml", "results.csv", "summary.csv"} | runs <= links
     assert all((folder / str(link)).is_file() for link in links)
+
+
+def test_the_caption_says_what_became_of_the_modules_own_optimizer_and_of_a_shorter_test(tmp_path):
+    model: dict[str, Any] = {"class_path": "mymodule.Mine"}
+    folder = write_study(tmp_path / "all", {"sgd": SGD, "nsgd": NSGD}, model=model)
+    caption = Report(folder).caption
+    assert "Each method's optimizer took the place of the module's own" in caption
+    assert "what is validated and tested on all." in caption
+    folder = write_study(tmp_path / "own", {"sgd": SGD, "own": SGD, "muon": NSGD}, model=model, limit_test=3)
+    caption = Report(folder).caption
+    assert "But for the module's own optimizer, each method's optimizer took the place of the module's own" in caption
+    assert "what is validated on all, and what is tested on the first 3 batches." in caption
+    assert "Learning rates: SGD 0.1, Muon 0.005 (" in caption
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
