@@ -123,7 +123,7 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     folder = here / "nsgd-compare"
     assert {p.name for p in folder.iterdir()} == {
         *("results.csv", "times.csv", "summary.csv", "target.csv", "target-times.csv", "report.html", "runs"),
-        *("config.yaml", "environment.yaml", "settled.yaml"),
+        *("config.yaml", "methods.yaml", "environment.yaml", "settled.yaml"),
         *(
             f"{name}.{kind}"
             for name in ("training-loss", "validation-accuracy", "eigenvalues")
