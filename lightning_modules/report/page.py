@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Environment, FileSystemLoader
 from rich import box
@@ -142,7 +142,8 @@ def print_tables(
     for table in tables:
         grid = Table(title=table["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name in table["header"]:
-            grid.add_column(name, justify="left" if name in text_columns else "right", no_wrap=name not in wrapped)
+            justify: Literal["left", "right"] = "left" if name in text_columns else "right"
+            grid.add_column(name, justify=justify, no_wrap=name not in wrapped, overflow="fold")
         for row in table["rows"]:
             grid.add_row(*row)
         console.print(grid)

@@ -354,6 +354,21 @@ def test_without_averages_or_with_one_seed_no_gain_is_tested(tmp_path):
     assert words.endswith("NSGD are at -4.0 points, one seed, so no test.")
 
 
+def test_few_seeds_are_said_to_show_little_where_nothing_is_significant(tmp_path):
+    (tmp_path / "few").mkdir()
+    few = Report(write_study(tmp_path / "few", {"sgd": SGD, "nsgd": NSGD}))
+    assert few.verdict[1] == "With 3 seeds only a large difference would show."
+    more = Report(write_study(tmp_path / "more", {"sgd": [*SGD, *SGD], "nsgd": [*SGD[::-1], *SGD[::-1]]}))
+    assert "seeds" not in " ".join(more.verdict)
+
+
+def test_a_target_that_no_run_reached_is_said_once(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
+    assert with_target(folder, dict.fromkeys(("sgd", "nsgd"), [math.inf] * 3)).verdict[-1] == (
+        "90 % validation accuracy was reached in no run."
+    )
+
+
 def test_the_verdict_names_what_is_worse_and_what_is_cheaper(tmp_path):
     worse = [(0.80 + 0.001 * i, 0.5 + 0.01 * i) for i in range(3)]
     report = Report(write_study(tmp_path, {"nsgd": SGD, "bulk-sgd": worse, "sgd": SGD}))
@@ -650,7 +665,7 @@ def test_every_method_fits_a_terminal_of_100_columns(tmp_path):
     with_sweep(folder, {m: {0.00123: 1.0, 0.0123: 0.5} for m in methods if RECIPES[m].more_of is None})
     said = printed(folder)
     assert max(len(line) for line in said.splitlines()) <= 100
-    assert "…" not in said  # nothing was cut
+    assert "…" not in said + printed(folder, width=80)  # nothing was cut
     assert all(word in said for m in methods for word in RECIPES[m].label.split())
 
 
