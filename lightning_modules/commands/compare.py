@@ -16,6 +16,7 @@ from lightning_modules.commands.parsing.parser import Parser, parse
 from lightning_modules.data.characters import Characters
 from lightning_modules.data.images import ImageData
 from lightning_modules.report.study.report import print_table, write_report
+from lightning_modules.report.study.series import write_series
 from lightning_modules.study.compare import run_one, run_study, serve_runs
 from lightning_modules.study.options import NAMED, Study
 from lightning_modules.study.runs.launch import Launcher
@@ -23,14 +24,34 @@ from lightning_modules.support.nearest import did_you_mean
 from lightning_modules.support.progress import progress_bar
 
 _DESCRIPTION = "Train every method with every seed, and compare."
+_REGIMES = (
+    "digits-32",
+    "digits-1024",
+)  # the studies that are made where nothing is said of any: without gain, and with
 
 
 def run_compare_command(argv: list[str]) -> int:
-    """``nsgd compare``: make a study, or one run of it; 1 where a run died twice.
+    """``nsgd compare``: make a study, or one run of it, or where none is named small and large batches of digits.
+
+    Returns 1 where a run died twice.
 
     Raises:
         ValueError: In one sentence, if the options are bad.
     """
+    argv = _in_two_words(argv)
+    if not set(argv[::2]) <= {"--out", "--jobs"} or len(argv) % 2:
+        return _compare(argv)
+    options = dict(zip(argv[::2], argv[1::2], strict=True))
+    out = Path(options.pop("--out", "nsgd-compare"))
+    if (out / "config.yaml").exists():
+        raise ValueError(f"{out} holds a study of its own; choose another folder with --out, or remove it")
+    rest = [word for option in options.items() for word in option]
+    died = [_compare([study, "--out", str(out / study), *rest]) for study in _REGIMES]
+    Console().print(f"Both: {write_series(out / 'report.html', [out / study for study in _REGIMES])}", soft_wrap=True)
+    return max(died)
+
+
+def _compare(argv: list[str]) -> int:
     parser = Parser(prog="nsgd compare [STUDY]", description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     parser.add_argument("--out", type=Path, default=Path("nsgd-compare"), help="folder for results and report")
@@ -44,7 +65,7 @@ def run_compare_command(argv: list[str]) -> int:
     parser.add_class_arguments(Study, skip={"model", "data_config"})
     help_ = "LightningModule that is trained, in place of our Classifier with the network --net, as in nsgd fit"
     parser.add_subclass_arguments(pl.LightningModule, "model", required=False, instantiate=False, help=help_)
-    argv = _with_study(_in_two_words(argv))
+    argv = _with_study(argv)
     parsed, study = _study(parser, argv)
     if parsed.worker:
         serve_runs(study, parsed.out)
@@ -91,7 +112,8 @@ def _study(parser: Parser, argv: list[str]) -> tuple[Namespace, Study]:
 
 def _in_two_words(argv: list[str]) -> list[str]:
     """Options that are looked for here, as --config FILE where they came as --config=FILE."""
-    words = [word.split("=", 1) if word.startswith(("--config=", "--data=", "--model=")) else [word] for word in argv]
+    options = ("--config=", "--data=", "--model=", "--out=", "--jobs=")
+    words = [word.split("=", 1) if word.startswith(options) else [word] for word in argv]
     return [part for parts in words for part in parts]
 
 

@@ -58,7 +58,7 @@ def write_page(
     *,
     title: str,
     figures: Figures,
-    verdict: str = "",
+    verdict: str | Sequence[str] = (),
     tables: Tables = (),
     text_columns: Collection[str] = (),
     caption: str = "",
@@ -78,7 +78,7 @@ def write_page(
         path: The HTML file.
         title: Of the page.
         figures: Name to figure and caption. Each of a figure's axes is a panel.
-        verdict: What came out, in one line below the title; further lines are printed smaller.
+        verdict: What came out, in one line below the title; further lines are printed smaller. Or several of these.
         tables: Each with a title, a header and rows of text, and ``cards`` where each row is to be a card on a phone.
             In a text column, an empty first cell repeats the one above. Further lines of a cell are small print.
         text_columns: Columns that are not numbers.
@@ -109,7 +109,7 @@ def write_page(
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = environment.get_template("page.html").render(
         title=title,
-        verdict=verdict,
+        verdicts=[verdict] if isinstance(verdict, str) else verdict,
         tables=tables,
         text_columns=text_columns,
         caption=caption,

@@ -54,7 +54,8 @@ _COMPARE = """usage: nsgd compare [STUDY] [options]
 
 Train every method with every seed from the same weights on the same batches, and compare: tables and a report.
 
-  STUDY                 digits (without --data and --net the default), cifar10-small, cifar10-paper, or a YAML file with
+  STUDY                 digits, digits-32, digits-1024 (the last two where nothing is given, and digits where options are
+                        and no --data or --net), cifar10-small, cifar10-paper, or a YAML file with
                         any of the options below; options come after it, and count
   --out FOLDER          results and report (nsgd-compare); the same command again goes on where it stopped
   --jobs N              runs at a time, in as many processes (1)

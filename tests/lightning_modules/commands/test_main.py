@@ -13,7 +13,7 @@ import pytest
 
 from lightning_modules.commands import compare, escape
 from lightning_modules.commands.main import main
-from lightning_modules.study.runs.launch import launch
+from lightning_modules.study.runs.workers import Workers
 
 NSGD = [sys.executable, "-m", "lightning_modules"]
 
@@ -48,16 +48,18 @@ def test_a_signal_ends_a_study_with_its_code_and_one_line(capsys, monkeypatch, s
 
 
 def test_the_processes_of_a_study_end_with_it(capsys, monkeypatch):
-    run = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+    code = "import os, time; input(); print(f'[{os.getpid()}, 0.5, null]', flush=True); time.sleep(600)"
+    worker = [sys.executable, "-c", code]
     seen: list[int] = []
 
-    def on_line(number: int, line: str) -> None:
-        seen.append(int(line))
+    def on_step(number: int, step: int, loss: float) -> None:
+        seen.append(step)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def run_study(*_: Any, **__: Any) -> None:
-        list(launch({0: run, 1: run}, launcher="local", jobs=2, threads=1, on_line=on_line))
+        with Workers(worker, jobs=2, on_step=on_step) as workers:
+            list(workers.make([0, 1]))
 
     monkeypatch.setattr(compare, "run_study", run_study)
     assert main(["compare"]) == 143
