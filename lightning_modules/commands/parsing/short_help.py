@@ -54,9 +54,9 @@ _COMPARE = """usage: nsgd compare [STUDY] [options]
 
 Train every method with every seed from the same weights on the same batches, and compare: tables and a report.
 
-  STUDY                 digits, digits-32, digits-1024 (the last two where nothing is given, and digits where options are
-                        and no --data or --net), cifar10-small, cifar10-paper, or a YAML file with
-                        any of the options below; options come after it, and count
+  STUDY                 digits, digits-32, digits-1024, cifar10-small, cifar10-paper, or a YAML file with any of the
+                        options below; options come after it, and count. Without it digits, or what --data, --net
+                        and --model say; with nothing at all digits-32 and digits-1024, on one page
   --out FOLDER          results and report (nsgd-compare); the same command again goes on where it stopped
   --jobs N              runs at a time, in as many processes (1)
   --threads N           threads of each run (1); they change the numbers, so they belong to the study
