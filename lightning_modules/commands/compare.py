@@ -75,7 +75,6 @@ def _compare(argv: list[str]) -> int:
     def say(words: str) -> None:
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
-    # A study that starts runs of its own reads their lines, and takes every one in a hundred steps for its bar.
     with progress_bar(console) as update:
         if parsed.run is not None:
             name = run_one(study, parsed.out, parsed.run, update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -32,7 +32,8 @@ class NSGDOptions:
             number once for each method, before the runs, and keeps it in its folder.
         overhead: With "auto", what refreshes may cost, as a share of the seconds of the steps between them; for random
             directions, in gradients a step.
-        decay: Share of the last directions in their running average; null for 0.95 with gradients, else 0.
+        decay: Share of the last directions in their running average, a refresh; null for 0.95 with gradients, else 0.
+        step_decay: What an older difference of training gradients weighs in their running average, a step.
         samples: Samples that the directions come from; null for the whole batch.
         group_size: Samples in a group, whose gradients give the directions; null for 1, or 8 with BatchNorm.
         source: "batch" for a slice of the running batch, "train" for a fresh sample of the training set.
@@ -48,6 +49,7 @@ class NSGDOptions:
     refresh_every: int | Literal["auto"] = "auto"
     overhead: float = 0.1
     decay: float | None = None
+    step_decay: float = 0.98
     samples: int | None = 32
     group_size: int | None = None
     source: Literal["batch", "train"] = "batch"
@@ -63,8 +65,8 @@ class NSGDOptions:
 
     def damping(self) -> dict[str, Any]:
         """The options that the optimizer takes."""
-        names = ("k", "gamma", "refresh_every", "overhead", "decay", "which", "bulk_scale", "solver", "warmup_steps")
-        return {name: getattr(self, name) for name in names}
+        of_refreshes = ("samples", "group_size", "source")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in of_refreshes}
 
 
 @dataclass(frozen=True)

@@ -669,6 +669,10 @@ def test_options_have_one_default_wherever_they_are_spelled():
     for place in (NSGD, damp, NSGDOptions, RefreshDirections):
         found = {name: p.default for name, p in signature(place).parameters.items() if name in expected}
         assert found == {name: expected[name] for name in found}, place
+    # What a study leaves alone: its own seed, and what checkpoints and memory take.
+    assert set(expected) - set(NSGDOptions().damping()) == {"seed", "save_basis", "basis_dtype"}
+    p = torch.nn.Parameter(torch.zeros(30))
+    assert NSGD([p], **NSGDOptions(step_decay=0.9).damping()).options.step_decay == 0.9
     refresh = {name: p.default for name, p in signature(RefreshDirections).parameters.items()}
     study = {name: p.default for name, p in signature(NSGDOptions).parameters.items() if name in refresh}
     assert len(study) == 3
