@@ -22,6 +22,7 @@ from lightning_modules.study.options import NAMED, Study
 from lightning_modules.study.runs.launch import Launcher
 from lightning_modules.support.nearest import did_you_mean
 from lightning_modules.support.progress import progress_bar
+from lightning_modules.support.study_folder import no_study
 
 _DESCRIPTION = "Train every method with every seed, and compare."
 _REGIMES = (
@@ -43,8 +44,11 @@ def run_compare_command(argv: list[str]) -> int:
         return _compare(argv)
     options = dict(zip(argv[::2], argv[1::2], strict=True))
     out = Path(options.pop("--out", "nsgd-compare"))
-    if (out / "config.yaml").exists():
-        raise ValueError(f"{out} holds a study of its own; choose another folder with --out, or remove it")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if "config.yaml" in names:
+        raise ValueError(f"{out} holds another study; choose another folder with --out, or remove it")
+    if names and not names & set(_REGIMES):
+        raise no_study(out)
     rest = [word for option in options.items() for word in option]
     died = [_compare([study, "--out", str(out / study), *rest]) for study in _REGIMES]
     Console().print(f"Both: {write_series(out / 'report.html', [out / study for study in _REGIMES])}", soft_wrap=True)

@@ -158,7 +158,7 @@ class StudyFolder:
             raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
         there = {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.exists() else set()
         if there and self.file("config").name not in there:
-            raise _no_study(out)
+            raise no_study(out)
         for name, values in documents.items():
             if self.file(name).exists():
                 _same(out, _read_mapping(out, self.file(name)), values)
@@ -200,7 +200,8 @@ def _rows(path: Path) -> Rows:
     return read_csv(path) if path.exists() else []
 
 
-def _no_study(out: Path) -> ValueError:
+def no_study(out: Path) -> ValueError:
+    """What is said of a folder that holds something else."""
     return ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
 
 
@@ -210,7 +211,7 @@ def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict):
-        raise _no_study(out)
+        raise no_study(out)
     return values
 
 

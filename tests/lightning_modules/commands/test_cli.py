@@ -326,7 +326,7 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd.group_size", "1.5"], "group_size"),
         (["--nsgd.solver", "power"], "'auto', 'differences', 'gradients', 'lanczos', 'arpack'"),
         (["--nsgd.samples", "0"], "expected samples of at least 1"),
-        (["--methods", "[sgd,adam]"], "got '[sgd,adam]'; did you mean adamw?"),
+        (["--methods", "[sgd,adam]"], "got 'adam'; did you mean adamw?"),
         (["--methods", "sgd,nsgd"], "got 'sgd,nsgd'; write a list as '[one,two]'"),
         (
             ["--settings", "{sgd: {lr: fast}}"],
@@ -355,7 +355,9 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         ([*HF, "pictures", "--data.label_column", "class"], "expected label_column to be one of image, label"),
         ([*HF, "pictures", "--nsgd.k", "100000"], "expected k of at most"),
         (["--out", "other"], "other holds another study"),
+        (["--out", "other", "--seeds", "2"], "other holds another study"),
         (["--out", "thesis"], "thesis holds files but no study"),
+        (["--out", "thesis", "--seeds", "2"], "thesis holds files but no study"),
         (["--out", "a-file"], "a-file"),
         (["--config", "missing.yaml"], "expected --config to be a YAML file, got 'missing.yaml', which does not exist"),
         (["--bogus", "1"], "--bogus"),

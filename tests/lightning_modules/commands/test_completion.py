@@ -20,7 +20,7 @@ done
 
 ANSWERS = {
     "nsgd com": {"compare"},
-    "nsgd compare dig": {"digits"},
+    "nsgd compare dig": {"digits", "digits-1024", "digits-32"},
     "nsgd compare --nsgd.so": {"--nsgd.source", "--nsgd.solver"},
     "nsgd compare --nsgd.solver la": {"lanczos"},
     "nsgd compare --data Hug": {"HuggingFace"},

@@ -49,7 +49,7 @@ def test_a_study_in_that_folder_is_left_alone(short, capsys):
     (short / "nsgd-compare" / "config.yaml").write_text("net: mlp\n")
     assert main(["compare"]) == 2
     assert capsys.readouterr().err.strip() == (
-        "nsgd: nsgd-compare holds a study of its own; choose another folder with --out, or remove it"
+        "nsgd: nsgd-compare holds another study; choose another folder with --out, or remove it"
     )
     assert [path.name for path in (short / "nsgd-compare").iterdir()] == ["config.yaml"]
 
