@@ -36,12 +36,17 @@ class RecordSteps(pl.Callback):
         self.rows: list[dict[str, Any]] = []
         self._on_step = on_step
         self.validating = 0.0  # seconds
+        self._passes = 0
         self._began = 0.0
         self._paused_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._began = time.perf_counter()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the pass."""
+        self._passes += 1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,8 +57,8 @@ class RecordSteps(pl.Callback):
         optimizer = trainer.optimizers[0]
         row: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "loss": loss}
         refreshes = optimizer.refreshes if isinstance(optimizer, Damped) else 0
-        # SAM takes two a step, and says so.
-        taken = step * getattr(pl_module, "gradients_per_step", 1)
+        # SAM takes two a step, and says so; optimizers that call the closure again, such as L-BFGS, take more passes.
+        taken = max(step * getattr(pl_module, "gradients_per_step", 1), self._passes)
         row["gradients"] = taken + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
         row["seconds"] = time.perf_counter() - self._began - sum(m.seconds for m in self._measurements)
         row |= {"refreshes": refreshes, "hvps": optimizer.hvps if isinstance(optimizer, Damped) else 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,10 @@ def chosen_settings(study: Study, trials: Rows) -> tuple[dict[Method, Settings],
             rows = [row for row in trials if row["method"] == own]
             if not rows:
                 raise ValueError(f"every trial of {own} died; see tuning/{own}-0/failed.txt in its folder")
-            best = min(rows, key=study.score.criterion(rows[0]).badness)
+            criterion = study.score.criterion(rows[0])
+            best = min(rows, key=criterion.badness)
+            if math.isinf(criterion.badness(best)):
+                raise ValueError(f"every trial of {own} diverged; give search.{own} a range of smaller rates")
             settings[method] = trial_settings(study, own)[best["trial"]]
             if own == next(iter(study.recipes)) and target is None:
                 target = float(best[study.score.monitor])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_modules.commands.parsing.types import choices_of, described, known_classes, takes_only_classes
@@ -75,7 +76,7 @@ def _no_option(
 
 def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapping[str, Any]) -> str:
     own_key = _KEY.match(str(error))
-    kind, value = _type(error.parser, f"--{own_key[1]}") if own_key else None, given.get(key)
+    kind, value = _type(error.parser, f"--{own_key[1]}") if own_key else None, _value(key, given)
     if key == "config":
         return f"expected --config to be a YAML file, got {value!r}, which {_state(value)}"
     if kind is None and isinstance(value, str) and any(o.startswith(f"--{key}.") for o in _options(error.parser)):
@@ -98,6 +99,16 @@ def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapp
         f"expected --{key} to be a class by its import path, such as module.Class, or a known one by its name, got "
         f"{value!r}; {near or f'{command} --help all lists known ones'}"
     )
+
+
+def _value(key: str, given: Mapping[str, Any]) -> Any:
+    """What was given for an option, by itself or in a mapping of options."""
+    if key in given or "." not in key:
+        return given.get(key)
+    whole, _, name = key.rpartition(".")
+    values = given.get(whole)
+    values = yaml.safe_load(values) if isinstance(values, str) else values
+    return values.get(name) if isinstance(values, Mapping) else None
 
 
 def _way(key: str, kind: Any, command: str) -> str:

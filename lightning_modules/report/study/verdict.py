@@ -155,11 +155,18 @@ def beside_averages(files: Files) -> list[str]:
     clauses = []
     for method in files.subjects:
         values = _by_seed(files, method, "last", measure)
-        low, high = t_interval(_differences(values, averages[best]))
+        differences = _differences(values, averages[best])
+        if not differences:
+            clauses.append(f"{files.label(method)} have no run beside it")
+            continue
+        equal = len(differences) > 1 and np.ptp(differences) <= 1e-9 * np.abs(differences).max()
+        low, high = t_interval(differences)
         low, high = (low, high) if sign > 0 else (-high, -low)
         what = (
             "one seed, so no test"
             if files.config["seeds"] == 1
+            else "the same on every seed, so no test"
+            if equal
             else "more than averaging gives"
             if low > 0
             else "less than averaging gives"

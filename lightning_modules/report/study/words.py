@@ -75,8 +75,8 @@ def _compared(files: Files) -> str:
     kind = "the network" if config["model"] is None else "the module"
     trials = count(config["tune"], "quasi-random trial")
     tuned = (
-        f"the settings of each are the best of {trials} by {files.criterion.label}"
-        if config["tune"]
+        f"the settings of each are the best of {trials} by {files.criterion.label}{_untuned(files)}"
+        if files.tuning
         else "their settings were given, and nothing was tuned"
     )
     return (
@@ -144,8 +144,8 @@ def notes(files: Files) -> str:
     """What the cells of the one table mean, what was tuned, and what was lost."""
     config, base = files.config, files.label(files.base)
     tuned = (
-        f"learning rates are the best of {count(config['tune'], 'trial')} of each method"
-        if config["tune"]
+        f"learning rates are the best of {count(config['tune'], 'trial')} of each method{_untuned(files)}"
+        if files.tuning
         else "learning rates were given, not tuned"
     )
     under = (
@@ -160,6 +160,13 @@ def notes(files: Files) -> str:
     return f"{upper(tuned)}.{cells}{control}{reach}{_lost(files)}"
 
 
+def _untuned(files: Files) -> str:
+    """Which methods had nothing to tune, as the end of a sentence on those that had."""
+    tuned = {row["method"] for row in files.tuning}
+    own = [m for m in files.methods if m not in tuned and m.removesuffix("-more") not in tuned]
+    return f", but for {and_([files.label(m) for m in own])}, not tuned" if own else ""
+
+
 def _controls(files: Files) -> bool:
     return any(files.styles[method].control for method in files.methods)
 
@@ -172,8 +179,8 @@ def caption(files: Files) -> str:
     )
     tuned = (
         f"tuned: the best of {count(config['tune'], 'trial')} of each by {files.criterion.label}, from a scrambled "
-        f"Halton sequence, run with seed {files.tuning_seed}"
-        if config["tune"]
+        f"Halton sequence, run with seed {files.tuning_seed}{_untuned(files)}"
+        if files.tuning
         else "given, not tuned"
     )
     batch = _of_data(files, "batch_size")
@@ -187,7 +194,8 @@ def caption(files: Files) -> str:
         )
     )
     return (
-        f"{_intervals(files)}. Learning rates: {rates} ({tuned}){size}; threads: {config['threads']}. "
+        f"{_intervals(files)}. Learning rates: {rates or 'of the module itself'} ({tuned}){size}; threads: "
+        f"{config['threads']}. "
         "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
         "those of training without validation and measurements. Averages are read-outs of the same runs; training "
         f"losses are taken on at most {EVALUATED:,} samples, {tested}.{_optimizers(files)}{_lost(files)}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pkgutil import resolve_name
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.callbacks.evaluation_weights import has_evaluation_weights
 from lightning_modules.study.methods.recipe import Damping, Method, Recipe, Settings, made_by
+from lightning_modules.support.nearest import meant
 from nsgd import damp
 from nsgd.damping.step import Damped
 
@@ -41,24 +41,26 @@ def with_rule(optimizer: Optimizer, damping: Damping, seed: int) -> Optimizer:
     return damp(optimizer, seed=seed, **damping)
 
 
-def entry_recipe(entry: Mapping[str, Any], *, color: str, line: str) -> tuple[Method, Recipe]:
+def entry_recipe(
+    entry: Mapping[str, Any], *, color: str, line: str, taken: Collection[Method] = ()
+) -> tuple[Method, Recipe]:
     """Name and recipe of an optimizer that is given by its class.
 
     Args:
         entry: ``class_path`` and, as far as they are given, ``init_args`` of the class; ``search``, ranges of the
             trials (without it, lr from a tenth of its value to ten times that); ``damped``, whether the rule is put on
             it; ``label``, what it is called in print. Its name is the label in lower case with hyphens, else that of
-            the class in lower case, after ``damped-`` where it is damped.
+            the class in lower case, or of its path where a built-in method has that, after ``damped-`` where it is
+            damped.
         color: Of its curves.
         line: Of its curves.
+        taken: Names that it cannot have.
 
     Raises:
         ValueError: If it is not an optimizer that a study can make.
     """
     if unknown := [key for key in entry if key not in _KEYS]:
-        raise ValueError(
-            f"expected a method to have {', '.join(_KEYS)}, got {unknown[0]!r}{did_you_mean(unknown[0], _KEYS)}"
-        )
+        raise ValueError(f"expected a method to have {', '.join(_KEYS)}, got {unknown[0]!r}{meant(unknown[0], _KEYS)}")
     path, label, damped = entry.get("class_path"), entry.get("label"), entry.get("damped", False)
     init_args, search = entry.get("init_args") or {}, entry.get("search") or {}
     for key, value, wanted, words in (
@@ -73,18 +75,23 @@ def entry_recipe(entry: Mapping[str, Any], *, color: str, line: str) -> tuple[Me
     assert isinstance(path, str)
     kind = _class(path)
     named = kind.__name__ if label is None else label
-    slug = re.sub(r"[^a-z0-9]+", "-", named.lower()).strip("-")
-    if not slug:
-        raise ValueError(f"expected label of {path} to have a letter or a digit, got {label!r}")
     prefixes = ("damped-", "damped ") if damped and label is None else ("", "")
+    name = prefixes[0] + _slug(named)
+    if name in taken and label is None:
+        name = prefixes[0] + _slug(path)
+    if name in taken or not _slug(named):
+        kept = "another than those of the methods that are built in" if _slug(named) else "with a letter or a digit"
+        raise ValueError(f"expected label of {path} to be {kept}, got {label!r}; choose another")
     defaults, fixed = _settings(kind, path, init_args, search)
-    for name, ends in search.items():
-        check_range(f"search.{name} of {path}", ends)
-    ranges = {name: (float(low), float(high)) for name, (low, high) in search.items()}
+    for option, ends in search.items():
+        check_range(f"search.{option} of {path}", ends)
+    ranges = {option: (float(low), float(high)) for option, (low, high) in search.items()}
+    if not ranges and not defaults["lr"] > 0:
+        raise ValueError(f"expected lr of {path} above 0, got {defaults['lr']:g}; give init_args.lr, or search.lr")
 
     def make(params: Iterable[torch.nn.Parameter], settings: Mapping[str, float], damping: Damping, seed: int) -> Any:
         try:
-            optimizer = kind(params, **{**fixed, **{name: settings[name] for name in defaults}})
+            optimizer = kind(params, **{**fixed, **{option: settings[option] for option in defaults}})
         except (TypeError, ValueError) as error:
             said = " ".join(str(error).split())
             raise ValueError(
@@ -103,7 +110,11 @@ def entry_recipe(entry: Mapping[str, Any], *, color: str, line: str) -> tuple[Me
         damping={} if damped else None,
         follows="warm-up" if has_evaluation_weights(kind) else "all",
     )
-    return prefixes[0] + slug, recipe if ranges else replace(recipe, search={"lr": recipe.rates})
+    return name, recipe if ranges else replace(recipe, search={"lr": recipe.rates})
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def check_range(name: str, ends: Any) -> None:
@@ -113,13 +124,6 @@ def check_range(name: str, ends: Any) -> None:
         swapped = numbers and len(ends) == 2 and 0 < ends[1] < ends[0] < math.inf
         mend = f"; its ends are swapped, give {[ends[1], ends[0]]}" if swapped else ""
         raise ValueError(f"expected {name} to be a lower and a higher number above 0, got {ends}{mend}")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that a misspelt one comes nearest to, as the end of a sentence; empty where none is near."""
-    by_lower = {one.lower(): one for one in known}
-    near = get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def _class(path: str) -> type[Optimizer]:
@@ -145,7 +149,7 @@ def _class(path: str) -> type[Optimizer]:
 def _nearest(path: str) -> str:
     module, _, name = path.rpartition(".")
     try:
-        return did_you_mean(name, vars(resolve_name(module)))
+        return meant(name, vars(resolve_name(module)))
     except (ImportError, AttributeError, ValueError, TypeError):
         return "; give the whole path, such as torch.optim.RMSprop"
 
@@ -170,7 +174,7 @@ def _settings(
     for name in (*init_args, *search):
         if name not in options and not (takes_any and name in init_args):
             raise ValueError(
-                f"expected options of {path} among {', '.join(options)}, got {name!r}{did_you_mean(name, options)}"
+                f"expected options of {path} among {', '.join(options)}, got {name!r}{meant(name, options)}"
             )
     values = {"lr": options["lr"].default}
     if "weight_decay" in options:
@@ -181,6 +185,11 @@ def _settings(
         raise ValueError(
             f"expected init_args.{missing} of {path} to be a number, which the class has no default of, got "
             f"{init_args.get(missing, 'none')}; give it"
+        )
+    if counts := [n for n in search if isinstance(values[n], int) and n not in ("lr", "weight_decay")]:
+        raise ValueError(
+            f"expected search of {path} to be of options that are no whole numbers, got {counts[0]}, which is "
+            f"{values[counts[0]]}; set it in init_args"
         )
     # Whole numbers, such as a count of steps, stay what they are; lists are tuples in Python, such as betas.
     whole = [n for n in init_args if isinstance(init_args[n], int) and n not in ("lr", "weight_decay", *search)]

@@ -10,10 +10,11 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_modules.models.sharpness_aware import sharpness_aware
-from lightning_modules.study.methods.any_optimizer import did_you_mean, entry_recipe, with_rule
+from lightning_modules.study.methods.any_optimizer import entry_recipe, with_rule
 from lightning_modules.study.methods.muon import Muon
 from lightning_modules.study.methods.own import own
 from lightning_modules.study.methods.recipe import Damping, Install, Method, Recipe, made_by
+from lightning_modules.support.nearest import meant
 from nsgd import NSGD
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -138,12 +139,12 @@ def recipes_of(methods: Sequence[str | Mapping[str, Any]]) -> dict[Method, Recip
             if method not in RECIPES:
                 raise ValueError(
                     f"expected methods to be among {', '.join(RECIPES)}, or any optimizer as {{class_path: "
-                    f"torch.optim.RMSprop}}, got {method!r}{did_you_mean(method, RECIPES)}"
+                    f"torch.optim.RMSprop}}, got {method!r}{meant(method, RECIPES)}"
                 )
             name, recipe = method, RECIPES[method]
         else:
             line, color = next(styles, ("-", "#999999"))
-            name, recipe = entry_recipe(method, color=color, line=line)
+            name, recipe = entry_recipe(method, color=color, line=line, taken=RECIPES)
         if name in found:
             mend = "" if isinstance(method, str) else "; give one of them a label"
             raise ValueError(f"expected methods to be different, got {name} twice{mend}")

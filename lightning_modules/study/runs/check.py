@@ -10,10 +10,11 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_modules.callbacks.measurements import make_measurements
 from lightning_modules.models.base import Split
 from lightning_modules.study.methods import RECIPES, prepare
-from lightning_modules.study.methods.any_optimizer import check_range, did_you_mean
+from lightning_modules.study.methods.any_optimizer import check_range
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
 from lightning_modules.study.runs.subject import Subject
+from lightning_modules.support.nearest import meant
 
 
 def check_study(subject: Subject) -> None:
@@ -100,13 +101,13 @@ def _check_names(study: Study, option: str, values: Mapping[str, Iterable[str]])
     known = {m: recipe for m, recipe in {**RECIPES, **study.recipes}.items() if not recipe.more_of}
     for method, names in values.items():
         if method not in known:
-            near = did_you_mean(method, known)
+            near = meant(method, known)
             raise ValueError(f"expected {option} of a method among {', '.join(known)}, got {method!r}{near}")
         taken = known[method].hyperparameters
         if unknown := [name for name in names if name not in taken]:
             raise ValueError(
                 f"expected {option} of {method} to be among {', '.join(taken) or 'none at all'}, got {unknown[0]!r}"
-                f"{did_you_mean(unknown[0], taken)}"
+                f"{meant(unknown[0], taken)}"
             )
 
 

@@ -118,8 +118,11 @@ class _Worker:
         )
         self._ended = False
         self._printed = ""
+        self._lock = threading.Lock()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
+        # What it forked holds its pipes open, so its end is not seen by them alone.
+        threading.Thread(target=self.kill_when_over, daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -128,7 +131,6 @@ class _Worker:
 
     def make(self, number: int, on_step: OnStep) -> tuple[bool, str | None]:
         """Have a run made; returns whether the worker lives on, and what was said if the run died."""
-        self._printed = ""
         try:
             _pipe(self._process.stdin).write(f"{number}\n")
             _pipe(self._process.stdin).flush()
@@ -141,20 +143,27 @@ class _Worker:
                 self._printed += line
                 continue
             if step is None:
+                self._printed = ""
                 return True, words
             on_step(number, step, loss)
         return False, self._ending()
 
     def kill(self) -> None:
         """End it, with the processes that it started; once, since another process may have its number later."""
-        if not self._ended:
-            self._ended = True
-            with suppress(ProcessLookupError):
-                if hasattr(os, "killpg"):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                else:
-                    self._process.kill()
+        with self._lock:
+            if not self._ended:
+                self._ended = True
+                with suppress(ProcessLookupError):
+                    if hasattr(os, "killpg"):
+                        os.killpg(self._process.pid, signal.SIGKILL)
+                    else:
+                        self._process.kill()
         self._process.wait()
+
+    def kill_when_over(self) -> None:
+        """Wait for its end, and end what it has left."""
+        self._process.wait()
+        self.kill()
 
     def release(self) -> None:
         """Close the pipes of a process that has ended."""

@@ -504,7 +504,7 @@ def test_a_run_by_its_number_says_where_it_lies_and_what_is_next(own, capsys):
         ([*MINE, "--monitor", "val/f1"], "expected Mine to log val/f1 in validation, got val/error, val/r2"),
         ([*MINE, "--mode", "least"], "expected --mode to be"),
         ([*MINE, "--monitor", "val/error", "--target", ".inf"], "target to be finite"),
-        ([*MINE, "--model.depth", "3"], "expected an option of {}.Mine, got --model.depth"),
+        ([*MINE, "--model.depth", "3"], "expected an option of Mine, got --model.depth"),
         ([*MINE, "--model.width", "wide"], "expected --model.width to be a whole number, got 'wide'"),
         (["--model", "{}.Manual", "--data", "{}.Data"], "got Manual, which takes its own optimizer steps"),
         (["--model", "{}.WarmUp", "--data", "{}.Data"], "got WarmUp, which overrides optimizer_step"),

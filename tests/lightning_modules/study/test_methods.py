@@ -30,7 +30,7 @@ from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.plan import plan_runs
 from lightning_modules.study.runs.subject import Subject
-from lightning_modules.study.tuning import sweep_rates, trial_settings
+from lightning_modules.study.tuning import chosen_settings, sweep_rates, trial_settings
 from lightning_modules.support.files import read_csv
 from lightning_modules.support.quiet import quiet_trainer
 from nsgd.damping.step import Damped
@@ -149,7 +149,7 @@ def test_an_entry_is_damped_as_the_rule_damps_any_optimizer(tmp_path):
     folder = finished(tmp_path / "a", methods=["damped-adamw", {**adamw, "label": "The same!"}], **ONCE)
     assert losses(folder, "the-same-0") == losses(folder, "damped-adamw-0")
     plain = finished(tmp_path / "b", methods=["adamw", adamw], **ONCE, nsgd=replace(OPTIONS, gamma=1.0))
-    assert losses(plain, "damped-adamw-0") == losses(plain, "adamw-0")
+    assert losses(plain, "damped-torch-optim-adamw-0") == losses(plain, "adamw-0")
     assert losses(folder, "the-same-0") != losses(plain, "adamw-0")
 
 
@@ -168,12 +168,12 @@ def test_names_labels_and_styles():
         "rmsprop": "RMSprop",
         "damped-rmsprop": "damped RMSprop",
         "rmsprop-centered": "RMSprop, centered",
-        "soap": "SOAP",
+        "pytorch-optimizer-soap": "SOAP",
     }
     every = [*RECIPES.values(), *list(recipes.values())[1:]]
     assert len({(recipe.color, recipe.line) for recipe in every}) == len(every)
     assert recipes["rmsprop"].search == {"lr": pytest.approx((0.0003, 0.03))}  # a tenth to ten times its rate
-    assert recipes["soap"].defaults == {"lr": 3e-3, "weight_decay": 0.01}  # those of the class
+    assert recipes["pytorch-optimizer-soap"].defaults == {"lr": 3e-3, "weight_decay": 0.01}  # those of the class
     assert [name for name, recipe in recipes.items() if recipe.damps] == ["damped-rmsprop"]
 
 
@@ -459,7 +459,13 @@ def entry(path: str, **rest: Any) -> dict[str, Any]:
             entry("torch.optim.RMSprop", search={"lr": 0.1}),
             "search.lr of torch.optim.RMSprop to be a lower and a higher",
         ),
-        (entry("torch.optim.RMSprop", label="--"), "label of torch.optim.RMSprop to have a letter or a digit"),
+        (entry("torch.optim.RMSprop", label="--"), "label of torch.optim.RMSprop to be with a letter or a digit"),
+        (entry("torch.optim.RMSprop", label="Random"), "to be another than those of the methods that are built in"),
+        (entry("torch.optim.RMSprop", init_args={"lr": 0}), "lr of torch.optim.RMSprop above 0, got 0; give init_args"),
+        (
+            entry("pytorch_optimizer.SOAP", search={"precondition_frequency": [5, 50]}),
+            "search of .*SOAP to be of options that are no whole numbers, got precondition_frequency, which is 10",
+        ),
         ({"methods": [{"label": "x"}]}, "class_path of a method to be the import path of an optimizer"),
         (
             entry("pytorch_optimizer.ScheduleFreeAdamW", damped=True),
@@ -496,6 +502,33 @@ def test_an_old_studys_options_are_as_they_were():
     assert [found[name] for name in ("schedule", "weight_decay", "limit_test")] == [None, None, None]
 
 
+def test_an_entry_of_a_built_in_name_goes_by_its_path():
+    methods = [
+        {"class_path": "torch.optim.SGD"},
+        {"class_path": "pytorch_optimizer.SOAP", "damped": True},
+        "sgd",
+        "soap",
+    ]
+    assert list(Study(methods=methods).recipes) == ["torch-optim-sgd", "damped-soap", "sgd", "soap"]
+
+
+def test_trials_that_all_diverge_choose_nothing():
+    chosen = study(tune=2, lr=None)
+    trials = [
+        {"method": m, "trial": i, "val_loss": math.nan, "val_accuracy": 0.1} for m in chosen.recipes for i in (0, 1)
+    ]
+    with pytest.raises(ValueError, match=r"every trial of .* diverged; give search\..* a range of smaller rates"):
+        chosen_settings(chosen, trials)
+
+
+def test_an_optimizer_that_calls_the_closure_again_is_charged_for_each_pass(tmp_path):
+    lbfgs = {"class_path": "torch.optim.LBFGS", "init_args": {"lr": 0.1, "max_iter": 4}}
+    run_study(study(methods=["sgd", lbfgs], seeds=1, lr=None), tmp_path / "out", silent)
+    sgd, other = (read_csv(tmp_path / "out" / "runs" / f"{m}-0" / "metrics.csv")[-1] for m in ("sgd", "lbfgs"))
+    assert sgd["gradients"] == sgd["step"]
+    assert 2 * other["step"] < other["gradients"] <= 5 * other["step"]
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 _OPTIONS = ["--seeds", "1", "--epochs", "1", "--data", "Digits", "--data.limit", "300", "--data.batch_size", "50"]
@@ -521,7 +554,7 @@ def test_entries_and_schedules_are_options_of_the_command_and_of_a_file(tmp_path
         (["--methods", "[sgd, mouon]"], "got 'mouon'; did you mean muon?"),
         (["--methods", "[{class_path: torch.optim.RMSProp}]"], "did you mean RMSprop?"),
         (["--schedule", "{name: cosine, warmup: 500}"], "a share of the run's steps, at least 0 and below 1, got 500"),
-        (["--schedule", "{name: cosin}"], "expected"),
+        (["--schedule", "{name: cosin}"], "to be 'constant', 'cosine', 'linear', got 'cosin'; did you mean cosine?"),
     ],
 )
 def test_what_the_command_cannot_compare_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):
