@@ -338,6 +338,7 @@ def test_one_table_has_methods_down_and_read_outs_across(tmp_path):
         ([0.89, 0.909, 0.928], "+2.1 ± 0.2 points, more than averaging gives"),
         ([0.92, 0.93, 0.94], "+0.0 ± 2.5 points, not shown to be more than averaging gives"),
         ([0.93, 0.951, 0.972], "-2.1 ± 0.2 points, less than averaging gives"),
+        ([0.89, 0.91, 0.93], "+2.0 ± 0.0 points, the same on every seed, so no test"),
     ],
 )
 def test_a_gain_is_held_against_the_better_average_of_the_first_methods_own_run(tmp_path, average, said):
@@ -345,6 +346,12 @@ def test_a_gain_is_held_against_the_better_average_of_the_first_methods_own_run(
     (words,) = with_averages(folder, {"ema": {"sgd": [0.1, 0.2, 0.3]}, "swa": {"sgd": average}}).averages
     assert words.endswith(f"Against that average, the last weights of NSGD are at {said}.")
     assert words.startswith("By averaging alone, SGD's own SWA is at ")
+
+
+def test_a_method_without_a_run_is_held_against_no_average(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": [DEAD] * 3})
+    (words,) = with_averages(folder, {"ema": {"sgd": [0.89, 0.909, 0.928]}}).averages
+    assert words.endswith("the last weights of NSGD have no run beside it.")
 
 
 def test_without_averages_or_with_one_seed_no_gain_is_tested(tmp_path):

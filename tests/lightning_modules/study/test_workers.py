@@ -131,3 +131,18 @@ def test_losses_that_are_no_numbers_are_heard(loss):
     with workers(f"time.sleep(0.2); on_step(2, float('{loss}'))", jobs=1, steps=steps) as pool:
         assert dict(pool.make([0])) == {0: None}
     assert [(step, str(value)) for _, step, value in steps] == [(1, "0.5"), (2, loss)]
+
+
+def test_a_killed_worker_is_noticed_though_what_it_forked_lives_on():
+    """The child holds the worker's output open, which alone would not end before it does."""
+    body = """
+if number == 0:
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    began = time.monotonic()
+    with workers(body, jobs=1) as pool:
+        assert dict(pool.make([0, 1])) == {0: "imported\nended by signal 9", 1: None}
+    assert time.monotonic() - began < 30
