@@ -25,10 +25,7 @@ from lightning_modules.support.progress import progress_bar
 from lightning_modules.support.study_folder import no_study
 
 _DESCRIPTION = "Train every method with every seed, and compare."
-_REGIMES = (
-    "digits-32",
-    "digits-1024",
-)  # the studies that are made where nothing is said of any: without gain, and with
+_REGIMES = ("digits-32", "digits-1024")  # the studies that are made where none is named
 
 
 def run_compare_command(argv: list[str]) -> int:
