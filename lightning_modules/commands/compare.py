@@ -20,7 +20,7 @@ from lightning_modules.report.study.series import write_series
 from lightning_modules.study.compare import run_one, run_study, serve_runs
 from lightning_modules.study.options import NAMED, Study
 from lightning_modules.study.runs.launch import Launcher
-from lightning_modules.support.nearest import did_you_mean
+from lightning_modules.support.nearest import meant
 from lightning_modules.support.progress import progress_bar
 from lightning_modules.support.study_folder import no_study
 
@@ -133,9 +133,10 @@ def _with_study(argv: list[str]) -> list[str]:
             names = sorted(path.stem for path in NAMED.glob("*.yaml"))
             is_file = Path(argv[0]).suffix in (".yaml", ".yml")
             which = "which does not exist" if is_file else "which is neither"
-            meant = did_you_mean(argv[0], names)
-            said = f"expected STUDY to be {', '.join(names)}, or a YAML file, got {argv[0]!r}, {which}"
-            raise ValueError(f"{said}; {meant}" if meant else said)
+            raise ValueError(
+                f"expected STUDY to be {', '.join(names)}, or a YAML file, got {argv[0]!r}, {which}"
+                f"{meant(argv[0], names)}"
+            )
         return ["--config", str(own if own.exists() else argv[0]), *_classes_first(argv[1:])]
     if any(word.split("=")[0] in ("--data", "--net", "--model", "--config") for word in argv):
         return argv if "--config" in argv else _classes_first(argv)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
-from lightning_modules.support.nearest import did_you_mean
+from lightning_modules.support.nearest import meant
 
 
 def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
@@ -22,9 +22,10 @@ def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
     """
     module, _, name = path.partition(":")
     if not (module and name):
-        meant = did_you_mean(path, known.split(", "))
-        said = f"expected {option} to be one of {known}, or module:name of your own, got {path!r}"
-        raise ValueError(f"{said}; {meant}" if meant else said)
+        raise ValueError(
+            f"expected {option} to be one of {known}, or module:name of your own, got {path!r}"
+            f"{meant(path, known.split(', '))}"
+        )
     try:
         found: Any = resolve_name(path)
     except ImportError as error:

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_modules.commands.parsing.types import choices_of, described, known_classes, takes_only_classes
-from lightning_modules.support.nearest import did_you_mean
+from lightning_modules.support.nearest import did_you_mean, meant
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _NO_OPTION = re.compile(r"[Oo]ption '([^']+)'")
@@ -85,8 +85,7 @@ def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapp
         return f"bad --{key}: {_KEY.sub('', words).lstrip(': ')}"
     for cause in _causes(error):
         if isinstance(cause, ImportError | AttributeError):
-            near = did_you_mean(str(cause.name), dir(cause.obj)) if isinstance(cause, AttributeError) else ""
-            mend = f"; {near}" if near else ""
+            mend = meant(str(cause.name), dir(cause.obj)) if isinstance(cause, AttributeError) else ""
             return f"expected --{key} to be a class that can be imported and made, got {value!r}: {cause}{mend}"
     choices = choices_of(kind)
     unknown = [word for word in re.findall(r"[\w-]+", str(value)) if word not in choices] if choices else []

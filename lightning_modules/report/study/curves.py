@@ -25,15 +25,22 @@ Point = tuple[dict[str, float], float]  # row of a run's steps, value there
 
 def curve_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption: training loss, and the score in validation, against steps and seconds."""
-    if not any(rows for runs in files.metrics.values() for rows in runs.values()):
+    if not (loss := loss_figure(files)):
         return {}
     measure = files.score.validation
-    loss = _against_costs(files, _epoch_losses, "training loss, mean of each epoch", log=True)
     score = _against_costs(files, lambda run: _scores(run, measure), measure.header, log=False)
     return {
-        "training-loss": (loss, f"Training loss against steps and against seconds. {_LINES}"),
+        **loss,
         measure.label.replace(" ", "-"): (score, f"{upper(measure.label)} after each epoch. {_LINES}"),
     }
+
+
+def loss_figure(files: Files) -> dict[str, tuple[Figure, str]]:
+    """The first of them alone; none where the runs are not there."""
+    if not any(rows for runs in files.metrics.values() for rows in runs.values()):
+        return {}
+    figure = _against_costs(files, _epoch_losses, "training loss, mean of each epoch", log=True)
+    return {"training-loss": (figure, f"Training loss against steps and against seconds. {_LINES}")}
 
 
 def plot(axes: Axes, style: MethodStyle, x: Any, y: Any, *, marker: str = "", linewidth: float = 1.8) -> None:

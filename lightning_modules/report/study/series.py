@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_modules.report.page import Section, write_page
-from lightning_modules.report.study.curves import curve_figures
+from lightning_modules.report.study.curves import loss_figure
 from lightning_modules.report.study.files import Files, read_folder
 from lightning_modules.report.study.tables import TEXT_COLUMNS, overview
 from lightning_modules.report.study.verdict import verdict
@@ -36,9 +36,7 @@ def write_series(path: Path, studies: Sequence[Path]) -> Path:
 
 
 def _section(files: Files) -> Section:
-    figures = {
-        f"{name}-{files.folder.name}": drawn for name, drawn in curve_figures(files).items() if name == "training-loss"
-    }
+    figures = {f"{name}-{files.folder.name}": drawn for name, drawn in loss_figure(files).items()}
     return Section(_regime(files), [title(files), notes(files)], [overview(files)], figures)
 
 
