@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from the files in benchmarks/results, between their markers.
+"""Write what README.md and benchmarks/README.md take from the files in benchmarks/results, between their markers.
 
 python benchmarks/readme.py            # rewrites both
 python benchmarks/readme.py --smoke    # fails if one is not what these files say
@@ -107,7 +107,9 @@ def short() -> str:
 
 
 # What each document shows.
-TABLES: dict[str, dict[str, Callable[[], str]]] = {"README.md": {"short": short}}
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "short": short}
+}
 TABLES["benchmarks/README.md"] = {
     "digits": digits,
     "time_to_target": benchmark("time_to_target", "Medians over paired seeds, as many as the counts say."),

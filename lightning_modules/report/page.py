@@ -39,14 +39,14 @@ class Section:
     folded: bool = False
 
 
-def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, on a canvas of its own: the backend of pyplot stays the user's."""
+def new_figure(columns: int, *, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, row by row, on a canvas of its own: the backend of pyplot stays the user's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.4 * columns, 3.6), layout="constrained")
+    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

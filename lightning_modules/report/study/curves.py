@@ -39,7 +39,7 @@ def loss_figure(files: Files) -> dict[str, tuple[Figure, str]]:
     """The first of them alone; none where the runs are not there."""
     if not any(rows for runs in files.metrics.values() for rows in runs.values()):
         return {}
-    figure = _against_costs(files, _epoch_losses, "training loss, mean of each epoch", log=True)
+    figure = _against_costs(files, epoch_losses, "training loss, mean of each epoch", log=True)
     return {"training-loss": (figure, f"Training loss against steps and against seconds. {_LINES}")}
 
 
@@ -56,7 +56,7 @@ def has_logarithm(axes: Axes) -> bool:
     return bool(len(finite) and (finite > 0).all())
 
 
-def _epoch_losses(run: Rows) -> list[Point]:
+def epoch_losses(run: Rows) -> list[Point]:
     """Mean loss of each epoch, at its last step; the last epoch may be cut short."""
     ends = [i for i, row in enumerate(run) if i + 1 == len(run) or run[i + 1]["epoch"] != row["epoch"]]
     starts = [0, *(end + 1 for end in ends[:-1])]
@@ -80,7 +80,7 @@ def _against_costs(files: Files, points: Callable[[Rows], list[Point]], ylabel: 
         y = np.array([[value for _, value in curve[:length]] for curve in curves.values()])  # (seeds, points)
         for axes, cost in zip(panels, _AXES, strict=True):
             x = np.array([[row[cost] for row, _ in curve[:length]] for curve in curves.values()])
-            _plot_seeds(axes, files.styles[method], cost, curves)
+            plot_seeds(axes, files.styles[method], cost, curves)
             middle = np.median(x, axis=0), np.median(y, axis=0)
             plot(axes, files.styles[method], *middle, marker="o" if length == 1 else "")
     for axes, name in zip(panels, _AXES.values(), strict=True):
@@ -90,7 +90,8 @@ def _against_costs(files: Files, points: Callable[[Rows], list[Point]], ylabel: 
     return figure
 
 
-def _plot_seeds(axes: Axes, style: MethodStyle, cost: str, curves: dict[int, list[Point]]) -> None:
+def plot_seeds(axes: Axes, style: MethodStyle, cost: str, curves: dict[int, list[Point]]) -> None:
+    """Every seed's curve of a method, behind the main one; none where there is one seed."""
     for seed, curve in curves.items() if len(curves) > 1 else ():
         x, y = [row[cost] for row, _ in curve], [value for _, value in curve]
         name = f"_{style.label}, seed {seed}"  # that begins with _, so it is in no legend
