@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_modules.data.cutting import batch_size_of, is_cuttable, some_samples
-from lightning_modules.data.training_samples import in_batches, training_samples
+from lightning_modules.callbacks.curvature_batches import CurvatureBatches, Parts, columns_of
+from lightning_modules.data.cutting import batch_size_of
 from lightning_modules.models.batch_loss import batch_loss, batch_losses
 from nsgd.damping.step import Damped
 from nsgd.directions.processes import alike
 from nsgd.directions.samples import SampleLosses, check_chunk_size
 from nsgd.options import Estimator
-
-_MOST_GROUPS = 64
 
 
 class RefreshDirections(pl.Callback):
@@ -74,13 +69,8 @@ class RefreshDirections(pl.Callback):
         chunk_size: int | None = None,
     ) -> None:
         check_chunk_size(chunk_size)
-        for name, count in (("samples", samples), ("group_size", group_size)):
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ValueError(f"expected {name} of at least 1, or None for the default, got {count!r}")
-        if source not in ("batch", "train"):
-            raise ValueError(f"expected source to be batch or train, got {source!r}")
-        self.samples, self.group_size, self.source, self.optimizer = samples, group_size, source, optimizer
-        self.seed, self.chunk_size = seed, chunk_size
+        self._batches = CurvatureBatches(samples, group_size, source, seed)
+        self.optimizer, self.chunk_size = optimizer, chunk_size
         self._batch: Any = None
         self._batch_idx = 0
         self._full_size = 1  # samples in the largest batch so far: the last of an epoch may be short
@@ -150,7 +140,7 @@ class RefreshDirections(pl.Callback):
         accumulate = trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else float(scaler.get_scale())
-        parts = self._parts(trainer, module, optimizer)
+        parts = self._batches.parts(trainer, module, optimizer, self._batch, self._tell_once)
         in_groups = parts is not None and len(parts) > 1 and optimizer.options.solver in ("auto", "gradients")
         if not alike(-1 if parts is None else in_groups, module.device) or parts is None:
             return
@@ -166,49 +156,7 @@ class RefreshDirections(pl.Callback):
         if done:
             self._log(trainer, optimizer, alignment)
 
-    def _parts(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Damped
-    ) -> list[tuple[Any, int]] | None:
-        """Batches to take the curvature of, with their sample counts: none for the running loss, None to pass over."""
-        size = batch_size_of(self._batch)
-        solver = optimizer.options.solver
-        in_groups = solver in ("auto", "gradients")
-        if self.source == "train":
-            if size is None:
-                raise ValueError(
-                    f"source='train' expected batches of tensors, got a {type(self._batch).__name__}; use "
-                    "source='batch'"
-                )
-            return self._training_sample(trainer, module, None if in_groups else size)
-        if not (module.automatic_optimization or hasattr(module, "curvature_loss")):
-            return []
-        if not in_groups:
-            samples = self._share(trainer, module)
-            if samples is None or size is None or samples >= size:
-                return []
-            return [(some_samples(self._batch, slice(samples)), samples)]
-        if size is None or not is_cuttable(self._batch):
-            self._tell_once(
-                "RefreshDirections cannot cut this batch into samples, so the directions come from Hessian-vector "
-                "products of its whole loss, which cost more; solver='lanczos' on the optimizer says that this is meant"
-            )
-            return []
-        count = min(self._share(trainer, module) or size, size)
-        ranges = self._groups(module, count)
-        averaged = not optimizer.from_training_gradients and optimizer.weights and not optimizer.eigenvalues
-        if len(ranges) == 1 and (solver == "gradients" or averaged):
-            return None  # a short last batch: its products would drive out the average, and the next batch has groups
-        if len(ranges) == 1 and count == size:
-            self._tell_once(
-                f"RefreshDirections cannot cut a batch of {size} into groups of samples, so the directions come from "
-                "Hessian-vector products of its loss, which cost more; source='train' takes samples of the training set"
-            )
-            return []
-        return [(some_samples(self._batch, part), part.stop - part.start) for part in ranges]
-
-    def _refresh_on(
-        self, parts: list[tuple[Any, int]], module: pl.LightningModule, optimizer: Damped, **options: float
-    ) -> bool:
+    def _refresh_on(self, parts: Parts, module: pl.LightningModule, optimizer: Damped, **options: float) -> bool:
         """Refresh from the losses of these batches; gradients of groups are taken at once where they can be."""
 
         def scaled(loss_of: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
@@ -220,7 +168,7 @@ class RefreshDirections(pl.Callback):
             # A product needs the same loss every time.
             pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]
             return optimizer.refresh(pairs, **options)
-        columns = _columns(parts) if self._at_once else None  # copies the samples
+        columns = columns_of(parts) if self._at_once else None  # copies the samples
         if not alike(columns is not None, module.device):
             columns = None
         if self._at_once and columns is None:
@@ -270,84 +218,20 @@ class RefreshDirections(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(known, step=step)
 
+    def check_samples(self, solvers: list[Estimator], module: nn.Module) -> None:
+        """Raise a ValueError where gradients of groups are wanted and the samples make no two groups."""
+        self._batches.check(solvers, module)
+
     def _tell_once(self, message: str) -> None:
         if message not in self._told:
             rank_zero_info(message)
         self._told.add(message)
-
-    def check_samples(self, solvers: list[Estimator], module: nn.Module) -> None:
-        """Raise a ValueError where gradients of groups are wanted and the samples make no two groups."""
-        if "gradients" in solvers and self.samples is not None and len(self._groups(module, self.samples)) < 2:
-            raise ValueError(
-                f"solver='gradients' expected samples of two groups or more, got samples={self.samples}; raise it, or "
-                "lower group_size"
-            )
-
-    def _share(self, trainer: pl.Trainer, module: nn.Module) -> int | None:
-        """Samples of this process: two groups at least, or all where these are fewer."""
-        if self.samples is None:
-            return None
-        return max(-(-self.samples // trainer.world_size), min(self.samples, 2 * self._least(module)))
-
-    def _least(self, module: nn.Module) -> int:
-        """Samples in a group, unless they are many."""
-        return self.group_size or (8 if _is_normalised(module) else 1)
-
-    def _groups(self, module: nn.Module, count: int) -> list[slice]:
-        """Cut so many samples into groups."""
-        normalised = _is_normalised(module)
-        # Every gradient is kept until all are there, so that many samples come in larger groups.
-        step = max(self._least(module), -(-count // _MOST_GROUPS))
-        starts = list(range(0, count, step))
-        if normalised and len(starts) > 1 and count - starts[-1] == 1:
-            starts.pop()  # BatchNorm cannot do with one sample: the last group takes it in
-        return [slice(start, end) for start, end in pairwise([*starts, count])]
-
-    def _training_sample(
-        self, trainer: pl.Trainer, module: pl.LightningModule, size: int | None
-    ) -> list[tuple[Any, int]]:
-        """Fresh samples of the training set in batches of a size, or in groups, with their sample counts."""
-        return training_samples(
-            trainer,
-            module,
-            self.samples or 2560,
-            # A function of the step, so that a resumed run draws the samples that an uninterrupted one does.
-            seed=self.seed * 1_000_003 + trainer.global_step,
-            parts=partial(self._groups, module) if size is None else in_batches(size),
-            otherwise="use source='batch'",
-            share=(trainer.global_rank, trainer.world_size),
-        )
-
-
-def _is_normalised(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
 def _prefix(trainer: pl.Trainer, optimizer: Damped) -> str:
     """What the logged values of an optimizer begin with."""
     several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
     return f"nsgd-{trainer.optimizers.index(optimizer)}" if several else "nsgd"
-
-
-def _columns(parts: list[tuple[Any, int]]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]] | None:
-    """Batches end to end: their tensors, and a function from tensors to a batch; None if they are not of one make."""
-    sizes = [n for _, n in parts]
-    flat = [tree_flatten(batch) for batch, _ in parts]
-    spec = flat[0][1]
-    if any(other != spec for _, other in flat) or set(sizes[:-1]) != {sizes[0]} or sizes[-1] > sizes[0]:
-        return None
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
-    if not all(_is_column(column, sizes) for column in columns):
-        return None
-    return [torch.cat(column) for column in columns], lambda tensors: tree_unflatten(list(tensors), spec)
-
-
-def _is_column(parts: Sequence[Any], sizes: list[int]) -> bool:
-    """Whether these are tensors of so many rows of one shape."""
-    return all(
-        isinstance(part, Tensor) and part.ndim > 0 and len(part) == n and part.shape[1:] == parts[0].shape[1:]
-        for part, n in zip(parts, sizes, strict=True)
-    )
 
 
 def _reached(loss: Tensor) -> set[Tensor]:

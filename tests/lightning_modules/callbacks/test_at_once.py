@@ -244,7 +244,7 @@ def test_both_ways_give_the_same_directions(make_trainer, random_state, monkeypa
     make = partial(NSGD, **SETTINGS, k=3, gamma=0.1, refresh_every=1)
     optimizer, found = fit(make_trainer, random_state, kind, make, [RefreshDirections(None, group_size)])
     assert "_at_once" in watch[1]
-    monkeypatch.setattr(refresh, "_columns", lambda parts: None)
+    monkeypatch.setattr(refresh, "columns_of", lambda parts: None)
     watch[1].clear()
     other, expected = fit(make_trainer, random_state, kind, make, [RefreshDirections(None, group_size)])
     assert set(watch[1]) == {"_one_by_one"}
@@ -391,5 +391,5 @@ def test_parameters_that_are_used_past_the_module_give_the_same_directions(make_
         trainer = make_trainer(callbacks=[RefreshDirections()], limit_train_batches=1)
         trainer.fit(kind(partial(NSGD, **SETTINGS, k=3, refresh_every=1)), batches(kind))
         weights.append(trainer.optimizers[0].weights)
-        monkeypatch.setattr(refresh, "_columns", lambda parts: None)
+        monkeypatch.setattr(refresh, "columns_of", lambda parts: None)
     assert weights[0] == pytest.approx(weights[1], rel=1e-4)

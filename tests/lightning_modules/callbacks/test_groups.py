@@ -29,7 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_modules import RefreshDirections
+from lightning_modules.callbacks import curvature_batches
 from lightning_modules.data.cutting import some_samples
+from lightning_modules.data.training_samples import training_samples
 from lightning_modules.models.batch_loss import batch_loss, batch_losses
 from nsgd import NSGD
 
@@ -197,16 +199,16 @@ def test_groups_of_the_training_set_are_distinct_samples_with_their_labels(make_
     assert optimizer.hvps == 0
 
 
-def test_every_refresh_draws_other_samples_of_the_training_set(make_trainer):
+def test_every_refresh_draws_other_samples_of_the_training_set(make_trainer, monkeypatch):
     drawn = []
 
-    class Draws(RefreshDirections):
-        def _training_sample(self, *args: Any) -> Any:
-            parts = super()._training_sample(*args)
-            drawn.append(torch.cat([x for (x, _), _ in parts]))
-            return parts
+    def draw(*args: Any, **options: Any) -> Any:
+        parts = training_samples(*args, **options)
+        drawn.append(torch.cat([x for (x, _), _ in parts]))
+        return parts
 
-    trainer = make_trainer(callbacks=[Draws(8, source="train")])
+    monkeypatch.setattr(curvature_batches, "training_samples", draw)
+    trainer = make_trainer(callbacks=[RefreshDirections(8, source="train")])
     trainer.fit(Notes(partial(NSGD, **ALONE)), loader(16))
     assert len(drawn) == 3
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(drawn))
