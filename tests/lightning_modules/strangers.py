@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyExperiment, Logger
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -226,3 +227,10 @@ class Memory(Logger):
 
     def without_nsgd(self) -> list[tuple[int | None, dict[str, float]]]:
         return [(s, row) for s, row in self.rows if not any(name.startswith("nsgd/") for name in row)]
+
+
+class Emulated16(MixedPrecision):
+    """True fp16 with loss scaling, on the CPU."""
+
+    def __init__(self, init_scale: float = 2.0**10) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import csv
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_modules import Digits
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_modules import Classifier, Digits
 from lightning_modules.study.compare import run_study
 from lightning_modules.study.methods import NSGDOptions
 from lightning_modules.study.options import Study
@@ -22,6 +28,39 @@ OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16, solver="gradients")
 def study(**options: Any) -> Study:
     data = Digits(batch_size=50, limit=300)  # 240 training images, 4 steps an epoch
     return replace(Study(data=data, methods=["sgd", "nsgd"], seeds=2, epochs=2, lr=0.2, nsgd=OPTIONS), **options)
+
+
+def plain_start(seed: int = 0) -> tuple[nn.Module, Digits]:
+    """The network and the data that a run of the study begins with, without the study."""
+    torch.manual_seed(seed)
+    data = Digits(batch_size=50, limit=300)
+    return Classifier().net, data
+
+
+def plain_steps(
+    net: nn.Module,
+    data: Digits,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int = STEPS,
+    rate: Callable[[int], float] | None = None,
+) -> Iterator[float]:
+    """A training loop on the batches of a run, from torch alone; yields each step's loss when the step is done."""
+    sampler, train = data.train_dataloader().sampler, data.splits["train"]
+
+    def batches() -> Iterator[Any]:
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
+            yield from sampler
+
+    for step, indices in enumerate(itertools.islice(batches(), steps)):
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(data.normalise(train.pixels[indices])), train.labels[indices])
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
 
 
 def silent(*_: Any) -> None:

@@ -10,20 +10,9 @@ from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
+import strangers
 import torch
-from pytorch_lightning.plugins.precision import MixedPrecision
-from strangers import (
-    Adversarial,
-    Everything,
-    ManualSmooth,
-    ManualWithCurvature,
-    Memory,
-    Regression,
-    Rows,
-    Smooth,
-    classes,
-    loader,
-)
+from strangers import Emulated16, Everything, Memory, Smooth, classes, loader
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -100,13 +89,6 @@ def groups_of(make_trainer: Any, data: Any, refresh: RefreshDirections, *norm: n
 
 
 WAYS = pytest.mark.parametrize("one_by_one", [False, True], ids=["at once", "one by one"])
-
-
-class Emulated16(MixedPrecision):
-    """True fp16 with loss scaling, on the CPU."""
-
-    def __init__(self, init_scale: float = 2.0**10) -> None:
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
 
 
 # -- the groups ------------------------------------------------------------------------------------------------------
@@ -230,12 +212,12 @@ def test_a_batch_may_be_a_dataclass(make_trainer, source):
 def test_a_batch_may_be_a_dictionary_with_a_name_for_every_sample(make_trainer, source):
     seen: list[dict[str, Any]] = []
 
-    class Looks(Regression):
+    class Looks(strangers.Regression):
         def training_step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
             seen.append(batch)
             return super().training_step(batch)
 
-    rows = Rows(32)
+    rows = strangers.Rows(32)
     trainer = make_trainer(callbacks=[RefreshDirections(5, 2, source=source)], limit_train_batches=1)
     trainer.fit(Looks(partial(NSGD, **ALONE)), DataLoader(rows, batch_size=16))
     assert [len(part["name"]) for part in seen[1:]] == [2, 2, 1]
@@ -385,9 +367,10 @@ def moment(module: Smooth, x: Tensor, y: Tensor, sizes: list[int]) -> Tensor:
         ({"samples": 9}, {"plugins": [Emulated16()], "accumulate_grad_batches": 2}, [1] * 9),
     ],
 )
-@pytest.mark.parametrize("module_class", [Smooth, ManualWithCurvature])
+@pytest.mark.parametrize("module_class", [Smooth, strangers.ManualWithCurvature])
 def test_the_weights_are_those_of_the_second_moment_by_hand(make_trainer, module_class, refresh, options, sizes):
-    if module_class is ManualWithCurvature and {"accumulate_grad_batches", "gradient_clip_val"} & set(options):
+    refused = {"accumulate_grad_batches", "gradient_clip_val"} & set(options)
+    if module_class is strangers.ManualWithCurvature and refused:
         pytest.skip("Lightning refuses these for manual optimization")
     module = module_class(partial(NSGD, **{**ALONE, "lr": 1e-30}))
     data = classes(40, 2, 2)
@@ -455,7 +438,7 @@ def test_groups_draw_dropout_masks_of_their_own(make_trainer):
 @pytest.mark.parametrize("samples", [None, 7, 32])
 def test_a_manual_module_without_a_curvature_loss_gives_products_of_its_loss(make_trainer, samples):
     x, y = classes(16, 2, 2).tensors
-    module = ManualSmooth(partial(NSGD, **ALONE))
+    module = strangers.ManualSmooth(partial(NSGD, **ALONE))
     named = dict(module.net.named_parameters())
     flat = torch.cat([p.detach().double().reshape(-1) for p in named.values()])
 
@@ -478,11 +461,11 @@ def test_a_manual_module_without_a_curvature_loss_gives_products_of_its_loss(mak
 def test_gradients_of_a_manual_module_without_a_curvature_loss_are_refused(make_trainer):
     trainer = make_trainer(callbacks=[RefreshDirections()])
     with pytest.raises(ValueError, match="groups of samples"):
-        trainer.fit(ManualSmooth(partial(NSGD, **ALONE, solver="gradients")), loader(features=2, number=2))
+        trainer.fit(strangers.ManualSmooth(partial(NSGD, **ALONE, solver="gradients")), loader(features=2, number=2))
 
 
 def test_a_gan_with_a_curvature_loss_takes_groups_for_both_networks(make_trainer):
-    class WithLoss(Adversarial):
+    class WithLoss(strangers.Adversarial):
         def curvature_loss(self, batch: list[Tensor]) -> Tensor:
             return sum(self.losses(batch[0]))
 
@@ -614,7 +597,7 @@ def trained(make_trainer: Any, random_state: Any, module: Any, data: Any, refres
 def test_groups_leave_training_bit_identical(make_trainer, random_state, kind, options, refresh):
     def made(make: Any) -> Any:
         if kind == "dictionaries":
-            return Regression(make), DataLoader(Rows(64), batch_size=16, shuffle=True)
+            return strangers.Regression(make), DataLoader(strangers.Rows(64), batch_size=16, shuffle=True)
         return Everything(make), loader(shuffle=True, samples=64)
 
     observed = partial(NSGD, **SETTINGS, k=3, gamma=1.0, refresh_every=1)

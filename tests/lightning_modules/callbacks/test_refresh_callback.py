@@ -13,9 +13,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.plugins.precision import MixedPrecision
 from strangers import (
     Adversarial,
+    Emulated16,
     Everything,
     ManualSmooth,
     ManualWithCurvature,
@@ -52,13 +52,6 @@ def dense_eigenvalues(module: pl.LightningModule, x: Tensor, y: Tensor) -> Tenso
         return F.cross_entropy(torch.func.functional_call(module.net, values, (x.double(),)), y)
 
     return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta)).flip(0)
-
-
-class Emulated16(MixedPrecision):
-    """True fp16 with loss scaling, on the CPU."""
-
-    def __init__(self, init_scale: float = 2.0**10) -> None:
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
 
 
 # -- training stays bit-identical ----------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 from scipy import stats
-from studies import MEASURES, OPTIONS, STEPS, finished, silent, study, without_seconds
+from studies import MEASURES, OPTIONS, STEPS, finished, plain_start, plain_steps, silent, study, without_seconds
 from torch.nn import functional as F
 
 import lightning_modules
 import nsgd
-from lightning_modules import Classifier, Digits, RefreshDirections
+from lightning_modules import Digits, RefreshDirections
 from lightning_modules.study.compare import run_one, run_study
 from lightning_modules.study.methods import RECIPES, NSGDOptions
 from lightning_modules.study.options import Study
@@ -76,33 +76,15 @@ def test_results_hold_a_row_for_each_method_seed_and_read_out(tmp_path):
     assert written == summary
 
 
-def plain_loop(seed: int, lr: float) -> tuple[torch.nn.Module, Digits, list[float]]:
-    """Network, data and losses of two epochs of SGD, from torch alone."""
-    torch.manual_seed(seed)
-    data = Digits(batch_size=50, limit=300)
-    net = Classifier().net
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    losses = []
-    batches = data.train_dataloader().sampler
-    for epoch in range(2):
-        batches.set_epoch(epoch)
-        for indices in batches:
-            optimizer.zero_grad()
-            images, labels = data.splits["train"].pixels[indices], data.splits["train"].labels[indices]
-            loss = F.cross_entropy(net(data.normalise(images)), labels)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    return net, data, losses
-
-
 def plain_losses(seed: int, lr: float) -> list[float]:
-    return plain_loop(seed, lr)[2]
+    net, data = plain_start(seed)
+    return list(plain_steps(net, data, torch.optim.SGD(net.parameters(), lr=lr)))
 
 
 def test_an_sgd_run_is_a_plain_loop_from_the_seed(tmp_path):
     folder = finished(tmp_path / "out", methods=["sgd"], seeds=1)
-    net, data, losses = plain_loop(0, 0.2)
+    net, data = plain_start()
+    losses = list(plain_steps(net, data, torch.optim.SGD(net.parameters(), lr=0.2)))
     metrics = read_csv(folder / "runs" / "sgd-0" / "metrics.csv")
     assert [row["loss"] for row in metrics] == losses
     last = read_csv(folder / "results.csv")[0]

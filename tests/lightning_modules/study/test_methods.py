@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import pytorch_optimizer
 import torch
 import yaml
-from studies import OPTIONS, finished, silent, study, without_seconds
+from studies import OPTIONS, finished, plain_start, plain_steps, silent, study, without_seconds
 from torch import nn
 from torch.nn import functional as F
 
@@ -108,27 +108,10 @@ def losses(folder: Path, run: str) -> list[float]:
     return [row["loss"] for row in read_csv(folder / "runs" / run / "metrics.csv")]
 
 
-def by_hand(make: Any, *, steps: int = 8, rate: Any = None) -> list[float]:
+def by_hand(make: Any, **options: Any) -> list[float]:
     """Losses of a plain loop over the same batches, from torch alone."""
-    torch.manual_seed(0)
-    data = Digits(batch_size=50, limit=300)
-    net = Classifier().net
-    optimizer = make(net.parameters())
-    found: list[float] = []
-    sampler, epoch = data.train_dataloader().sampler, 0
-    while len(found) < steps:
-        sampler.set_epoch(epoch)
-        for indices in list(sampler)[: steps - len(found)]:
-            if rate is not None:
-                optimizer.param_groups[0]["lr"] = rate(len(found))
-            optimizer.zero_grad()
-            images, labels = data.splits["train"].pixels[indices], data.splits["train"].labels[indices]
-            loss = F.cross_entropy(net(data.normalise(images)), labels)
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        epoch += 1
-    return found
+    net, data = plain_start()
+    return list(plain_steps(net, data, make(net.parameters()), **options))
 
 
 # -- any optimizer by its class --------------------------------------------------------------------------------------
@@ -342,9 +325,7 @@ def test_what_has_no_ranges_is_not_tuned_and_what_has_no_rate_not_swept(tmp_path
 def test_schedule_free_is_validated_averaged_and_ended_at_its_averaged_weights(tmp_path):
     """Against a plain loop that switches on copies."""
     folder = finished(tmp_path, methods=["schedule-free"], **ONCE)
-    torch.manual_seed(0)
-    data = Digits(batch_size=50, limit=300)
-    net = Classifier().net
+    net, data = plain_start()
     optimizer = pytorch_optimizer.ScheduleFreeAdamW(net.parameters(), lr=2.5e-3, weight_decay=0.01)
     found, validated, ema = [], [], None
 
@@ -358,23 +339,14 @@ def test_schedule_free_is_validated_averaged_and_ended_at_its_averaged_weights(t
         logits = torch.func.functional_call(net, named, data.normalise(images.pixels))
         return F.cross_entropy(logits, images.labels).item()
 
-    for epoch in range(2):
-        sampler = data.train_dataloader().sampler
-        sampler.set_epoch(epoch)
-        for indices in sampler:
-            optimizer.zero_grad()
-            images, labels = data.splits["train"].pixels[indices], data.splits["train"].labels[indices]
-            loss = F.cross_entropy(net(data.normalise(images)), labels)
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-            with torch.no_grad():
-                step, current = len(found), judged()
-                decay = min(0.99, (1 + step) / (10 + step))
-                ema = (
-                    current if ema is None else [decay * a + (1 - decay) * b for a, b in zip(ema, current, strict=True)]
-                )
-        validated.append(loss_at(judged(), "val"))
+    for step, loss in enumerate(plain_steps(net, data, optimizer), start=1):
+        found.append(loss)
+        with torch.no_grad():
+            current = judged()
+            decay = min(0.99, (1 + step) / (10 + step))
+            ema = current if ema is None else [decay * a + (1 - decay) * b for a, b in zip(ema, current, strict=True)]
+        if step % 4 == 0:  # the end of an epoch
+            validated.append(loss_at(judged(), "val"))
     assert losses(folder, "schedule-free-0") == found  # neither validation nor averages moved what is trained
     rows = read_csv(folder / "runs" / "schedule-free-0" / "metrics.csv")
     assert [row["val_loss"] for row in rows if "val_loss" in row] == pytest.approx(validated, rel=1e-4)
