@@ -16,20 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import SGD, Optimizer
 
 from nsgd.curvature.hessian import Closure, Losses
 from nsgd.curvature.vectors import check_params
 from nsgd.damping import state
-from nsgd.damping.rule import correct, in_float32, project, sgd_step
-from nsgd.directions.alarm import jump
-from nsgd.directions.differences import chosen
-from nsgd.directions.directions import Directions, check_size
-from nsgd.directions.flat import Block
-from nsgd.directions.processes import flag_of_the_first
+from nsgd.damping.checks import check_followed, check_group, check_group_factors
+from nsgd.damping.correction import Correction, at_rest
+from nsgd.directions.directions import Directions
 from nsgd.directions.refresh import refresh
-from nsgd.directions.shards import check_shards, is_sharded
-from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions, check_factors
+from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions
 
 
 class Damped(Optimizer):
@@ -52,128 +48,36 @@ class Damped(Optimizer):
         ``lr=0`` is the base optimizer's, and counts for nothing: torch's checkpoints take one to make the state.
         """
         for group in self._curvature_groups():
-            self._check_factors(group)
-        if all(_at_rest(group) for group in self.param_groups):
+            check_group_factors(self, group)
+        if all(at_rest(group) for group in self.param_groups):
             loss = self._base_step(closure)
             self._directions.end_step()
             return loss
-        prepared: list[tuple[Block, list[bool]]] | None = None  # blocks that are damped, and which parameters take part
-        measured = False
-        with ExitStack() as stack:
-
-            def prepare() -> None:
-                nonlocal measured, prepared
-                if prepared is not None:  # a closure may be called more than once
-                    return
-                prepared = self._before_step()
-                moving = [p for block, there in prepared for p in chosen(block.params, there)]
-                if moving and self._has_effect:
-                    stack.enter_context(in_float32(moving, self.state))
-                measured = bool(moving) and not self._step_is_known(moving)
-                for block, there in prepared if measured else ():
-                    if any(there):
-                        with torch.no_grad():
-                            torch._foreach_copy_(chosen(block.step[1], there), chosen(block.parts, there))
-
+        steps_as_sgd = self._base_code is SGD.step and type(self)._init_group is SGD._init_group  # type: ignore[attr-defined]
+        with ExitStack() as guards:
+            correction = Correction(self, guards, steps_as_sgd=steps_as_sgd)
             if closure is None:
-                prepare()
+                correction.prepare()
                 loss = self._base_step(None)
             else:
                 # The directions may be refreshed inside the closure, so the step begins when it has run.
-                loss = self._base_step(_followed_by(closure, prepare))
-            if prepared and any(block.sharded or any(there) for block, there in prepared):
-                self._damp(prepared, measured=measured)
+                loss = self._base_step(_followed_by(closure, correction.prepare))
+            correction.apply()
         self._directions.counts.steps += 1
         self._directions.end_step()
         self._directions.time_step()
         return loss
 
-    def _before_step(self) -> list[tuple[Block, list[bool]]]:
-        """Look at the gradients; the blocks with directions, and which of their parameters take the step."""
-        directions = self._directions
-        with torch.no_grad():
-            blocks = directions.arrange(self._curvature_params())
-            scale, skipped = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            directions.note_gradients(scale, skipped)
-            directions.last_step.pop("coefficients", None)
-            if not directions.rank or not blocks:
-                return []
-            moving = [(block, [p.grad is not None for p in block.params]) for block in blocks]
-            for block, there in moving:
-                if not all(there):
-                    block.step[0].zero_()
-        return moving
-
-    def _step_is_known(self, moving: list[Tensor]) -> bool:
-        """Whether the base step is that of ``torch.optim.SGD``, and can be read from what it leaves behind."""
-        plain = super().step.__func__ is SGD.step and type(self)._init_group is SGD._init_group  # type: ignore[attr-defined]
-        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        if not plain or scaled:
-            return False
-        if not all(_is_simple(group) for group in self.param_groups):
-            return False
-        return all(p.grad is not None and p.grad.layout == torch.strided for p in moving)
-
-    def _damp(self, moving: list[tuple[Block, list[bool]]], *, measured: bool) -> None:
-        directions = self._directions
-        with torch.no_grad():
-            for block, there in moving:
-                if measured:
-                    if any(there):
-                        torch._foreach_sub_(chosen(block.step[1], there), chosen(block.parts, there))  # old - new
-                    block.step[0].neg_()
-                else:
-                    for span in block.spans:
-                        sgd_step(block, span, there, self.param_groups[span.group], self.state)
-            coefficients, squared_norm = project([block for block, _ in moving])
-            directions.last_step.update(coefficients=coefficients, squared_norm=squared_norm)
-            if directions.differences is None and directions.options.refresh_every == "auto":
-                last = directions.last_step.get("mean_square")
-                jumped, mean = jump(coefficients, squared_norm, self.param_groups[0].get("lr", 1.0), last)
-                directions.last_step["mean_square"] = mean
-                directions.alarm.note(flag_of_the_first(jumped))
-            for block, there in moving:
-                self._correct(block, there, coefficients)
-
-    def _correct(self, block: Block, there: list[bool], coefficients: Tensor) -> None:
-        """Damp the step of a block, all groups of one factor at once."""
-        first = 0
-        factors = [self._factors(self.param_groups[span.group]) for span in block.spans]
-        for last in range(len(block.spans)):
-            if last + 1 < len(block.spans) and factors[last + 1] == factors[first]:
-                continue
-            spans, factor = block.spans[first : last + 1], factors[first]
-            first = last + 1
-            if factor is None:
-                continue
-            gamma, bulk_scale = factor
-            entries = slice(spans[0].entries.start, spans[-1].entries.stop)
-            members = slice(spans[0].params.start, spans[-1].params.stop)
-            views, params = (chosen(items[members], there[members]) for items in (block.step[1], block.parts))
-            if params:
-                change = coefficients * (self._gammas(gamma, coefficients) - bulk_scale)
-                correct(block, entries, views, params, change, bulk_scale)
-
-    def _gammas(self, gamma: float, coefficients: Tensor) -> float | Tensor:
-        """Factors on the step along the directions: gamma, or (k,), 1 where a direction is not damped."""
-        damped = self._directions.damped
-        return gamma if damped is None else torch.ones_like(coefficients).masked_fill_(damped, gamma)
-
-    def _factors(self, group: dict[str, Any]) -> tuple[float, float] | None:
-        """Gamma and bulk scale of a group; None where the step stays as it is."""
-        gamma, bulk_scale = group[self._key("gamma")], group[self._key("bulk_scale")]
-        return None if _at_rest(group) or (gamma == 1 and bulk_scale == 1) else (gamma, bulk_scale)
+    @property
+    def _base_code(self) -> Callable[..., Any]:
+        """The function that the base optimizer steps by."""
+        return super().step.__func__  # type: ignore[attr-defined,no-any-return]
 
     def _base_step(self, closure: Closure | None) -> Any:
-        step: Callable[..., Any] = super().step.__func__  # type: ignore[attr-defined]
+        step = self._base_code
         if getattr(step, "hooked", False):  # torch wraps step to run its hooks; ours is wrapped already
             step = step.__wrapped__  # type: ignore[attr-defined]
         return step(self) if closure is None else step(self, closure)
-
-    @property
-    def _has_effect(self) -> bool:
-        factors = ((g[self._key("gamma")], g[self._key("bulk_scale")]) for g in self._curvature_groups())
-        return any(factor != (1, 1) for factor in factors)
 
     # -- directions from a second look at the loss -----------------------------------------------------------
 
@@ -386,35 +290,16 @@ class Damped(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters join the directions at the next refresh, or step."""
         if "_directions" in self.__dict__ and isinstance(param_group, dict):  # not while the base is constructed
-            self._check_group({**self.defaults, **param_group})
+            check_group(self, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_directions" in self.__dict__:
             try:
-                found = self._curvature_params()
-                check_params([p for _, p in found])
-                self._directions.arrange(found)
+                params = self._curvature_params()
+                check_params([p for _, p in params])
+                self._directions.arrange(params)
             except ValueError:  # no parameters that it can follow: as it was
                 self.param_groups.pop()
                 raise
-
-    def _check_factors(self, group: dict[str, Any]) -> None:
-        check_factors(group[self._key("gamma")], group[self._key("bulk_scale")])
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_factors(group)
-        if group.get("differentiable", False):
-            raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
-        lr = group.get("lr", 0)
-        if not isinstance(lr, Tensor) and not lr >= 0:
-            raise ValueError(f"expected lr >= 0, got {lr} for a group")
-        shared = {name: getattr(self._directions.options, name) for name in state.SHARED if name not in self.defaults}
-        shared["maximize"] = self.param_groups[0].get("maximize")
-        for name, value in shared.items():
-            if group.get(name, value) != value:
-                raise ValueError(
-                    f"{name} is one value for the whole optimizer, {value!r}, got {group[name]!r} for "
-                    "one group; gamma, bulk_scale and curvature may differ between groups"
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the basis beside each parameter's state ("directions") unless ``save_basis=False``."""
@@ -452,43 +337,10 @@ class Damped(Optimizer):
         for group in self.param_groups:
             for name, value in values.items():
                 group.setdefault(names[name], value)
-            self._check_group(group)
-        found = self._curvature_params()
-        params = [p for _, p in found]
-        if not params:
-            count = sum(len(group["params"]) for group in self.param_groups)
-            raise ValueError(
-                f"none of the {count} parameters requires a gradient in a group with curvature=True; unfreeze some "
-                "with requires_grad_()"
-            )
-        check_params(params)
-        check_shards(params)
-        if options.solver not in FROM_TRAINING and any(map(is_sharded, params)):
-            raise ValueError(
-                f"expected solver='differences' for sharded parameters, got {options.solver!r}: no process holds the "
-                "vectors that the others need; leave it out, or train with DistributedDataParallel"
-            )
-        check_size(options.k, params)
-        if isinstance(self, LBFGS) and any(p.dtype.itemsize < 4 for p in params):
-            raise ValueError(
-                "expected float32 or float64 parameters for L-BFGS, got half precision; convert them first"
-            )
-        self._directions.arrange(found)
-
-
-def _at_rest(group: dict[str, Any]) -> bool:
-    """Whether the base step moves nothing there, as far as the host knows."""
-    lr = group.get("lr")
-    return not isinstance(lr, Tensor) and lr == 0
-
-
-def _is_simple(group: dict[str, Any]) -> bool:
-    """Whether the step of ``torch.optim.SGD`` in this group can be told from what it leaves behind."""
-    lr, decay = group["lr"], group["weight_decay"]
-    if group["nesterov"] or isinstance(decay, Tensor):
-        return False
-    # Without momentum the decayed parameter is divided by 1 - lr * decay.
-    return bool(group["momentum"] != 0 or decay == 0 or (not isinstance(lr, Tensor) and lr * decay < 0.5))
+            check_group(self, group)
+        params = self._curvature_params()
+        check_followed(self, [p for _, p in params])
+        self._directions.arrange(params)
 
 
 def _followed_by(closure: Closure, action: Callable[[], None]) -> Closure:

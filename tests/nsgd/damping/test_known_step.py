@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from nsgd import NSGD, damp
+from nsgd.damping.correction import Correction
 from nsgd.damping.step import Damped
 
 SIZES = (5, 4, 3)  # of the three groups: gamma 0, gamma 0.3, and none
@@ -85,7 +86,7 @@ WAYS = [{"foreach": False}, {"foreach": True}, {"fused": True}, {"lr": torch.ten
 @pytest.mark.parametrize("measured", [False, True])
 def test_damped_steps_follow_the_rule_in_numpy(monkeypatch, options, way, measured):
     if measured:
-        monkeypatch.setattr(NSGD, "_step_is_known", lambda *_: False)
+        monkeypatch.setattr(Correction, "_is_known", lambda *_: False)
     run = Run(**options, **way)
     start = run.theta().numpy().copy()
     for _ in range(5):
@@ -125,7 +126,7 @@ def test_damped_steps_follow_the_rule_in_numpy(monkeypatch, options, way, measur
 )
 def test_the_known_step_and_the_measured_one_agree(monkeypatch, make, options, dtype, tolerance):
     known, measured = (Run(dtype=dtype, lr=0.02, weight_decay=0.1, make=make, **options) for _ in range(2))
-    monkeypatch.setattr(type(measured.optimizer), "_step_is_known", lambda self, _: self is known.optimizer)
+    monkeypatch.setattr(Correction, "_is_known", lambda self, _: self._optimizer is known.optimizer)
     for _ in range(5):
         known.step(), measured.step()
         torch.testing.assert_close(known.theta(), measured.theta(), rtol=0, atol=tolerance)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-import nsgd.damping.step
+import nsgd.damping.correction
 from nsgd import NSGD, sample_losses
 from nsgd.directions.pace import Pace
 
@@ -146,8 +146,8 @@ def uneven(rank: int, world: int) -> list[Any]:
 
     And rounding on the edge of an alarm: a step that has left the directions in one process alone.
     """
-    jump = nsgd.damping.step.jump
-    nsgd.damping.step.jump = lambda *args: (torch.tensor(rank == 1), jump(*args)[1])
+    jump = nsgd.damping.correction.jump
+    nsgd.damping.correction.jump = lambda *args: (torch.tensor(rank == 1), jump(*args)[1])
     nsgd.directions.refresh.averaging_share = lambda **sizes: 0.2 * rank
     Pace.is_known = False  # refreshes go by the count
     results = []

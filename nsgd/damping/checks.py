@@ -1,0 +1,62 @@
+"""Checks of what a damped optimizer is asked to follow: its groups, and its parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import LBFGS
+
+from nsgd.curvature.vectors import check_params
+from nsgd.damping.state import SHARED, group_key
+from nsgd.directions.directions import check_size
+from nsgd.directions.shards import check_shards, is_sharded
+from nsgd.options import FROM_TRAINING, check_factors
+
+if TYPE_CHECKING:
+    from nsgd.damping.step import Damped
+
+
+def check_group_factors(optimizer: Damped, group: dict[str, Any]) -> None:
+    """Raise a ValueError where a group's gamma or bulk scale is out of range."""
+    check_factors(*(group[group_key(optimizer, name)] for name in ("gamma", "bulk_scale")))
+
+
+def check_group(optimizer: Damped, group: dict[str, Any]) -> None:
+    """Raise a ValueError where a group cannot be damped, or differs in what is one value for the whole optimizer."""
+    check_group_factors(optimizer, group)
+    if group.get("differentiable", False):
+        raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
+    lr = group.get("lr", 0)
+    if not isinstance(lr, Tensor) and not lr >= 0:
+        raise ValueError(f"expected lr >= 0, got {lr} for a group")
+    options = optimizer._directions.options
+    shared = {name: getattr(options, name) for name in SHARED if name not in optimizer.defaults}
+    shared["maximize"] = optimizer.param_groups[0].get("maximize")
+    for name, value in shared.items():
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"{name} is one value for the whole optimizer, {value!r}, got {group[name]!r} for "
+                "one group; gamma, bulk_scale and curvature may differ between groups"
+            )
+
+
+def check_followed(optimizer: Damped, params: list[Tensor]) -> None:
+    """Raise a ValueError where an optimizer that is damped from now on has no parameters that it can follow."""
+    options = optimizer._directions.options
+    if not params:
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        raise ValueError(
+            f"none of the {count} parameters requires a gradient in a group with curvature=True; unfreeze some "
+            "with requires_grad_()"
+        )
+    check_params(params)
+    check_shards(params)
+    if options.solver not in FROM_TRAINING and any(map(is_sharded, params)):
+        raise ValueError(
+            f"expected solver='differences' for sharded parameters, got {options.solver!r}: no process holds the "
+            "vectors that the others need; leave it out, or train with DistributedDataParallel"
+        )
+    check_size(options.k, params)
+    if isinstance(optimizer, LBFGS) and any(p.dtype.itemsize < 4 for p in params):
+        raise ValueError("expected float32 or float64 parameters for L-BFGS, got half precision; convert them first")
