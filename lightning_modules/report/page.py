@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:  # matplotlib takes a second, which reading a report's words does without
     from matplotlib.axes import Axes
@@ -140,10 +141,12 @@ def print_tables(
         wrapped: Columns that may take several lines.
     """
     for table in tables:
-        grid = Table(title=table["title"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        # Not as the table's own title, which would be cut to its width.
+        console.print(f"\n{table['title']}", style="italic", markup=False, highlight=False)
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in table["header"]:
             justify: Literal["left", "right"] = "left" if name in text_columns else "right"
             grid.add_column(name, justify=justify, no_wrap=name not in wrapped, overflow="fold")
         for row in table["rows"]:
-            grid.add_row(*row)
+            grid.add_row(*map(Text, row))  # brackets in a name are no markup
         console.print(grid)

@@ -28,7 +28,7 @@ TEXT_COLUMNS = (
     *("weights", "method", TEST, "settings", "schedule", "dearer", "runs"),
     *("significantly worse in", "no significant difference in", "no test of"),
 )
-_SHOWN = ("last", "ema", "swa")  # read-outs of the one table
+SHOWN = ("last", "ema", "swa")  # read-outs of the one table
 
 
 def shown_measures(files: Files) -> list[Measure]:
@@ -43,7 +43,7 @@ def overview(files: Files) -> Table:
     """Methods down; across the score of the last weights and of their averages, the loss, and what it cost."""
     score = files.measures[0]
     found = {(entry["method"], entry["read_out"], entry["measure"]): entry for entry in files.summary}
-    read_outs = [name for name in _SHOWN if any(entry["read_out"] == name for entry in files.summary)]
+    read_outs = [name for name in SHOWN if any(entry["read_out"] == name for entry in files.summary)]
     rows = []
     for method in files.methods:
         name = f"{files.label(method)}\ncontrol" if files.styles[method].control else files.label(method)

@@ -133,8 +133,6 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     out = capsys.readouterr().out
     for said in (
         "Test accuracy, %",
-        "training loss",
-        "a run",
         "NSGD",
         "EMA",
         "4 runs to make, 1 at a time: about",
@@ -176,7 +174,9 @@ def test_the_printed_config_of_compare_repeats_the_study(capsys, here):
     a, b = (read_csv(here / n / "results.csv") for n in "ab")
     assert a == b
 
+        "last",
 
+        "SWA",
 def test_a_study_goes_by_its_name_or_file_and_options_after_it_count(capsys, here):
     assert code_of("compare", "digits", "--seeds", "2", "--print_config") == 0
     found = yaml.safe_load(capsys.readouterr().out)
