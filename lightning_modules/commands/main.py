@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from lightning_modules.commands.parsing import short_help
 from lightning_modules.support.nearest import did_you_mean
-from lightning_modules.support.progress import starting
 
 HELP = """usage: nsgd COMMAND [options]
 
@@ -64,6 +63,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except _Terminated:
         print(f"nsgd: ended by SIGTERM{again}", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except _Missing as error:
+        print(f"nsgd: {error}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns an interrupt of its own loop into an exit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -89,7 +91,7 @@ def _run(argv: list[str]) -> int:
         print(f"nsgd {version('nsgd')}")
         return 0
     if argv[0] == "--print-completion":
-        with starting("importing torch and Lightning"):
+        with _importing():
             from lightning_modules.commands.completion import completion_script
         print(completion_script(" ".join(argv[1:])))
         return 0
@@ -102,7 +104,7 @@ def _run(argv: list[str]) -> int:
     if command not in known:
         meant = did_you_mean(command, known) or "nsgd --help says what they do"
         raise ValueError(f"expected a command among {', '.join(known)}, got {command!r}; {meant}")
-    with starting("importing torch and Lightning"):
+    with _importing():
         from lightning_modules.commands.compare import run_compare_command
         from lightning_modules.commands.escape import run_escape_command
         from lightning_modules.commands.fit import run_lightning
@@ -110,6 +112,28 @@ def _run(argv: list[str]) -> int:
         run_lightning([command, *options])
         return 0
     return run_compare_command(options) if command == "compare" else run_escape_command(options)
+
+
+class _Missing(Exception):
+    """A package of the extra is not installed."""
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Say what goes on while the commands are imported, or in one sentence what they lack."""
+    try:
+        from lightning_modules.support.progress import starting
+
+        with starting("importing torch and Lightning"):
+            yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("nsgd", "lightning_modules"):
+            raise
+        raise _Missing(
+            f"expected the extra lightning, which the commands need, got no package {package}; install it in the "
+            "folder of the sources with: pip install '.[lightning]'"
+        ) from error
 
 
 @contextmanager
@@ -146,10 +170,14 @@ def _nobody_reads() -> bool:
 
 def _said(error: Exception) -> str | None:
     """What there is to say of bad input; None for a fault."""
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
-
-    if isinstance(error, MisconfigurationException):
+    exceptions = sys.modules.get("lightning_fabric.utilities.exceptions")  # not there, it was not raised
+    if exceptions is not None and isinstance(error, exceptions.MisconfigurationException):
         return str(error)
+    if _is_no_checkpoint(error):
+        return (
+            "expected --ckpt_path to be a checkpoint of nsgd fit, got a file that cannot be read as one "
+            f"({type(error).__name__}): it is damaged, or of another kind; give another"
+        )
     if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
         return (
             "the checkpoint is of another network or data set; give the options that it was trained with, for example "
@@ -159,6 +187,13 @@ def _said(error: Exception) -> str | None:
     if isinstance(error, ValueError) and raised_in.parts[-3:-1] == ("torch", "optim"):  # such as "Invalid ...: -1.0"
         return f"the optimizer refuses an option: {error}; give another value"
     return None if (ours := _ours(error)) is None else str(ours)
+
+
+def _is_no_checkpoint(error: Exception) -> bool:
+    """Whether torch cannot read the file of a checkpoint, or Lightning finds in it no weights or no dictionary."""
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_reads = any(Path(frame.filename).parts[-2:] == ("torch", "serialization.py") for frame in frames)
+    return torch_reads or bool(frames and frames[-1].name in ("_parse_ckpt_path", "load_model_state_dict"))
 
 
 def _raised_in(error: BaseException) -> Path:

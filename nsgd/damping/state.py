@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsgd.directions.schedule import Counts
 from nsgd.directions.shards import from_saved, same_everywhere, to_save
 from nsgd.options import PER_GROUP, DampingOptions, check_factors
 
@@ -22,6 +23,10 @@ SHARED = tuple(field.name for field in fields(DampingOptions) if field.name not 
 _VERSION = 2  # 1, of release 0.1.0, had every option in every group and the counts beside them; it is read, not written
 _LIKE_PARAMETER = ("nsgd_last_gradient", "nsgd_first_pass")
 _OWN = ("directions", "nsgd_rows", *_LIKE_PARAMETER)  # by parameter
+
+_DAMAGED = "the checkpoint is damaged, so load another"
+_LISTS = ("weights", "eigenvalues", "damped")
+_NUMBERS = (*(field.name for field in fields(Counts)), "averaged", "trace", "overlap", "mean_square")
 
 
 class Loaded(NamedTuple):
@@ -64,7 +69,8 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
     """Take a checkpoint apart; nothing is changed.
 
     Raises:
-        ValueError: If its options are out of range, or its directions are of another model.
+        ValueError: If its options are out of range or unknown, its counts are damaged, or its directions are of another
+            model.
     """
     state: dict[Any, Any] = {}
     tensors: dict[Any, dict[str, Tensor]] = {}
@@ -92,7 +98,7 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
             raise ValueError(
                 f"expected a checkpoint of format {_VERSION} or older, got {first['nsgd_version']!r}; update nsgd"
             )
-        options, counts = _options(first["nsgd_options"]), json.loads(first["nsgd_counts"])
+        options, counts = _options(first.get("nsgd_options")), _counts(first.get("nsgd_counts"))
         own = {"nsgd_version", "nsgd_options", "nsgd_counts"}
     elif "refreshed_at" in first:  # release 0.1.0
         options = _options({name: first[name] for name in (*SHARED, "gamma", "bulk_scale") if name in first})
@@ -139,11 +145,45 @@ def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, A
     directions.load(loaded.counts, own)
 
 
-def _options(saved: dict[str, Any]) -> DampingOptions:
-    known = {name: value for name, value in saved.items() if name in (*SHARED, "gamma", "bulk_scale")}
-    if isinstance(known.get("basis_dtype"), str):
-        known["basis_dtype"] = getattr(torch, known["basis_dtype"], known["basis_dtype"])
-    return DampingOptions(**known)
+def _options(saved: Any) -> DampingOptions:
+    known = {*SHARED, "gamma", "bulk_scale"}
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"expected nsgd_options of the checkpoint to be a mapping, got {saved!r}; {_DAMAGED}")
+    if unknown := [name for name in saved if name not in known]:
+        raise ValueError(
+            f"expected nsgd_options of the checkpoint to be among {', '.join(sorted(known))}, got "
+            f"{', '.join(map(str, unknown))}; update nsgd, or load another checkpoint"
+        )
+    options = dict(saved)
+    if isinstance(options.get("basis_dtype"), str):
+        options["basis_dtype"] = getattr(torch, options["basis_dtype"], options["basis_dtype"])
+    return DampingOptions(**options)
+
+
+def _counts(written: Any) -> dict[str, Any]:
+    """The counts of a checkpoint, from their JSON text."""
+    try:
+        counts = json.loads(written)
+    except (TypeError, ValueError):  # no text, or no JSON
+        counts = None
+    if not isinstance(counts, dict):
+        raise ValueError(f"expected nsgd_counts of the checkpoint to be a JSON object, got {written!r:.60}; {_DAMAGED}")
+    for name in _LISTS:
+        values = counts.get(name)
+        if not ((isinstance(values, list) and all(map(_is_number, values))) or (name == "damped" and values is None)):
+            raise ValueError(
+                f"expected {name} in nsgd_counts of the checkpoint to be a list of numbers, got {values!r}; {_DAMAGED}"
+            )
+    for name in _NUMBERS:
+        if not _is_number(counts.get(name, 0)):
+            raise ValueError(
+                f"expected {name} in nsgd_counts of the checkpoint to be a number, got {counts[name]!r}; {_DAMAGED}"
+            )
+    return counts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:

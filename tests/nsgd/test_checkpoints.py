@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -189,6 +190,45 @@ def test_a_checkpoint_of_other_parameters_is_refused_and_changes_nothing(trainin
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(NSGD([nn.Parameter(torch.ones(5))], k=3).state_dict())
     assert torch.equal(basis_of(optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("nsgd_counts", '{"steps": 1', "nsgd_counts of the checkpoint to be a JSON object, got '{\"steps\": 1'"),
+        ("nsgd_counts", "[1]", "to be a JSON object"),
+        ("nsgd_counts", None, "to be a JSON object, got None"),
+        ("nsgd_counts", "{}", "weights in nsgd_counts of the checkpoint to be a list of numbers, got None"),
+        ("nsgd_counts", {"steps": "many"}, "steps in nsgd_counts of the checkpoint to be a number, got 'many'"),
+        ("nsgd_counts", {"weights": [1.0, "x"]}, "weights in nsgd_counts of the checkpoint to be a list of numbers"),
+        ("nsgd_counts", {"overlap": None}, "overlap in nsgd_counts of the checkpoint to be a number, got None"),
+        ("nsgd_options", None, "nsgd_options of the checkpoint to be a mapping, got None"),
+        ("nsgd_options", {"k": 3, "gama": 0.1}, "nsgd_options of the checkpoint to be among .*gamma.*, got gama; "),
+        ("nsgd_options", {"k": -3}, "k to be a whole number of at least 1, got -3"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_sentence_and_changes_nothing(training, basis_of, key, value, message):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, momentum=0.9, k=3)
+    train(run, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    group = saved["param_groups"][0]
+    if key == "nsgd_counts" and isinstance(value, dict):
+        value = json.dumps({**json.loads(group[key]), **value})
+    train(run, optimizer, 2, 3)
+    before, options = copy.deepcopy(optimizer.state_dict()), optimizer.options
+    if value is None:
+        del group[key]
+    else:
+        group[key] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for number, entry in before["state"].items():
+        for name, tensor in entry.items():
+            assert torch.equal(after["state"][number][name], tensor)
+    assert optimizer.options == options
 
 
 def test_adam_starts_its_state_afresh_beside_a_loaded_basis(training):

@@ -19,8 +19,10 @@ from lightning_modules.commands.parsing.types import choices_of, described, know
 from lightning_modules.support.nearest import did_you_mean, meant
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
-_NO_OPTION = re.compile(r"[Oo]ption '([^']+)'")
+_NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' .*)?[Oo]ption '(?P<option>[^']+)'")
 _MISSING = re.compile(r"arguments are required: ([\w., ]+)")
+
+_FEW = 20  # options that one sentence can name
 
 
 class BadOption(ValueError):
@@ -52,7 +54,8 @@ def one_sentence(error: BadOption, *, command: str, given: Mapping[str, Any], op
         mend = "; give one, or '{}' for the defaults" if mapping else "; give one"
         return f"expected a value after {cause.argument_name}, got none{mend}"
     if found := _NO_OPTION.search(words):
-        return _no_option(found[1], key, inner.parser, command, given, options)
+        name = ".".join(filter(None, found.groups()))
+        return _no_option(name, key, inner.parser, command, given, options)
     if found := _MISSING.search(words):
         names = [name.strip().removeprefix(f"{command.split()[-1]}.") for name in found[1].split(",")]
         wanted = ", ".join(f"--{key}.{name}" if key else f"--{name}" for name in names)
@@ -64,8 +67,8 @@ def _no_option(
     name: str, key: str, parser: ArgumentParser, command: str, given: Mapping[str, Any], options: Iterable[str]
 ) -> str:
     if not key:  # of a file
-        meant = did_you_mean(name, [option.lstrip("-") for option in options])
-        return f"expected an option of {command}, got {name}; {meant or f'{command} --help lists the options'}"
+        mend = _option_meant(name, options, "") or f"{command} --help lists the options"
+        return f"expected an option of {command}, got {name}; {mend}"
     kind = given.get(key)
     if kind is None:
         return f"expected --{key} CLASS before an option of it, got --{key}.{name}; name the class"
@@ -119,16 +122,19 @@ def _way(key: str, kind: Any, command: str) -> str:
     )
 
 
-def _option_meant(name: str, options: Iterable[str]) -> str:
-    """The option that a misspelt one comes nearest to, as a question; empty if there is none."""
+def _option_meant(name: str, options: Iterable[str], dashes: str = "--") -> str:
+    """The option that a misspelt one comes nearest to, as a question, or those of its group; empty if there is none."""
     known = [option.lstrip("-") for option in options if option.startswith("--") and not option.endswith(".help")]
     name = name.lstrip("-")
     root, dot, rest = name.partition(".")
     roots = {option.partition(".")[0] for option in known}
     if dot and root not in roots:
-        return did_you_mean(root, roots, "--").replace("?", f".{rest}?")
+        return did_you_mean(root, roots, dashes).replace("?", f".{rest}?")
+    if dot and (members := [option.partition(".")[2] for option in known if option.startswith(f"{root}.")]):
+        few = f"{dashes}{root} has {', '.join(members)}" if len(members) <= _FEW else ""
+        return did_you_mean(rest, members, f"{dashes}{root}.") or few
     inside = [option for option in known if option.rpartition(".")[2] == name]  # --gamma for --nsgd.gamma
-    return did_you_mean(inside[0] if inside else name, known, "--")
+    return did_you_mean(inside[0] if inside else name, known, dashes)
 
 
 def _options(parser: ArgumentParser) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from lightning_modules import Digits
@@ -98,6 +99,45 @@ def test_the_command_is_installed_and_the_package_runs_as_a_module(capsys, monke
     assert "compare" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (
+            ["compare"],
+            2,
+            "nsgd: expected the extra lightning, which the commands need, got no package rich; install it",
+        ),
+        (["fit", "--lr", "3"], 2, "nsgd: expected the extra lightning"),
+        (["--print-completion", "bash"], 2, "nsgd: expected the extra lightning"),
+        (["frobnicate"], 2, "nsgd: expected a command among compare, fit"),
+        (["--version"], 0, "nsgd "),
+        (["compare", "--help"], 0, "usage: nsgd compare"),
+    ],
+)
+def test_without_the_extra_the_commands_say_so_in_one_sentence(tmp_path, args, code, words):
+    """As after ``pip install .``: Python finds none of the packages."""
+    packages = [
+        "rich",
+        "yaml",
+        "jsonargparse",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "jinja2",
+        "matplotlib",
+        "sklearn",
+    ]
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({packages})); "
+        f"from lightning_modules.commands.main import main; sys.exit(main({args}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == code, ran.stderr
+    text = ran.stderr if code else ran.stdout
+    assert text.startswith(words)
+    assert not code or len(text.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- compare ---------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +174,9 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     for said in (
         "Test accuracy, %",
         "NSGD",
+        "last",
         "EMA",
+        "SWA",
         "4 runs to make, 1 at a time: about",
         "step 16 of 16",
         "report.html",
@@ -174,9 +216,7 @@ def test_the_printed_config_of_compare_repeats_the_study(capsys, here):
     a, b = (read_csv(here / n / "results.csv") for n in "ab")
     assert a == b
 
-        "last",
 
-        "SWA",
 def test_a_study_goes_by_its_name_or_file_and_options_after_it_count(capsys, here):
     assert code_of("compare", "digits", "--seeds", "2", "--print_config") == 0
     found = yaml.safe_load(capsys.readouterr().out)
@@ -335,6 +375,9 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd", "3"], "expected options one by one, as --nsgd.OPTION VALUE, or a YAML file of them, got --nsgd 3"),
         (["--epochs"], "expected a value after --epochs, got none; give one"),
         (["--gamma", "0.1"], "did you mean --nsgd.gamma?"),
+        (["--nsgd.gama", "0.1"], "got --nsgd.gama; did you mean --nsgd.gamma?"),
+        (["--nsgd.foo", "1"], "got --nsgd.foo; --nsgd has k, gamma, refresh_every, "),
+        (["--nsgd", "{foo: 1}"], "got nsgd.foo; nsgd has k, gamma, refresh_every, "),
         (["digts"], "which is neither; did you mean digits?"),
         (["--methods", "[]"], "methods"),
         (["--seeds", "0"], "expected seeds of at least 1, got 0"),
@@ -424,6 +467,28 @@ def test_a_checkpoint_is_asked_for_and_has_to_fit(capsys, here, folders, command
     other = ("--data", "HuggingFace", "--data.path", "pictures", "--data.batch_size", "2")
     assert code_of(command, *SHORT[:2], *other, "--ckpt_path", str(trained)) == 2
     assert "the checkpoint is of another network or data set" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_one_sentence(capsys, here):
+    assert code_of("fit", *SHORT) == 0
+    (trained,) = here.rglob("*.ckpt")
+    whole = torch.load(trained, weights_only=False)
+    (here / "cut.ckpt").write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
+    (here / "empty.ckpt").write_bytes(b"")
+    (here / "text.ckpt").write_text("no checkpoint\n")
+    torch.save([1, 2], here / "list.ckpt")
+    torch.save({name: value for name, value in whole.items() if name != "state_dict"}, here / "bare.ckpt")
+    for name in ("cut", "empty", "text", "list", "bare"):
+        capsys.readouterr()
+        assert code_of("test", *SHORT, "--ckpt_path", f"{name}.ckpt") == 2, name
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nsgd: ")]
+        assert line.startswith(
+            "nsgd: expected --ckpt_path to be a checkpoint of nsgd fit, got a file that cannot be read"
+        )
+    whole["optimizer_states"][0]["param_groups"][0]["nsgd_counts"] = "{"
+    torch.save(whole, here / "counts.ckpt")
+    assert code_of("fit", *SHORT, "--trainer.max_epochs", "2", "--ckpt_path", "counts.ckpt") == 2
+    assert "expected nsgd_counts of the checkpoint to be a JSON object, got '{'" in capsys.readouterr().err
 
 
 def test_fit_measures_on_the_way_and_draws_what_it_measured(capsys, here):

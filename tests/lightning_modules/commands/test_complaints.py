@@ -53,11 +53,17 @@ def test_the_key_of_a_bad_value_is_quoted_first(parser):
 
 def test_an_option_that_there_is_not_is_quoted(parser, tmp_path):
     *_, error = complaints(parser, "--data", f"{__name__}.Needs", "--data.szie", "2")
-    assert _NO_OPTION.search(str(error))[1] == "szie"
+    assert _NO_OPTION.search(str(error))["option"] == "szie"
     assert "--size" in error.parser._option_string_actions
     (tmp_path / "made.yaml").write_text("epcohs: 3\n")
     (error,) = complaints(parser, "--config", str(tmp_path / "made.yaml"))
-    assert _NO_OPTION.search(str(error))[1] == "epcohs"
+    assert _NO_OPTION.search(str(error))["option"] == "epcohs"
+
+
+def test_an_option_that_a_group_has_not_is_quoted_with_the_group(parser):
+    parser.add_class_arguments(Needs, "needs")
+    (error,) = complaints(parser, "--needs", "{path: x, szie: 2}")
+    assert _NO_OPTION.search(str(error)).groupdict() == {"group": "needs", "option": "szie"}
 
 
 def test_an_option_that_is_missing_is_named(parser):
