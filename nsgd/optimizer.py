@@ -214,7 +214,7 @@ def damp(
         basis_dtype=basis_dtype,
         seed=seed,
     )
-    plain, found = optimizer.__class__, dict(vars(optimizer))
+    plain, attributes = optimizer.__class__, dict(vars(optimizer))
     groups = [dict(group) for group in optimizer.param_groups]
     optimizer.__class__ = _damped_class(plain)
     damped = cast(Damped, optimizer)
@@ -223,13 +223,13 @@ def damp(
     except ValueError:
         optimizer.__class__ = plain
         vars(optimizer).clear()
-        vars(optimizer).update(found)
+        vars(optimizer).update(attributes)
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
             group.update(before)
         raise
     damped._patch_step_function()
-    if "step" in found:  # a scheduler wrapped the plain step, to see that it is called: wrap the new one
+    if "step" in attributes:  # a scheduler wrapped the plain step, to see that it is called: wrap the new one
         _note_calls(damped)
     return damped
 

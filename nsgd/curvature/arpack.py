@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nsgd.curvature.hessian import HVP
-from nsgd.curvature.low_rank import Which, wanted
+from nsgd.curvature.low_rank import Which, leading_indices
 from nsgd.curvature.vectors import random_unit
 
 # Vectors that ARPACK asked for count as dependent below this share of the largest singular value.
@@ -78,7 +78,7 @@ def arpack(
     if vectors is None:
         projected = (basis @ images.T).double().cpu()
         ritz, coordinates = torch.linalg.eigh((projected + projected.T) / 2)
-        vectors = coordinates[:, wanted(ritz, k, which)].T.to(start) @ basis
+        vectors = coordinates[:, leading_indices(ritz, k, which)].T.to(start) @ basis
     mapped = (vectors @ basis.T) @ images  # (k, P): H vectors
     theta = (vectors * mapped).sum(1)
     order = theta.argsort(descending=True, stable=True)

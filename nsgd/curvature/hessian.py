@@ -152,10 +152,12 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = 
             "the loss has no graph (it does not require a gradient); pass it as the model computed it, not detached "
             "and not under torch.no_grad()"
         )
-    wanted = [p for p in params if p.requires_grad]
+    trainable = [p for p in params if p.requires_grad]
     with _explained():
-        found = iter(torch.autograd.grad(loss, wanted, create_graph=create_graph, retain_graph=True, allow_unused=True))
-    grads = [next(found) if p.requires_grad else None for p in params]
+        derivatives = iter(
+            torch.autograd.grad(loss, trainable, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        )
+    grads = [next(derivatives) if p.requires_grad else None for p in params]
     if all(g is None for g in grads):
         raise ValueError(
             "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the "
@@ -174,14 +176,14 @@ def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -
     pairs = [(g, v) for g, v in zip(grads, split(vector, params), strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return torch.zeros_like(vector)
-    wanted = [p for p in params if p.requires_grad]
+    trainable = [p for p in params if p.requires_grad]
     with _explained():
-        found = iter(
+        derivatives = iter(
             torch.autograd.grad(
-                [g for g, _ in pairs], wanted, [v.to(g) for g, v in pairs], retain_graph=True, allow_unused=True
+                [g for g, _ in pairs], trainable, [v.to(g) for g, v in pairs], retain_graph=True, allow_unused=True
             )
         )
-    return flatten([next(found) if p.requires_grad else None for p in params], params)
+    return flatten([next(derivatives) if p.requires_grad else None for p in params], params)
 
 
 def check_finite(loss: Tensor, gradient: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP
-from nsgd.curvature.low_rank import Which, wanted
+from nsgd.curvature.low_rank import Which, leading_indices
 from nsgd.curvature.vectors import matmul, random_unit
 
 # Products spent on a fresh random vector after convergence, in search of further copies of a repeated eigenvalue:
@@ -76,7 +76,7 @@ def lanczos(
         beta = float(torch.linalg.vector_norm(rest))
         ritz, coordinates = torch.linalg.eigh(projected[: j + 1, : j + 1])
         full = j + 1 == limit
-        chosen = wanted(ritz, min(k, j + 1), which)
+        chosen = leading_indices(ritz, min(k, j + 1), which)
         values, weights = ritz[chosen], coordinates[:, chosen]  # (k,), (m, k)
         outside = [(j, beta, rest), *(tails if j + 1 < size else [])]
         shares = torch.stack([norm * weights[i].abs() for i, norm, _ in outside])  # (chains, k)

@@ -54,7 +54,7 @@ def low_rank(
     lengths, mixing = squares[kept].sqrt(), mixing[:, kept]  # (r,), (m, r)
     inner = lengths[:, None] * (mixing.T @ (weights.sign()[:, None] * mixing)) * lengths  # orthonormal coordinates
     values, coordinates = torch.linalg.eigh(inner)
-    chosen = wanted(values, min(k, len(values)), which)
+    chosen = leading_indices(values, min(k, len(values)), which)
     chosen = chosen[values[chosen].abs() > negligible]  # of 1, about: terms of either sign may cancel
     mixture = ((mixing / lengths) @ coordinates[:, chosen]).T * (roots / longest**0.5)  # (r, m)
     cuts = mixture.to(parts[0]).split([len(part) for part in parts], dim=1)
@@ -118,7 +118,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     return whitening @ rows
 
 
-def wanted(ascending: Tensor, k: int, which: Which) -> Tensor:
+def leading_indices(ascending: Tensor, k: int, which: Which) -> Tensor:
     """Indices (k,) of the wanted ones among ascending values, in descending order of value."""
     if which == "SA":
         return torch.arange(k).flip(0)

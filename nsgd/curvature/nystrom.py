@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.hessian import HVP
-from nsgd.curvature.low_rank import Which, low_rank, wanted
+from nsgd.curvature.low_rank import Which, leading_indices, low_rank
 from nsgd.curvature.vectors import matmul
 
 # Directions of a block with less curvature than this share of the largest are left out of a Nyström approximation,
@@ -40,5 +40,6 @@ def nystrom(hvp: HVP, block: Tensor, *, k: int, which: Which) -> tuple[Tensor, T
         values, vectors = low_rank(1 / ritz[kept], mixed[kept.to(mixed.device)], k=k, which=which)
         if len(values) == k:
             return values, vectors
-    chosen = wanted(ritz, k, which)  # the operator has fewer outstanding directions: the block's own have to do
+    # The operator has fewer outstanding directions: the block's own have to do.
+    chosen = leading_indices(ritz, k, which)
     return ritz[chosen], matmul(coordinates[:, chosen].T.to(rows), rows)

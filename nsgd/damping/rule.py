@@ -107,7 +107,7 @@ def in_float32(params: list[Tensor], state: dict[Tensor, Any]) -> Iterator[None]
     low = [p for p in params if p.dtype.itemsize < 4]
     rounded = {p: p.data for p in low}
     grads = {p: p.grad for p in low}
-    found = {p: set(state.get(p, {})) for p in low}
+    names = {p: set(state.get(p, {})) for p in low}
     dtypes = {p: {name: v.dtype for name, v in state.get(p, {}).items() if _is_low(v)} for p in low}
     for p in low:
         p.data = p.data.float()
@@ -123,7 +123,7 @@ def in_float32(params: list[Tensor], state: dict[Tensor, Any]) -> Iterator[None]
             for name, value in state.get(p, {}).items():
                 if name in dtypes[p]:
                     state[p][name] = value.to(dtypes[p][name])
-                elif isinstance(value, Tensor) and name not in found[p] and value.shape == p.shape and p.ndim > 0:
+                elif isinstance(value, Tensor) and name not in names[p] and value.shape == p.shape and p.ndim > 0:
                     state[p][name] = value.to(p.dtype)  # made in this step, as large as the parameter: as torch would
 
 

@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
 
 
 def group_key(optimizer: Damped, name: str) -> str:
-    """What an option is called in a group: by its name, unless the base optimizer has an option of that name."""
+    """The name of an option in a group: its own, unless the base optimizer has an option of that name."""
     return f"nsgd_{name}" if f"nsgd_{name}" in optimizer.defaults else name
 
 
@@ -59,8 +59,8 @@ def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
     extra = {}
     for i, p in zip(_numbers(saved), _params(optimizer), strict=True):
         if id(p) in tensors:
-            own = {name: to_save(value, p) for name, value in tensors[id(p)].items()}
-            extra[i] = {**saved["state"].get(i, {}), **own}
+            saved_tensors = {name: to_save(value, p) for name, value in tensors[id(p)].items()}
+            extra[i] = {**saved["state"].get(i, {}), **saved_tensors}
     saved["state"] = {**saved["state"], **extra}
     return saved
 
@@ -99,15 +99,15 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
                 f"expected a checkpoint of format {_VERSION} or older, got {first['nsgd_version']!r}; update nsgd"
             )
         options, counts = _options(first.get("nsgd_options")), _counts(first.get("nsgd_counts"))
-        own = {"nsgd_version", "nsgd_options", "nsgd_counts"}
+        ours = {"nsgd_version", "nsgd_options", "nsgd_counts"}
     elif "refreshed_at" in first:  # release 0.1.0
         options = _options({name: first[name] for name in (*SHARED, "gamma", "bulk_scale") if name in first})
         counts = {"weights": first.get("eigenvalues", []), **first}
         counts["damped"] = [weight > 0 for weight in counts["weights"]]
-        own = {*SHARED, *_COUNTS_0_1}
+        ours = {*SHARED, *_COUNTS_0_1}
     else:
-        options, counts, own = None, {}, set()
-    groups = [{name: value for name, value in group.items() if name not in own} for group in groups]
+        options, counts, ours = None, {}, set()
+    groups = [{name: value for name, value in group.items() if name not in ours} for group in groups]
     for group, now in zip(groups, optimizer.param_groups, strict=False):
         factors = (group_key(optimizer, name) for name in ("gamma", "bulk_scale"))
         check_factors(*(group.get(key, now[key]) for key in factors))
@@ -138,11 +138,13 @@ def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, A
         directions.options = loaded.options
     directions.arrange(optimizer._curvature_params())
     numbered = zip(_numbers(loaded.plain), _params(optimizer), strict=True)
-    found = {id(p): (p, loaded.tensors[i]) for i, p in numbered if i in loaded.tensors}
-    if not same_everywhere(sum(len(entry) for _, entry in found.values()), _params(optimizer)):
-        found = {}  # as of a checkpoint that only the first process has read
-    own = {i: {name: from_saved(value, p) for name, value in entry.items()} for i, (p, entry) in found.items()}
-    directions.load(loaded.counts, own)
+    saved_tensors = {id(p): (p, loaded.tensors[i]) for i, p in numbered if i in loaded.tensors}
+    if not same_everywhere(sum(len(entry) for _, entry in saved_tensors.values()), _params(optimizer)):
+        saved_tensors = {}  # as of a checkpoint that only the first process has read
+    tensors = {
+        i: {name: from_saved(value, p) for name, value in entry.items()} for i, (p, entry) in saved_tensors.items()
+    }
+    directions.load(loaded.counts, tensors)
 
 
 def _options(saved: Any) -> DampingOptions:

@@ -29,7 +29,7 @@ from nsgd.options import FROM_TRAINING, PER_GROUP, DampingOptions
 
 
 class Damped(Optimizer):
-    """What every damped optimizer has beside its base class: it holds ``Directions``, and its step is damped by them.
+    """The half of a damped optimizer beside its base class: it holds ``Directions``, and its step is damped by them.
 
     Mixed in before the base optimizer's class, by :class:`nsgd.NSGD` and :func:`nsgd.damp`. All that it has of its own
     lies in one object, so that wrappers which copy an optimizer's attributes share it.
@@ -215,7 +215,7 @@ class Damped(Optimizer):
 
     @property
     def refreshes(self) -> int:
-        """How often the directions have changed so far; one sync where the last refresh is under way."""
+        """Number of times that the directions have changed so far; one sync where the last refresh is under way."""
         return self._directions.known_counts.refreshes
 
     @property
@@ -230,7 +230,7 @@ class Damped(Optimizer):
 
     @property
     def cost_gradients(self) -> float:
-        """What the refreshes cost so far, a count of work in gradients of a training batch (forward and backward pass).
+        """Cost of the refreshes so far, a count of work in gradients of a training batch (forward and backward pass).
 
         From a share f of a batch's samples a refresh costs f (1 + a), with a the flops of averaging over those of the
         samples' gradients: 2P (4k^2 + 2km + m^2) for m groups and P parameters, over three forward passes on each
@@ -275,7 +275,7 @@ class Damped(Optimizer):
     # -- groups, state, copies -------------------------------------------------------------------------------
 
     def _key(self, name: str) -> str:
-        """What an option is called in a group: by its name, unless the base optimizer has one of that name."""
+        """The name of an option in a group: its own, unless the base optimizer has one of that name."""
         return state.group_key(self, name)
 
     def _curvature_groups(self) -> list[dict[str, Any]]:
@@ -318,13 +318,13 @@ class Damped(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_directions": self._directions}
 
-    def __setstate__(self, found: dict[str, Any]) -> None:
-        super().__setstate__(found)
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        super().__setstate__(attributes)
         if "_directions" in self.__dict__:  # not in the middle of torch's load_state_dict of another
             for group in self.param_groups:
                 for name in PER_GROUP:
                     group.setdefault(self._key(name), self.defaults[self._key(name)])
-            if "_directions" in found:  # a copy, or a pickle; a checkpoint is taken over later
+            if "_directions" in attributes:  # a copy, or a pickle; a checkpoint is taken over later
                 self._directions.arrange(self._curvature_params())
                 self._directions.end_step()
 

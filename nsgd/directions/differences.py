@@ -155,7 +155,7 @@ class Differences:
         return {**self.__dict__, "_views": {}}
 
     def saved(self, blocks: Sequence[Block]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-        """What a checkpoint holds: plain values, and tensors for each parameter by its identity."""
+        """Contents of a checkpoint: plain values, and tensors for each parameter by its identity."""
         values = {
             "recorded": self.recorded,
             "pending": self.pending,

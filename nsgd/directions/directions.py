@@ -140,8 +140,10 @@ class Directions:
         Along sharded parameters P counts what this process holds.
         """
         known = self.by_parameter()
-        own = [parts_of([p])[0] for p in params]
-        blocks = [known.get(id(p), part.new_zeros(self.rank, *part.shape)) for p, part in zip(params, own, strict=True)]
+        parts = [parts_of([p])[0] for p in params]
+        blocks = [
+            known.get(id(p), part.new_zeros(self.rank, *part.shape)) for p, part in zip(params, parts, strict=True)
+        ]
         dtype, device = vector_dtype(params), params[0].device
         return torch.cat([as_rows(block).to(device=device, dtype=dtype) for block in blocks], dim=1)
 
@@ -321,7 +323,7 @@ class Directions:
         return {**self.__dict__, "_key": (), "alarm": Alarm(self.alarm.is_on())}  # identities are of this process
 
     def saved(self) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-        """What a checkpoint holds: plain values, and tensors for each parameter by its identity."""
+        """Contents of a checkpoint: plain values, and tensors for each parameter by its identity."""
         values: dict[str, Any] = {
             **vars(self.known_counts),
             "averaged": int(self.past.count),
@@ -357,8 +359,8 @@ class Directions:
         self.alarm = Alarm(bool(values.get("alarm", False)))
         self.complete = True
         known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
-        given = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
-        training = values.get("differences", self.options.solver in FROM_TRAINING and not given)
+        looks_twice = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
+        training = values.get("differences", self.options.solver in FROM_TRAINING and not looks_twice)
         if self.differences is not None:
             self.differences.passes.leave()
         self.differences = Differences() if training else None
@@ -382,7 +384,7 @@ class Directions:
 
 
 def _small_dtype(device: torch.device) -> torch.dtype:
-    """In what small tensors are kept: float64 where the device has it."""
+    """Precision that small tensors are kept in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

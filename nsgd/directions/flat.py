@@ -49,11 +49,11 @@ class Block:
 
     @property
     def parts(self) -> list[Tensor]:
-        """What this process holds of the parameters: themselves, or their shards."""
+        """Parts of the parameters that this process holds: themselves, or their shards."""
         return parts_of(self.params)
 
     def rows(self, count: int) -> Tensor:
-        """So many zero vectors in the precision of the basis, (count, P)."""
+        """Zero vectors, ``count`` of them, in the precision of the basis, (count, P)."""
         return torch.zeros(count, self.size, dtype=self.basis_dtype, device=self.device)
 
     def vector(self) -> Tensor:

@@ -32,7 +32,7 @@ _MEMORY = 0.9  # of the mean of these cosines, a step
 
 
 class PassHook:
-    """What a parameter calls with its gradient of a pass; no hook of a user's."""
+    """The function that a parameter calls with its gradient of a pass; no hook of a user's."""
 
     __torch_unserializable__ = True  # torch would warn that a pickle lacks it; it is set again where it is loaded
 
@@ -65,7 +65,7 @@ class Passes:
         self._views: list[list[Tensor]] = []  # of these, by row and parameter; empty where none are kept
 
     def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {
+        cleared: dict[str, Any] = {
             "_fired": [],
             "_params": [],
             "_handles": [],
@@ -73,7 +73,7 @@ class Passes:
             "_rows": [],
             "_views": [],
         }
-        return {**self.__dict__, **own}
+        return {**self.__dict__, **cleared}
 
     def watch(self, blocks: Sequence[Block]) -> None:
         """Count the passes of these parameters from now on; gradients are kept after the next :meth:`begin`."""
@@ -152,7 +152,7 @@ class Passes:
             place.add_(gradient)
 
     def end(self) -> int:
-        """How many passes the step has had; 0 where their gradients were not kept, or not one for each parameter."""
+        """Number of passes in the step; 0 where their gradients were not kept, or not one for each parameter."""
         passes = [0 if p.grad is None else n for p, n in zip(self._params, self._fired, strict=True)]
         count = max(passes, default=0)
         several = count > 1 and not self._odd and all(n in (0, count) for n in passes)

@@ -54,8 +54,8 @@ def settled(gram: Tensor, owners: Sequence[Tensor], *results: Tensor) -> list[Te
         groups = mesh_groups(sharded[0])
     if not groups:
         return list(results)
-    own = torch.cat([part.reshape(-1) for part in (gram, *results)])
-    firsts = own.clone()
+    local = torch.cat([part.reshape(-1) for part in (gram, *results)])
+    firsts = local.clone()
     for group in groups:
         _broadcast(firsts, group)
     there, *parts = torch.split(firsts, [part.numel() for part in (gram, *results)])
@@ -73,12 +73,12 @@ def of_the_first(device: torch.device, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     lengths = torch.tensor([len(tensor) for tensor in tensors], device=device)
     _broadcast(lengths)
-    found = []
+    copies = []
     for tensor, length in zip(tensors, lengths.tolist(), strict=True):
         same = tensor if len(tensor) == length else tensor.new_empty(length, *tensor.shape[1:])
-        found.append(same.to(device, copy=True, memory_format=torch.contiguous_format))
-        _broadcast(found[-1])
-    return found
+        copies.append(same.to(device, copy=True, memory_format=torch.contiguous_format))
+        _broadcast(copies[-1])
+    return copies
 
 
 def flag_of_the_first(flag: Tensor) -> Tensor:
@@ -171,18 +171,18 @@ def gathered(*tensors: Tensor) -> list[Tensor]:
     """
     if world() == 1:
         return list(tensors)
-    own, device = len(tensors[0]), tensors[0].device
+    length, device = len(tensors[0]), tensors[0].device
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world())]
-    distributed.all_gather(counts, torch.tensor([own], device=device))
+    distributed.all_gather(counts, torch.tensor([length], device=device))
     sizes = [int(count) for count in counts]
-    found = []
+    rows = []
     for tensor in tensors:
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
-        padded[:own] = tensor
+        padded[:length] = tensor
         parts = [torch.empty_like(padded) for _ in sizes]
         distributed.all_gather(parts, padded)
-        found.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
-    return found
+        rows.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    return rows
 
 
 def led(work: Callable[[HVP], list[Tensor]], product: HVP, like: Sequence[Tensor]) -> list[Tensor]:
@@ -203,11 +203,11 @@ def led(work: Callable[[HVP], list[Tensor]], product: HVP, like: Sequence[Tensor
 
     def of_all(vector: Tensor) -> Tensor:
         try:
-            own = product(vector)
+            local = product(vector)
         except Exception as error:  # raised when the others have been told, who wait for this product
             met.append(error)
-            own = torch.full_like(vector, math.nan)
-        return averaged(own)
+            local = torch.full_like(vector, math.nan)
+        return averaged(local)
 
     if distributed.get_rank() == 0:
 
@@ -215,10 +215,10 @@ def led(work: Callable[[HVP], list[Tensor]], product: HVP, like: Sequence[Tensor
             vector = vector.contiguous()
             for tensor in (signal.fill_(_PRODUCT), vector):
                 _broadcast(tensor)
-            found = of_all(vector)
+            product_of_all = of_all(vector)
             if met:
                 raise met[0]
-            return found
+            return product_of_all
 
         end = _FAILED
         try:

@@ -19,7 +19,7 @@ _EXTRA_PRODUCTS = 2
 
 
 class Spent:
-    """What a refresh has cost so far, also one that fails: its gradient, and the products."""
+    """Cost of a refresh so far, also one that fails: its gradient, and the products."""
 
     def __init__(self) -> None:
         self.hvps, self.gradients = 0, 1.0

@@ -104,8 +104,10 @@ def _follow_samples(
     counter = None if directions.counts.sample_flops else ForwardFlops()
     with together(home), inner_modules_only():
         groups = checked_groups(groups)
-        own = [torch.empty(len(groups), b.size, dtype=b.dtype, device=b.device) for b in directions.blocks]
-        views = [b.view(row, i) for b, row in zip(directions.blocks, own, strict=True) for i in range(len(b.params))]
+        local_rows = [torch.empty(len(groups), b.size, dtype=b.dtype, device=b.device) for b in directions.blocks]
+        views = [
+            b.view(row, i) for b, row in zip(directions.blocks, local_rows, strict=True) for i in range(len(b.params))
+        ]
         losses, counted = write_gradients(groups, params, views, scale=scale, forward=counter)
     size, samples = sum(block.size for block in directions.blocks), int(counted.sum())
     if counter is not None:
@@ -113,7 +115,7 @@ def _follow_samples(
     shares = (counted / samples).to(directions.weights, non_blocking=True)  # every process counts alike
     # A group without a label is left out, but a process without any has met a NaN: then all of them skip.
     losses = torch.where(losses.isnan().all(), math.inf, losses)
-    losses, shares, *rows = gathered(losses, shares, *own)
+    losses, shares, *rows = gathered(losses, shares, *local_rows)
     spent = Spent()
     share = averaging_share(
         groups=len(shares), samples=samples, k=directions.options.k, size=size, flops=directions.counts.sample_flops

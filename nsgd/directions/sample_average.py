@@ -26,7 +26,7 @@ _LARGEST_POWER = 100
 
 @dataclass(frozen=True)
 class Past:
-    """What a running average holds, where the directions are."""
+    """Contents of a running average, where the directions are."""
 
     count: Tensor  # (), estimates in it
     usual: Tensor  # (), their trace of late

@@ -236,16 +236,16 @@ def _at_once(
     whole = len(losses.tensors[0]) // size  # groups
     parts = [tensor[: whole * size].reshape(whole, size, *tensor.shape[1:]) for tensor in losses.tensors]
 
-    def value(wanted: dict[str, Tensor], buffers: dict[str, Tensor], *part: Tensor) -> Tensor:
+    def value(trained: dict[str, Tensor], buffers: dict[str, Tensor], *part: Tensor) -> Tensor:
         with forward, OneDtype():
-            loss: Tensor = functional_call(network, {**wanted, **others, **buffers}, part)
+            loss: Tensor = functional_call(network, {**trained, **others, **buffers}, part)
         if loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}; reduce it, as with .mean()")
         return loss.reshape(())
 
     with torch.inference_mode(False), torch.enable_grad(), untouched(network, device=params[0].device):
-        wanted = {names[p]: p.detach() for p in params if p.requires_grad}
-        others = {name: p.detach() for p, name in names.items() if name not in wanted}
+        trained = {names[p]: p.detach() for p in params if p.requires_grad}
+        others = {name: p.detach() for p, name in names.items() if name not in trained}
         # Each group has buffers of its own, such as the statistics that BatchNorm updates in place. One that is larger
         # than all parameters, a memory bank, may be read but not written to.
         most = sum(p.numel() for p in params)
@@ -256,23 +256,23 @@ def _at_once(
         step = losses.chunk_size or max(1, _MOST_AT_ONCE // max(1, most))
         for start in range(0, whole, step):
             chunk = slice(start, min(start + step, whole))
-            own = {name: b.repeat(chunk.stop - start, *[1] * b.ndim) for name, b in buffers.items()}
+            own_buffers = {name: b.repeat(chunk.stop - start, *[1] * b.ndim) for name, b in buffers.items()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
                 try:
-                    found, part = run(wanted, own, *(tensor[chunk] for tensor in parts))
+                    grads, part = run(trained, own_buffers, *(tensor[chunk] for tensor in parts))
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
-                    said = str(error).strip().splitlines()[0]
+                    reason = str(error).strip().splitlines()[0]
                     raise RuntimeError(
-                        f"the gradients of samples cannot be taken at once, by torch.func.vmap ({said}); leave module "
-                        "out, and they are taken one by one"
+                        f"the gradients of samples cannot be taken at once, by torch.func.vmap ({reason}); leave "
+                        "module out, and they are taken one by one"
                     ) from error
             _check_reached(part, params)
             values.append(part.detach())
-            _write(rows, chunk, [found[names[p]] if p.requires_grad else None for p in params])
-            del found, part  # before the next chunk takes as much
+            _write(rows, chunk, [grads[names[p]] if p.requires_grad else None for p in params])
+            del grads, part  # before the next chunk takes as much
         if whole < len(losses):
             last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows], forward)
             values.append(last.to(values[0]) if values else last)

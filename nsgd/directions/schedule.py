@@ -10,7 +10,7 @@ from nsgd.options import DampingOptions
 
 @dataclass
 class Counts:
-    """What has been done and spent so far: plain numbers, saved with a checkpoint."""
+    """Counts of what has been done and spent so far: plain numbers, saved with a checkpoint."""
 
     steps: int = 0
     refreshed_at: int = -1  # value of steps when the directions last changed

@@ -20,7 +20,7 @@ def is_sharded(param: Tensor) -> bool:
 
 
 def parts_of(tensors: list[Any]) -> list[Tensor]:
-    """What this process holds of tensors, all DTensors or none: of those their shards, without a copy."""
+    """Parts of tensors that this process holds, all DTensors or none: of those their shards, without a copy."""
     if not tensors or not is_sharded(tensors[0]):
         return tensors
     with torch.no_grad():
@@ -84,11 +84,11 @@ def totals(owners: Sequence[Tensor], *parts: Sequence[Tensor]) -> list[Tensor]:
     sharded = [i for i, owner in enumerate(owners) if is_sharded(owner)]
     if not sharded:
         return [sum(part[1:], part[0]) for part in parts]
-    own = [sum((part[i] for i in sharded[1:]), part[sharded[0]]) for part in parts]
-    flat = torch.cat([part.reshape(-1) for part in own])
+    sums = [sum((part[i] for i in sharded[1:]), part[sharded[0]]) for part in parts]
+    flat = torch.cat([part.reshape(-1) for part in sums])
     distributed.all_reduce(flat, group=_shard_group(owners[sharded[0]]))
-    cuts = torch.split(flat, [part.numel() for part in own])
-    shared = [cut.view_as(part) for cut, part in zip(cuts, own, strict=True)]
+    cuts = torch.split(flat, [part.numel() for part in sums])
+    shared = [cut.view_as(part) for cut, part in zip(cuts, sums, strict=True)]
     return [
         sum((part[i] for i in range(len(owners)) if i not in sharded), total)
         for part, total in zip(parts, shared, strict=True)

@@ -69,12 +69,12 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     check_params(params)
     device = params[0].device
     random_state = RandomState(device)
-    found = []
+    values = []
     for step in steps:
         random_state.restore()
         with untouched(device=device), moved(params, direction, step):  # spectral norm changes with every pass
-            found.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
-    return torch.stack(found)
+            values.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
+    return torch.stack(values)
 
 
 def vertex(positions: Tensor, losses: Tensor) -> tuple[float, float]:

@@ -68,10 +68,10 @@ def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]
     At the edge of stochastic stability it is 2 / lr. Costs three gradients a batch.
     """
     params = list(params)
-    found = [own_batch(loss, params)[1].sharpness for loss in losses]
-    if not found:
+    values = [own_batch(loss, params)[1].sharpness for loss in losses]
+    if not values:
         raise ValueError("expected the loss of one batch or more, got none")
-    return sum(found) / len(found)
+    return sum(values) / len(values)
 
 
 def cross_section(

@@ -32,7 +32,7 @@ class Segment:
 
 
 def segment(alphas: Tensor, losses: Tensor) -> Segment:
-    """What the losses along one step say about the valley.
+    """Findings about the valley from the losses along one step.
 
     Args:
         alphas: (n,), ascending from 0 to 1, three or more.
@@ -59,7 +59,7 @@ def segment(alphas: Tensor, losses: Tensor) -> Segment:
 
 
 def predicted_position(slope: float, curvature: float) -> float:
-    """Where the floor lies on a quadratic: alpha* = -grad L . d / (d^T H d), d the step taken; NaN on a concave one.
+    """The place of the floor on a quadratic: alpha* = -grad L . d / (d^T H d), d the step taken; NaN on a concave one.
 
     For plain SGD, d = -lr g, it is grad L . g / (lr g^T H g), one half on average once the loss no longer falls,
     whatever the curvature. Momentum, weight decay and damping change d, so they are taken in.

@@ -41,8 +41,8 @@ class Landscape:
 
     def curvatures(self, point: Tensor) -> Tensor:
         """Eigenvalues of the Hessian, (d,), ascending."""
-        found: Tensor = torch.linalg.eigvalsh(self.hessian(point))
-        return found
+        eigenvalues: Tensor = torch.linalg.eigvalsh(self.hessian(point))
+        return eigenvalues
 
     @property
     def barrier(self) -> float:
@@ -130,8 +130,8 @@ def landscape_between(
 
     def gradient(points: Tensor) -> Tensor:
         points = points.detach().requires_grad_()
-        found: Tensor = torch.autograd.grad(potential(points).sum(), points)[0]
-        return found
+        slopes: Tensor = torch.autograd.grad(potential(points).sum(), points)[0]
+        return slopes
 
     def one_dimensional(x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(potential(torch.from_numpy(x)[:, None]).detach(), dtype=np.float64)
@@ -155,17 +155,17 @@ def _stationary_point(potential: Map, near: Tensor, *, negative: int) -> Tensor:
     begin = near.numpy()
     if not negative:
         begin = minimize(lambda x: float(potential(torch.from_numpy(x)[None])[0]), begin, jac=gradient).x
-    found = root(gradient, begin, jac=hessian, tol=1e-12).x
-    curvatures = np.linalg.eigvalsh(hessian(found))
-    flat = np.abs(gradient(found)).max() > 1e-6 * np.abs(curvatures).max()
-    if not np.isfinite(found).all() or flat or (curvatures == 0).any() or (curvatures < 0).sum() != negative:
+    solution = root(gradient, begin, jac=hessian, tol=1e-12).x
+    curvatures = np.linalg.eigvalsh(hessian(solution))
+    flat = np.abs(gradient(solution)).max() > 1e-6 * np.abs(curvatures).max()
+    if not np.isfinite(solution).all() or flat or (curvatures == 0).any() or (curvatures < 0).sum() != negative:
         raise ValueError(
             f"expected a {'saddle with one negative curvature' if negative else 'minimum'} near {near.tolist()}, got "
-            f"curvatures {np.round(curvatures, 6).tolist()} at {np.round(found, 6).tolist()}; give a nearer {kind}"
+            f"curvatures {np.round(curvatures, 6).tolist()} at {np.round(solution, 6).tolist()}; give a nearer {kind}"
         )
-    return torch.from_numpy(found)
+    return torch.from_numpy(solution)
 
 
 def _hessian(potential: Map, point: Tensor) -> Tensor:
-    found: Tensor = torch.autograd.functional.hessian(lambda x: potential(x[None])[0], point)  # type: ignore[no-untyped-call]
-    return found
+    matrix: Tensor = torch.autograd.functional.hessian(lambda x: potential(x[None])[0], point)  # type: ignore[no-untyped-call]
+    return matrix

@@ -107,7 +107,7 @@ class Channel:
         return 1 - self.well.skew * x / (1 + x * x) ** 0.5
 
     def marginal(self, *, temperature: float, rate: float = 0.0) -> Potential:
-        """What drives x when y, which is faster, is averaged out: a potential of x alone.
+        """The potential that drives x when y, which is faster, is averaged out: a potential of x alone.
 
             well(x) + T_y / 2 log(h / (1 - rate h / 2)),    since SGD has mean y^2 = T_y / (h (1 - rate h / 2))
 

@@ -101,25 +101,25 @@ def simulate(
     generator = torch.Generator(start.device).manual_seed(seed)
     factor = lr * (torch.ones(d, dtype=start.dtype) if scale is None else scale).to(start)
     spread = math.sqrt(noise / batch_size)
-    found = torch.full((len(start),), -1, dtype=torch.int64)
+    arrival_steps = torch.full((len(start),), -1, dtype=torch.int64)
     running = torch.arange(len(start))  # those still under way
     position, ends = start.clone(), start.clone()
-    taken = 0
-    while len(running) and taken < steps:
+    step = 0
+    while len(running) and step < steps:
         shake = torch.randn(position.shape, generator=generator, dtype=start.dtype, device=start.device)
         push = gradient(position) + shake.mul_(spread)
         position -= push * factor if factor.ndim == 1 else push @ factor.T
-        taken += 1
+        step += 1
         arrived = goal(position).cpu()
         if bool(arrived.any()):
             there, rest = arrived.nonzero()[:, 0], (~arrived).nonzero()[:, 0]
-            found[running[there]] = taken
+            arrival_steps[running[there]] = step
             ends[running[there]] = position[there]
             running, position = running[rest], position[rest]
-        if taken % 1000 == 0:
-            progress(taken, len(start) - len(running))
+        if step % 1000 == 0:
+            progress(step, len(start) - len(running))
     ends[running] = position
-    return Escapes(found, taken, ends)
+    return Escapes(arrival_steps, step, ends)
 
 
 def escape(
@@ -148,7 +148,7 @@ def escape(
     """
     toward = landscape.goal - landscape.start
     there = float(landscape.goal @ toward)
-    found = _walk(
+    escapes = _walk(
         landscape,
         sgd,
         landscape.start.expand(walkers, -1),
@@ -158,9 +158,9 @@ def escape(
         scale=scale,
         progress=lambda step, arrived: update(step, f"{arrived:,} of {walkers:,} walkers arrived"),
     )
-    arrived = int((found.steps >= 0).sum())
-    counts = {"walkers": walkers, "steps": found.taken, "arrived": arrived, "censored": walkers - arrived}
-    return {**counts, "measured": found.mean, "standard_error": found.standard_error}
+    arrived = int((escapes.steps >= 0).sum())
+    counts = {"walkers": walkers, "steps": escapes.taken, "arrived": arrived, "censored": walkers - arrived}
+    return {**counts, "measured": escapes.mean, "standard_error": escapes.standard_error}
 
 
 def stay(
@@ -178,8 +178,8 @@ def stay(
             update((done + step) // 2, f"{count:,} walkers from the {origin} minimum")
 
         begins = begin.expand(count, -1)
-        found = _walk(landscape, sgd, begins, _never, steps=steps, seed=seed + i, progress=half)
-        both.append(found.ends.double())
+        escapes = _walk(landscape, sgd, begins, _never, steps=steps, seed=seed + i, progress=half)
+        both.append(escapes.ends.double())
     ends = torch.stack(both)  # (2, count, d): of those from the start, and from the goal
     flat = (ends - landscape.saddle) @ landscape.way_out > 0  # (2, count)
     excess = landscape.potential(ends.flatten(0, 1)).detach().view(2, count) - landscape.lowest
@@ -237,7 +237,7 @@ def _walk(
     progress: Callable[[int, int], None],
     scale: Tensor | None = None,
 ) -> Escapes:
-    found = simulate(
+    escapes = simulate(
         landscape.gradient,
         start.float(),  # far finer than the noise, in half the time
         goal,
@@ -252,9 +252,9 @@ def _walk(
     # Nobody comes as high as this but by a step that is too long, which may well end beyond the goal.
     heat = temperature(**sgd) * (1.0 if scale is None else max(1.0, float(torch.linalg.matrix_norm(scale, 2))))
     highest = landscape.value(landscape.saddle) + 100 * heat
-    if not bool((landscape.potential(found.ends.double()).detach() <= highest).all()):
+    if not bool((landscape.potential(escapes.ends.double()).detach() <= highest).all()):
         raise ValueError(
             f"SGD diverged at lr {sgd['lr']:g} and batch size {sgd['batch_size']:g}; choose smaller --lr or larger "
             "batches"
         )
-    return found
+    return escapes
