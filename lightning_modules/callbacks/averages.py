@@ -174,8 +174,8 @@ def _recalibrate(module: pl.LightningModule, batches: Iterable[Any], training: S
                 m.training = mode
         for i, batch in enumerate(batches):
             loss(batch, i)
-        found = [dict(m.named_buffers(recurse=False)) for m in norms]
-    for m, statistics in zip(norms, found, strict=True):
+        statistics_of_norms = [dict(m.named_buffers(recurse=False)) for m in norms]
+    for m, statistics in zip(norms, statistics_of_norms, strict=True):
         if statistics["num_batches_tracked"] > 0:
             for name, value in statistics.items():
                 getattr(m, name).copy_(value)

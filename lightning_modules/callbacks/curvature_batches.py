@@ -25,7 +25,7 @@ Parts = list[tuple[Any, int]]  # batches, with their sample counts
 
 @dataclass(frozen=True)
 class CurvatureBatches:
-    """Which samples the directions come from, and how they are grouped; as in ``RefreshDirections``.
+    """The choice of samples that the directions come from, and of their groups; as in ``RefreshDirections``.
 
     Raises:
         ValueError: If an option is out of range.

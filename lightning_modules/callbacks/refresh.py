@@ -191,10 +191,10 @@ class RefreshDirections(pl.Callback):
             except Exception as error:  # of any kind: a training_step may hold anything; a real fault raises below too
                 self._at_once = False
                 cause = error.__cause__ or error
-                said = (str(cause) or type(cause).__name__).strip().splitlines()[0]
+                reason = (str(cause) or type(cause).__name__).strip().splitlines()[0]
                 self._tell_once(
                     "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
-                    f"cannot run this training_step ({said})"
+                    f"cannot run this training_step ({reason})"
                 )
         with batch_losses(module) as loss_of:  # gradients need each loss only once: one guard serves for all
             return optimizer.refresh([(partial(scaled, loss_of, batch), n) for batch, n in parts], **options)
@@ -229,14 +229,14 @@ class RefreshDirections(pl.Callback):
 
 
 def _prefix(trainer: pl.Trainer, optimizer: Damped) -> str:
-    """What the logged values of an optimizer begin with."""
+    """The prefix of the logged values of an optimizer."""
     several = sum(isinstance(o, Damped) for o in trainer.optimizers) > 1
     return f"nsgd-{trainer.optimizers.index(optimizer)}" if several else "nsgd"
 
 
 def _reached(loss: Tensor) -> set[Tensor]:
     """The parameters that a loss depends on: the leaves of its graph."""
-    found: set[Tensor] = set()
+    parameters: set[Tensor] = set()
     seen: set[Any] = set()
     nodes: list[Any] = [loss.grad_fn]
     while nodes:
@@ -245,6 +245,6 @@ def _reached(loss: Tensor) -> set[Tensor]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(node.variable)
+            parameters.add(node.variable)
         nodes.extend(child for child, _ in node.next_functions)
-    return found
+    return parameters

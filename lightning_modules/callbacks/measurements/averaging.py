@@ -171,7 +171,7 @@ class AveragingExperiment(Measurement):
             self._gain(step, loss_of, params, point - last, spacing)
 
     def _gain(self, step: int, loss_of: LossOf, params: list[nn.Parameter], difference: Tensor, spacing: int) -> None:
-        """How far the loss at the mean of two points lies below the mean of their losses."""
+        """The depth of the loss at the mean of two points below the mean of their losses."""
         evaluation, note = self.evaluation, self.table.note
         late, middle, early = losses_along(evaluation.loss(loss_of), params, difference, [0.0, 0.5, 1.0]).tolist()
         with moved(params, difference, 0.5), loss_hessian(evaluation.curvature_loss(loss_of), params) as hessian:

@@ -13,7 +13,7 @@ _LEAST, _MOST = 16, 512  # evaluation samples, where the overhead decides
 
 @dataclass(frozen=True)
 class Plan:
-    """When a measurement begins, and on how many samples."""
+    """The step at which a measurement begins, and its number of samples."""
 
     starts: list[int]  # optimizer steps taken before
     samples: int
@@ -57,7 +57,7 @@ def plan(
 
 
 class Budget:
-    """What a measurement may cost and has cost, in gradients and seconds, and when it is due.
+    """The cost of a measurement, allowed and so far, in gradients and seconds, and when it is due.
 
     Args:
         every: Optimizer steps from the beginning of one measurement to that of the next; None to spread them.

@@ -88,12 +88,12 @@ class Measurement(pl.Callback):
 
     @property
     def gradients(self) -> float:
-        """What measuring has cost so far, in gradients of training."""
+        """Cost of measuring so far, in gradients of training."""
         return self.budget.gradients
 
     @property
     def seconds(self) -> float:
-        """What measuring has cost so far, in seconds."""
+        """Cost of measuring so far, in seconds."""
         return self.budget.seconds
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Measurement(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """What a checkpoint knows this measurement by."""
+        """The name of this measurement in a checkpoint."""
         return self._generate_state_key(**self.key_options)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ Groups = list[tuple[Optimizer, dict[str, Any]]]  # of parameters, with the optim
 
 def groups_of(optimizers: Sequence[Optimizer], params: Sequence[nn.Parameter]) -> Groups:
     """The groups of the optimizers that hold some of these parameters."""
-    wanted = set(params)
-    return [(o, g) for o in optimizers for g in o.param_groups if not wanted.isdisjoint(g["params"])]
+    followed = set(params)
+    return [(o, g) for o in optimizers for g in o.param_groups if not followed.isdisjoint(g["params"])]
 
 
 def momentum_of(groups: Groups) -> float | None:
