@@ -39,8 +39,8 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
     Raises:
         ValueError: If the module optimizes manually without ``curvature_loss``, or no loss comes back.
     """
-    own = getattr(module, "curvature_loss", None)
-    if own is None and not module.automatic_optimization:
+    curvature_loss = getattr(module, "curvature_loss", None)
+    if curvature_loss is None and not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes manually, so its training_step cannot be run for its loss alone; "
             "define curvature_loss(self, batch), returning the loss"
@@ -49,12 +49,12 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
 
     def loss_of(batch: Any, batch_idx: int) -> Tensor:
         with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
-            if own is None:
+            if curvature_loss is None:
                 output = run_step(module.training_step, batch, batch_idx)
-            elif "batch_idx" in inspect.signature(own).parameters:
-                output = own(batch, batch_idx)
+            elif "batch_idx" in inspect.signature(curvature_loss).parameters:
+                output = curvature_loss(batch, batch_idx)
             else:
-                output = own(batch)
+                output = curvature_loss(batch)
         return loss_in(output, module)
 
     with unnoticed(module):
@@ -77,7 +77,7 @@ def unnoticed(module: pl.LightningModule) -> Iterator[None]:
 
 
 def run_step(step: Callable[..., Any], batch: Any, batch_idx: int) -> Any:
-    """What a ``training_step`` gives for a batch, with its index where it takes one."""
+    """The output of a ``training_step`` for a batch, with its index where it takes one."""
     parameters = list(inspect.signature(step).parameters.values())
     takes_one = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
     return step(batch) if takes_one else step(batch, batch_idx)
@@ -108,24 +108,24 @@ def _no_loggers(trainer: pl.Trainer | None) -> Iterator[None]:
     if trainer is None or not trainer.loggers:
         yield
         return
-    found = trainer.loggers
+    loggers = trainer.loggers
     trainer.loggers = [DummyLogger()]
     try:
         yield
     finally:
-        trainer.loggers = found
+        trainer.loggers = loggers
 
 
 @contextmanager
 def _shelved(root: nn.Module) -> Iterator[None]:
     """Put every module's attributes back afterwards; inside, tensors, containers and plain objects are copies."""
-    found = [(module, dict(vars(module))) for module in root.modules()]
+    attributes_of_modules = [(module, dict(vars(module))) for module in root.modules()]
     try:
-        for module, attributes in found:
+        for module, attributes in attributes_of_modules:
             vars(module).update({name: _copied(value) for name, value in attributes.items()})
         yield
     finally:
-        for module, attributes in found:
+        for module, attributes in attributes_of_modules:
             vars(module).clear()
             vars(module).update(attributes)
 

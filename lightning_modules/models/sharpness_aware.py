@@ -17,7 +17,7 @@ from nsgd.curvature.guard import RandomState, untouched
 
 
 class _Steps(pl.LightningModule):
-    """What SAM adds to a LightningModule whose ``training_step`` gives a loss; mixed in before its class."""
+    """The part that SAM adds to a LightningModule whose ``training_step`` gives a loss; mixed in before its class."""
 
     gradients_per_step: ClassVar[int] = 2
 
@@ -70,8 +70,8 @@ class _Steps(pl.LightningModule):
 
     def curvature_loss(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """The loss of a batch and nothing else; callbacks measure with it, as ``training_step`` takes steps."""
-        own = getattr(super(), "curvature_loss", None)
-        return loss_in(run_step(super().training_step, batch, batch_idx) if own is None else own(batch), self)
+        of_base = getattr(super(), "curvature_loss", None)
+        return loss_in(run_step(super().training_step, batch, batch_idx) if of_base is None else of_base(batch), self)
 
     def _step_schedulers(self, batch_idx: int) -> None:
         for config in self.trainer.lr_scheduler_configs:
