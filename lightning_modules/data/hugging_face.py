@@ -106,14 +106,14 @@ class HuggingFace(ImageData):
             if not (fits(columns[name]) or (kind == "label" and "int" in str(getattr(columns[name], "dtype", "")))):
                 raise ValueError(f"expected {kind}_column to hold {kind}s, got {name!r}, which holds {columns[name]}")
             return name
-        found = [column for column, feature in columns.items() if fits(feature)]
-        if len(found) != 1:
-            way_out = "name it" if found or kind == "label" else "give a data set of images, or name it"
+        matches = [column for column, feature in columns.items() if fits(feature)]
+        if len(matches) != 1:
+            way_out = "name it" if matches or kind == "label" else "give a data set of images, or name it"
             raise ValueError(
-                f"expected one {kind} column in {self.path}, got {len(found)} among {', '.join(columns)}; {way_out} "
+                f"expected one {kind} column in {self.path}, got {len(matches)} among {', '.join(columns)}; {way_out} "
                 f"with {kind}_column"
             )
-        return str(found[0])
+        return str(matches[0])
 
 
 def _is_image(feature: Any) -> bool:
@@ -145,8 +145,8 @@ def _load_dataset(path: str) -> Any:
     try:
         return datasets.load_dataset(str(local) if local.exists() else path)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"expected a data set on the Hugging Face hub or a local folder, got {path!r}, which could not be read "
-            f"({type(error).__name__}: {said})"
+            f"({type(error).__name__}: {reason})"
         ) from error
