@@ -69,8 +69,8 @@ def read_csv(path: Path) -> Rows:
 
 def unused(path: Path) -> Path:
     """The path itself, or with a number where there is one of an earlier run: ``name-1.ext``, ``name-2.ext``, ..."""
-    found, number = path, 0
-    while found.exists():
+    free, number = path, 0
+    while free.exists():
         number += 1
-        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return found
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free

@@ -52,7 +52,7 @@ _MOVED = {  # module of 0.1.0 that study folders, configs or pickles name -> mod
 
 
 def public(name: str) -> Any:
-    """What has a public name, which is imported with the module that it is defined in."""
+    """The object of a public name, which is imported with the module that it is defined in."""
     return getattr(import_module(f"{_PACKAGE}.{HOMES[name]}"), name)
 
 
@@ -75,9 +75,9 @@ def moved(module: str) -> Callable[[str], Any]:
 def _look_up(module: str, name: str) -> Any:
     if not name.startswith("__"):  # tools that go through all modules ask for __file__ and the like
         for home in _MOVED[module]:
-            found = import_module(f"{_PACKAGE}.{home}")
-            if hasattr(found, name):
-                return getattr(found, name)
+            new_module = import_module(f"{_PACKAGE}.{home}")
+            if hasattr(new_module, name):
+                return getattr(new_module, name)
     raise AttributeError(f"module '{_PACKAGE}.{module}' has no attribute {name!r}")
 
 

@@ -27,12 +27,12 @@ def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
             f"{meant(path, known.split(', '))}"
         )
     try:
-        found: Any = resolve_name(path)
+        target: Any = resolve_name(path)
     except ImportError as error:
         raise ValueError(f"expected {option} to name a module that can be imported, got {path!r}: {error}") from error
     except AttributeError:
-        found = None
-    if not callable(found):
+        target = None
+    if not callable(target):
         raise ValueError(f"expected {option} to name a function of {module}, got {path!r}, which is none")
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = target
     return function

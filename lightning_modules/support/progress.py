@@ -58,21 +58,21 @@ def progress_bar(console: Console) -> Iterator[Update]:
     drawn = console.is_terminal
     progress = Progress(*columns, console=console, disable=not drawn)
     task = progress.add_task("getting ready", total=None)
-    shown, last_said = -1, ""
+    shown, last_state = -1, ""
     began, done_before = time.monotonic(), -1  # since the first update
 
-    def update(name: str, done: int, total: int, said: str | None) -> None:
-        nonlocal shown, last_said, began, done_before
+    def update(name: str, done: int, total: int, state: str | None) -> None:
+        nonlocal shown, last_state, began, done_before
         if done_before < 0:
             began, done_before = time.monotonic(), done
         if drawn:
-            last_said = last_said if said is None else said
-            said_last = f"{name}, {last_said}" if last_said else name
-            progress.update(task, completed=done, total=total, description=f"step {done} of {total}, {said_last}")
+            last_state = last_state if state is None else state
+            description = f"{name}, {last_state}" if last_state else name
+            progress.update(task, completed=done, total=total, description=f"step {done} of {total}, {description}")
         elif _LINES * done // total > shown:
             shown = _LINES * done // total
             times = _times(time.monotonic() - began, done - done_before, total - done)
-            print(f"step {done} of {total}, {times}{name}: {said or 'done'}", flush=True)
+            print(f"step {done} of {total}, {times}{name}: {state or 'done'}", flush=True)
 
     with progress:
         try:

@@ -38,7 +38,7 @@ class RunFolder:
 
     @property
     def failure(self) -> Path:
-        """What a run that died had to say."""
+        """File of what a run that died had to say."""
         return self.path / "failed.txt"
 
     @property
@@ -75,7 +75,7 @@ class RunFolder:
         self.failure.write_text(words)
 
     def settings(self) -> dict[str, Any]:
-        """What the run trained with; empty where it never began."""
+        """Settings that the run trained with; empty where it never began."""
         return _mapping(self.path / "run.yaml")
 
     def steps(self) -> Rows:
@@ -201,7 +201,7 @@ def _rows(path: Path) -> Rows:
 
 
 def no_study(out: Path) -> ValueError:
-    """What is said of a folder that holds something else."""
+    """The error to raise for a folder that holds something else."""
     return ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
 
 
@@ -215,8 +215,8 @@ def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
     return values
 
 
-def _same(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    was, now = _flat(there), _flat(wanted)
+def _same(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    was, now = _flat(there), _flat(asked)
     changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in {**now, **was} if was.get(n) != now.get(n)]
     if changes:
         raise ValueError(
