@@ -16,7 +16,7 @@ FEWEST = 20  # arrivals for a time to be drawn and fitted
 
 @dataclass(frozen=True)
 class Files:
-    """What a folder holds."""
+    """Contents of a folder."""
 
     config: dict[str, Any]
     landscape: dict[str, Any]
@@ -26,8 +26,8 @@ class Files:
 
     def of(self, quantity: str, **values: Any) -> Rows:
         """The rows of a quantity that have these values."""
-        wanted = {"quantity": quantity, **values}
-        return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
+        conditions = {"quantity": quantity, **values}
+        return [row for row in self.rows if all(row.get(name) == value for name, value in conditions.items())]
 
 
 def read_folder(folder: Path) -> Files:
@@ -40,7 +40,7 @@ def read_folder(folder: Path) -> Files:
 
 
 def prediction(row: dict[str, Any]) -> float:
-    """By quadrature where there is one, else to leading order."""
+    """The prediction by quadrature where there is one, else to leading order."""
     return float(row["leading"] if math.isnan(row["exact"]) else row["exact"])
 
 

@@ -20,7 +20,7 @@ def findings(files: Files) -> tuple[str, str, str, str]:
 
 
 def overall(files: Files) -> str:
-    """What is confirmed, what is not, and what these runs leave open, in one line."""
+    """Say what is confirmed, what is not, and what these runs leave open, in one line."""
     kinds: dict[str, list[str]] = {"confirmed": [], "not confirmed": [], "not resolved": []}
     for finding in findings(files):
         subject, _, word = finding.partition(": ")[0].rpartition(", ")
@@ -29,7 +29,7 @@ def overall(files: Files) -> str:
 
 
 def verdict(checks: Iterable[tuple[float, float, float]]) -> str:
-    """What measurements say of predictions: confirmed, not confirmed or not resolved.
+    """Verdict of measurements on predictions: confirmed, not confirmed or not resolved.
 
     Args:
         checks: Measured, its standard error, and predicted, each.
@@ -79,14 +79,14 @@ def _times(files: Files) -> str:
     times = [row["measured"] * row["lr"] for row in fitted]
     slope, error = _slope(x, [math.log(t) for t in times], [r["standard_error"] / r["measured"] for r in fitted])
     exact = [row["exact"] * row["lr"] for row in fitted]
-    own, off = "", [abs(row["measured"] / row["exact"] - 1) for row in fitted]
+    quadrature, off = "", [abs(row["measured"] / row["exact"] - 1) for row in fitted]
     if not any(math.isnan(t) for t in exact):
         bent, _ = _slope(x, [math.log(t) for t in exact], [0.0] * len(x))
-        own = f" (the quadrature's: {bent / predicted:.3f}; the times are within {max(off):.1%} of it)"
+        quadrature = f" (the quadrature's: {bent / predicted:.3f}; the times are within {max(off):.1%} of it)"
     return (
         f"Escape times, {verdict([(slope, error, predicted)])}: with barriers of {FIT_FROM:g} temperatures or more the "
-        f"slope of log time against B/η is {slope / predicted:.3f} ± {2 * error / predicted:.3f} times 2Δf/σ²{own}; "
-        f"{counts}"
+        f"slope of log time against B/η is {slope / predicted:.3f} ± {2 * error / predicted:.3f} times 2Δf/σ²"
+        f"{quadrature}; {counts}"
     )
 
 
@@ -94,7 +94,7 @@ def _damped(files: Files) -> str:
     rows = files.of("damped escape")
     checks = [(r["measured"], r["standard_error"], r["exact"]) for r in rows if not math.isnan(r["exact"])]
     tested = any(row["gamma"] != 1 and not math.isnan(row["exact"]) for row in rows)
-    said = []
+    clauses = []
     for name, curvature in files.landscape["damped"].items():
         of = {row["gamma"]: row for row in rows if row["damped"] == name}
         low, base = min(of), 1.0 if 1.0 in of else max(of)
@@ -107,10 +107,10 @@ def _damped(files: Files) -> str:
         if low == base:
             measured, predicted = of[low]["measured"], of[low]["exact"]
             took = f"{_known(measured)} steps"
-        wanted = "no formula predicts it" if math.isnan(predicted) else f"predicted {_known(predicted)}"
-        said.append(f"{where} escape takes {took}, {wanted}")
+        expectation = "no formula predicts it" if math.isnan(predicted) else f"predicted {_known(predicted)}"
+        clauses.append(f"{where} escape takes {took}, {expectation}")
     gamma = min(row["gamma"] for row in rows)
-    return f"NSGD, {verdict(checks) if tested else 'not resolved'}: with γ = {gamma:g} {'; '.join(said)}."
+    return f"NSGD, {verdict(checks) if tested else 'not resolved'}: with γ = {gamma:g} {'; '.join(clauses)}."
 
 
 def _share(files: Files) -> str:

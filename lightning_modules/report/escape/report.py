@@ -47,8 +47,8 @@ def print_escape(folder: Path, console: Console) -> None:
     files = read_folder(folder)
     console.print(_title(files), style="bold", markup=False)
     print_tables(console, _tables(files), text_columns=_TEXT_COLUMNS)
-    for said in (*findings(files), _RULE):
-        console.print(said, markup=False, highlight=False)
+    for sentence in (*findings(files), _RULE):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def _title(files: Files) -> str:
@@ -56,7 +56,7 @@ def _title(files: Files) -> str:
 
 
 def _terms(files: Files) -> list[str]:
-    """What was run, and what the letters mean."""
+    """Sentences on what was run, and on what the letters mean."""
     config, barrier = files.config, files.landscape["barrier"]
     heats = [barrier / row["temperature"] for row in files.of("escape")]
     hot, cold = f"{min(heats):.3g}", f"{max(heats):.3g}"

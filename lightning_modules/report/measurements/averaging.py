@@ -66,7 +66,7 @@ def _averages(rows: Rows) -> list[str]:
 
 
 def _ratios(rows: Rows, averages: Sequence[str]) -> list[float]:
-    """How far each schedule leads from its average, as a share of the way to the last iterate."""
+    """The distance to which each schedule leads from its average, as a share of the way to the last iterate."""
     return [
         value_of(rows, quantities.SCHEDULE_DISTANCE, of=name) / value_of(rows, quantities.LAST_DISTANCE, of=name)
         for name in averages

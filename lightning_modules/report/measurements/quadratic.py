@@ -30,19 +30,19 @@ _SAME = 1 + 1e-9  # rates are products of floats
 
 def draw_quadratic(rows: Rows) -> tuple[Figure, str]:
     """Losses along a batch's own gradient, of it and of an unseen one, and the best rates; with the caption."""
-    figure, (own, unseen, rates) = new_figure(3)
+    figure, (seen, unseen, rates) = new_figure(3)
     for batch in measured_by(rows):
         best, lr = value_of(batch, quantities.BEST_RATE), value_of(batch, quantities.LR)
         curve = _curve(batch, quantities.OWN)
         if math.isfinite(best) and curve[0][1] > min(loss for _, loss in curve):
             drop = curve[0][1] - value_of(batch, quantities.PREDICTED_LOSS, at=best)
-            own.plot(*columns([(at / best, (loss - curve[0][1]) / drop) for at, loss in curve]), ".-", color=COLORS[0])
+            seen.plot(*columns([(at / best, (loss - curve[0][1]) / drop) for at, loss in curve]), ".-", color=COLORS[0])
         held_out = [(at, loss) for at, loss in _curve(batch, quantities.HELD_OUT) if at <= 2 * lr * _SAME]
         unseen.plot(*columns([(at / lr, loss - held_out[0][1]) for at, loss in held_out]), color=GREY, linewidth=0.6)
     grid = np.linspace(0, 2, 50)
-    own.plot(grid, grid**2 - 2 * grid, color=COLORS[1], label="predicted by g and Hg")
-    own.set(xlabel="rate / best rate of the batch", ylabel="change of its loss / predicted drop")
-    own.legend(frameon=False, fontsize=8)
+    seen.plot(grid, grid**2 - 2 * grid, color=COLORS[1], label="predicted by g and Hg")
+    seen.set(xlabel="rate / best rate of the batch", ylabel="change of its loss / predicted drop")
+    seen.legend(frameon=False, fontsize=8)
     unseen.plot(*columns(_mean_curve(rows)), "o-", color=COLORS[0], label="mean")
     unseen.axvline(0.5, color=COLORS[1], linestyle="--", linewidth=1, label="lr / 2")
     unseen.set(xlabel="rate / lr", ylabel="change of an unseen batch's loss")
@@ -91,13 +91,13 @@ def _rate_words(rows: Rows) -> str:
 
 
 def _gaps(rows: Rows) -> list[float]:
-    """How much less a batch's best step does for the unseen batch than for its own, where there is a best one."""
+    """Losses to the unseen batch, beside its own, of a batch's best step, where there is a best one."""
     gaps = []
     for batch in measured_by(rows):
         best = value_of(batch, quantities.BEST_RATE)
         if math.isfinite(best):
-            own, other = dict(_curve(batch, quantities.OWN)), dict(_curve(batch, quantities.HELD_OUT))
-            gaps.append((other[best] - other[0.0]) - (own[best] - own[0.0]))
+            losses, unseen = dict(_curve(batch, quantities.OWN)), dict(_curve(batch, quantities.HELD_OUT))
+            gaps.append((unseen[best] - unseen[0.0]) - (losses[best] - losses[0.0]))
     return gaps
 
 

@@ -76,7 +76,7 @@ def summarize_sharpness(rows: Rows) -> str:
 
 
 def _names(rows: Rows, quantity: str) -> list[str]:
-    """What a quantity is of, in the order of the rows."""
+    """Subjects of a quantity, in the order of the rows."""
     return list(dict.fromkeys(row["of"] for row in rows if row["quantity"] == quantity))
 
 
@@ -120,7 +120,7 @@ def _mean_changes(rows: Rows, of: str) -> list[tuple[float, float]]:
 
 
 def _scale_of(rows: Rows) -> float:
-    """Where the axis of changes turns from linear to logarithmic: the size of a whole step's change."""
+    """The point where the axis of changes turns from linear to logarithmic: the size of a whole step's change."""
     sizes = [abs(change) for _, change in _mean_changes(rows, quantities.WHOLE_STEP) if math.isfinite(change)]
     return max(1e-8, min(sizes, default=0.0))
 
