@@ -91,8 +91,8 @@ def _compare(argv: list[str]) -> int:
 def _study(parser: Parser, argv: list[str]) -> tuple[Namespace, Study]:
     """A command line, and the study that it means; what its model takes from the data is filled in."""
     given = given_options(argv)
-    own, kind = own_model(given), model_class(given)
-    data = None if own is None else OWN_DATA[own].__name__
+    our_model, kind = own_model(given), model_class(given)
+    data = None if our_model is None else OWN_DATA[our_model].__name__
     parser.set_defaults({"data": data and {"class_path": data}})
     if given.get("model") and kind is not None:
         link_to_data(parser, kind, given)
@@ -128,8 +128,8 @@ def _classes_first(argv: list[str]) -> list[str]:
 def _with_study(argv: list[str]) -> list[str]:
     """Options in which the name of a study has become its file; without one, digits, unless they say otherwise."""
     if argv and not argv[0].startswith("-"):
-        own = NAMED / f"{argv[0]}.yaml"
-        if not own.exists() and not Path(argv[0]).is_file():
+        named_file = NAMED / f"{argv[0]}.yaml"
+        if not named_file.exists() and not Path(argv[0]).is_file():
             names = sorted(path.stem for path in NAMED.glob("*.yaml"))
             is_file = Path(argv[0]).suffix in (".yaml", ".yml")
             which = "which does not exist" if is_file else "which is neither"
@@ -137,7 +137,7 @@ def _with_study(argv: list[str]) -> list[str]:
                 f"expected STUDY to be {', '.join(names)}, or a YAML file, got {argv[0]!r}, {which}"
                 f"{meant(argv[0], names)}"
             )
-        return ["--config", str(own if own.exists() else argv[0]), *_classes_first(argv[1:])]
+        return ["--config", str(named_file if named_file.exists() else argv[0]), *_classes_first(argv[1:])]
     if any(word.split("=")[0] in ("--data", "--net", "--model", "--config") for word in argv):
         return argv if "--config" in argv else _classes_first(argv)
     return ["--config", str(NAMED / "digits.yaml"), *argv]

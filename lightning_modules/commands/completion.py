@@ -22,7 +22,7 @@ SHELLS = ("bash", "zsh")
 
 
 def completion_script(shell: str) -> str:
-    """What a shell sources to complete commands, options, classes, choices, studies and files.
+    """The script that a shell sources to complete commands, options, classes, choices, studies and files.
 
     Raises:
         ValueError: If the shell is not bash or zsh, or the package shtab is missing.
@@ -77,7 +77,7 @@ def _options(parser: ArgumentParser) -> Iterator[tuple[str, str, Any]]:
 
 
 def _words(kind: Any) -> list[str] | None:
-    """What may be typed for a type, where that is known."""
+    """Words that may be typed for a type, where they are known."""
     if kind is bool:
         return ["true", "false"]
     if kind is None or _is_path(kind) or described(kind).startswith(("a list", "a mapping")):

@@ -24,17 +24,17 @@ FROM_DATA = ("input_shape", "num_classes", "vocabulary")
 
 
 def own_model(given: Mapping[str, Any]) -> type | None:
-    """Which model of ours the given options mean, if it is one; the classifier where none is named."""
+    """The model of ours that the given options mean, if it is one; the classifier where none is named."""
     return next((kind for kind in OWN_DATA if is_called(kind, given.get("model") or "Classifier")), None)
 
 
 def model_class(given: Mapping[str, Any]) -> type | None:
     """The class of the model that the given options mean; None where it cannot be imported."""
     try:
-        found = own_model(given) or resolve_name(str(given["model"]))
+        model = own_model(given) or resolve_name(str(given["model"]))
     except (ImportError, AttributeError, ValueError):
         return None
-    return found if isinstance(found, type) else None
+    return model if isinstance(model, type) else None
 
 
 def is_called(kind: type, name: str) -> bool:

@@ -34,7 +34,7 @@ nsgd --print-completion SHELL what bash or zsh sources to complete all of them."
 
 
 class _Terminated(SystemExit):
-    """What SIGTERM raises: whatever is under way is closed as after any other exit, and the runs of a study end."""
+    """Raised by SIGTERM: whatever is under way is closed as after any other exit, and the runs of a study end."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -73,10 +73,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"nsgd: interrupted{again}", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        said = _said(error)
-        if said is None:
+        sentence = _sentence_on(error)
+        if sentence is None:
             raise
-        print(f"nsgd: {' '.join(said.split())}", file=sys.stderr)
+        print(f"nsgd: {' '.join(sentence.split())}", file=sys.stderr)
         return 2
     finally:
         sys.path[:] = path
@@ -168,8 +168,8 @@ def _nobody_reads() -> bool:
     return closed
 
 
-def _said(error: Exception) -> str | None:
-    """What there is to say of bad input; None for a fault."""
+def _sentence_on(error: Exception) -> str | None:
+    """One sentence on bad input; None for a fault."""
     exceptions = sys.modules.get("lightning_fabric.utilities.exceptions")  # not there, it was not raised
     if exceptions is not None and isinstance(error, exceptions.MisconfigurationException):
         return str(error)
@@ -203,7 +203,7 @@ def _raised_in(error: BaseException) -> Path:
 
 
 def _ours(error: BaseException | None) -> ValueError | None:
-    """What the project itself raised to say what is wrong with its input, however wrapped."""
+    """The error that the project itself raised to say what is wrong with its input, however wrapped."""
     import nsgd
 
     packages = (Path(__file__).parents[1], Path(nsgd.__file__).parent)

@@ -26,7 +26,7 @@ _FEW = 20  # options that one sentence can name
 
 
 class BadOption(ValueError):
-    """What a parser, or one inside it for the options of a class, complains of, in jsonargparse's words."""
+    """The complaint of a parser, or of one inside it for the options of a class, in jsonargparse's words."""
 
     def __init__(self, message: str, parser: ArgumentParser) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class BadOption(ValueError):
 
 
 def one_sentence(error: BadOption, *, command: str, given: Mapping[str, Any], options: Iterable[str] = ()) -> str:
-    """What was expected, what was got and what to do.
+    """Say what was expected, what was got and what to do.
 
     Args:
         error: Of the parser of the command. Where it is of no known form its words stay, on one line.
@@ -44,7 +44,7 @@ def one_sentence(error: BadOption, *, command: str, given: Mapping[str, Any], op
     """
     errors = [e for e in _causes(error) if isinstance(e, BadOption)]
     inner, words = errors[-1], " ".join(str(errors[-1]).split())
-    key = ".".join(found[1] for e in errors if (found := _KEY.match(str(e))))
+    key = ".".join(match[1] for e in errors if (match := _KEY.match(str(e))))
     lists = f"{command} --help lists the options"
     if (cause := inner.__cause__) is None:  # words that no option takes
         word = next((word for word in words.split() if word.startswith("-")), words.split()[-1]).partition("=")[0]
@@ -53,13 +53,13 @@ def one_sentence(error: BadOption, *, command: str, given: Mapping[str, Any], op
         mapping = described(_type(inner.parser, cause.argument_name)).startswith("a mapping")
         mend = "; give one, or '{}' for the defaults" if mapping else "; give one"
         return f"expected a value after {cause.argument_name}, got none{mend}"
-    if found := _NO_OPTION.search(words):
-        name = ".".join(filter(None, found.groups()))
+    if match := _NO_OPTION.search(words):
+        name = ".".join(filter(None, match.groups()))
         return _no_option(name, key, inner.parser, command, given, options)
-    if found := _MISSING.search(words):
-        names = [name.strip().removeprefix(f"{command.split()[-1]}.") for name in found[1].split(",")]
-        wanted = ", ".join(f"--{key}.{name}" if key else f"--{name}" for name in names)
-        return f"expected {wanted}{f', which {_last(given[key])} needs' if key in given else ''}, got none; give it"
+    if match := _MISSING.search(words):
+        names = [name.strip().removeprefix(f"{command.split()[-1]}.") for name in match[1].split(",")]
+        missing = ", ".join(f"--{key}.{name}" if key else f"--{name}" for name in names)
+        return f"expected {missing}{f', which {_last(given[key])} needs' if key in given else ''}, got none; give it"
     return _bad_value(inner, key, words, command, given) if key else f"{words}; {lists}"
 
 
@@ -72,8 +72,8 @@ def _no_option(
     kind = given.get(key)
     if kind is None:
         return f"expected --{key} CLASS before an option of it, got --{key}.{name}; name the class"
-    own = [option.lstrip("-") for option in _options(parser)]
-    mend = did_you_mean(name, own, f"--{key}.") or f"{command} --{key}.help {kind} lists them"
+    known = [option.lstrip("-") for option in _options(parser)]
+    mend = did_you_mean(name, known, f"--{key}.") or f"{command} --{key}.help {kind} lists them"
     return f"expected an option of {_last(kind)}, got --{key}.{name}; {mend}"
 
 
@@ -104,7 +104,7 @@ def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapp
 
 
 def _value(key: str, given: Mapping[str, Any]) -> Any:
-    """What was given for an option, by itself or in a mapping of options."""
+    """The value that was given for an option, by itself or in a mapping of options."""
     if key in given or "." not in key:
         return given.get(key)
     whole, _, name = key.rpartition(".")
@@ -114,7 +114,7 @@ def _value(key: str, given: Mapping[str, Any]) -> Any:
 
 
 def _way(key: str, kind: Any, command: str) -> str:
-    """How a value is given, where it is no word."""
+    """Advice on how a value is given, where it is no word."""
     if described(kind).startswith("a list"):
         return "write a list as '[one,two]'"
     return (

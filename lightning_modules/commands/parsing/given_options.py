@@ -19,7 +19,7 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
     Raises:
         ValueError: If a config file is no YAML.
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for word, following in zip(argv, [*argv[1:], None], strict=True):
         if not word.startswith("-"):
             continue
@@ -27,10 +27,10 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
         value = attached if equals else following
         if name in ("c", "config") and value is not None and Path(value).is_file():
             config = _flat(_read(Path(value)))
-            found |= {key: of for key, of in config.items() if not of_files or key.partition(".")[0] in of_files}
+            options |= {key: of for key, of in config.items() if not of_files or key.partition(".")[0] in of_files}
         else:
-            found[name.rstrip("+").replace(".init_args.", ".").removesuffix(".class_path")] = value
-    return found
+            options[name.rstrip("+").replace(".init_args.", ".").removesuffix(".class_path")] = value
+    return options
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Options under dotted names, those of a class under the option that names it."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
         if not isinstance(value, dict):
-            found[key] = value
+            options[key] = value
         elif "class_path" in value or "init_args" in value:
-            found |= {key: value["class_path"]} if "class_path" in value else {}
-            found |= _flat(value.get("init_args") or {}, f"{key}.")
+            options |= {key: value["class_path"]} if "class_path" in value else {}
+            options |= _flat(value.get("init_args") or {}, f"{key}.")
         else:
-            found |= {key: value} | _flat(value, f"{key}.")
-    return found
+            options |= {key: value} | _flat(value, f"{key}.")
+    return options

@@ -37,12 +37,12 @@ def takes_only_classes(kind: Any) -> bool:
 def known_classes(kind: Any) -> set[str]:
     """Names of the classes that a type takes, of those that are imported, but of the bases that it names."""
     bases = [leaf for leaf in _leaves(kind) if isinstance(leaf, type) and leaf not in (*_PLAIN, *_UNSAID)]
-    found: set[type] = set()
+    classes: set[type] = set()
     while bases:
-        new: set[type] = set(type.__subclasses__(bases.pop())) - found
+        new: set[type] = set(type.__subclasses__(bases.pop())) - classes
         bases += new
-        found |= new
-    return {one.__name__ for one in found}
+        classes |= new
+    return {one.__name__ for one in classes}
 
 
 def choices_of(kind: Any) -> list[str]:
