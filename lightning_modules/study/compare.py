@@ -20,7 +20,7 @@ import yaml
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.launch import Launcher, launch_on_ray
-from lightning_modules.study.runs.plan import Run, plan_runs, settle, steps_of
+from lightning_modules.study.runs.plan import Run, check_trials, decide, plan_runs, runs_left, settle, steps_of
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.runs.tables import write_tables
 from lightning_modules.study.runs.train import make_run, predicted_seconds, rehearse_method
@@ -46,6 +46,7 @@ def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
     subject, folder = Subject(study), StudyFolder(out)
     check_study(subject)
     _claim_folder(study, folder)
+    check_trials(study, folder)
     return subject, folder
 
 
@@ -110,20 +111,19 @@ def run_study(
     began = time.process_time()  # what it took to come here each other process takes too
     subject, folder = claim(study, out)
     plan = plan_runs(study)
-    # Once the settings are settled, a trial could no longer be chosen.
-    left = [run for run in plan if not folder.run(run.name).finished and not (folder.settled and run.stage == "tune")]
+    left = runs_left(folder, plan)
     for method in dict.fromkeys(run.method for run in left):
         with suppress(Exception):  # of a module of the user's: the run that meets it dies, and says so
             rehearse_method(subject, folder, method)
     if left:
         start = began if jobs > 1 or launcher != "local" else 0.0
         say(_forecast(subject, folder, left, jobs, launcher, start))
-    counted = _Counter(subject, folder, plan, progress)
+    counted = _Counter(subject, folder, [run for run in plan if run in left or folder.run(run.name).finished], progress)
     with _maker(subject, folder, counted, jobs, launcher) as make:
         while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
             left = [run for run in left if run not in wave]
-            if wave[0].stage != "tune":
-                settle(study, folder)  # at once, and before the first run that counts
+            for run in wave:
+                decide(study, folder, run)  # at once, and before the first run that goes by it
             for attempt in (1, 2):
                 wave = list(_attempt(make, folder, wave, counted, attempt, say))
     settle(study, folder)
@@ -256,7 +256,7 @@ class _Counter:
     """Turns the steps of many runs, which may go on side by side, into one progress."""
 
     def __init__(self, subject: Subject, folder: StudyFolder, plan: Sequence[Run], progress: Update) -> None:
-        self._progress, self._plan = progress, plan
+        self._progress, self._plan = progress, {run.number: run for run in plan}
         self._steps = {run.number: steps_of(subject, folder, run) for run in plan}
         self._done = {run.number: self._steps[run.number] if folder.run(run.name).finished else 0 for run in plan}
 

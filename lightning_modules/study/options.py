@@ -52,13 +52,14 @@ class Study:
             those that average their weights themselves, such as schedule-free, take the warm-up alone.
         settings: Hyperparameters by method, for example {nsgd: {lr: 0.2, gamma: 0.3}}, in place of those of a study
             file; --settings.nsgd '{lr: 0.2}' changes those of one method.
-        tune: Quasi-random trials of each method, by val_loss (or ``monitor``, where none is logged) after a run on the
-            training split; 0 for none.
+        tune: Quasi-random trials of each method, each a run on the training split, of which the best three by val_loss
+            (or ``monitor``, where none is logged) run again with two more seeds, and the mean of the three decides;
+            0 for none.
         search: Ranges of the trials by method, for example {nsgd: {lr: [0.01, 1], gamma: [0.05, 0.5]}}, log-uniform.
         sweep: lr to draw final loss and score against the learning rate, over each method's range.
         sweep_points: Learning rates of a sweep.
-        target: Value of ``monitor`` whose cost is compared; null for that of the first method's best trial, and without
-            trials for none.
+        target: Value of ``monitor`` whose cost is compared; null for the mean over seeds of the first method's best
+            trial, and without trials for none.
         limit_test: Batches of the test data that are tested on, at most; null for all.
         threads: Threads of torch in each run. They change the numbers, so they belong to the study.
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and

@@ -18,12 +18,12 @@ import yaml
 from lightning_modules.support.files import Rows, read_csv, write_csv, write_yaml, write_yaml_once
 from lightning_modules.support.import_paths import public_path
 
-Stage = Literal["tune", "study", "sweep"]
+Stage = Literal["tune", "again", "study", "sweep"]
 Document = Literal["config", "methods", "settled", "environment", "landscape"]
 Table = Literal["results", "times", "summary", "tuning", "sweep", "target", "target-times", "deaths"]
 
 _DOCUMENTS = get_args(Document)
-_FOLDERS: dict[Stage, str] = {"tune": "tuning", "study": "runs", "sweep": "sweep"}
+_FOLDERS: dict[Stage, str] = {"tune": "tuning", "again": "tuning-again", "study": "runs", "sweep": "sweep"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,18 @@ class StudyFolder:
         """Keep what a rehearsal found; of several processes the first one's stays."""
         write_yaml_once(self._rehearsal(method), {"refresh_every": every})
 
+    def finalists(self, method: str) -> list[int]:
+        """Trials of a method that run again, the best first; none before that is decided."""
+        trials: list[int] = _mapping(self._finalists(method)).get("trials", [])
+        return trials
+
+    def keep_finalists(self, method: str, trials: Iterable[int]) -> None:
+        """Keep which trials run again; of several processes the first one's stay."""
+        write_yaml_once(self._finalists(method), {"trials": list(trials)})
+
+    def _finalists(self, method: str) -> Path:
+        return self.path / "finalists" / f"{method}.yaml"
+
     def _rehearsal(self, method: str) -> Path:
         return self.path / "rehearsals" / f"{method}.yaml"
 
@@ -186,7 +198,7 @@ def run_name(stage: Stage, method: str, index: int) -> str:
     Args:
         stage: What the run is for.
         method: Name of its method.
-        index: Its trial, seed, or point of the sweep.
+        index: Its trial, repeat, seed, or point of the sweep.
     """
     return f"{_FOLDERS[stage]}/{method}-{index}"
 

@@ -163,7 +163,7 @@ def read_folder(path: Path) -> Files:
         },
         deaths=deaths,
         tuning=tuning,
-        tuning_seed=folder.run(first_trial).settings()["seed"] if tuning else None,
+        tuning_seed=tuning[0].get("seed", folder.run(first_trial).settings().get("seed")) if tuning else None,
         sweep=folder.table("sweep") + _lost_rates(folder, deaths),
         reached=reached,
     )

@@ -13,7 +13,7 @@ from lightning_modules.report.drawing import legend_beside
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.study.curves import has_logarithm, plot
 from lightning_modules.report.study.files import Files
-from lightning_modules.report.study.numbers import MISSING, estimate, settings_of, upper
+from lightning_modules.report.study.numbers import MISSING, and_, count, estimate, settings_of, upper
 from lightning_modules.support.files import Rows
 from lightning_modules.support.score import TRAIN_LOSS, Measure
 
@@ -63,21 +63,86 @@ def _tuned(files: Files) -> dict[str, Any]:
     measure = files.criterion
     rows = []
     for method in files.methods:
-        worse = [measure.badness(row) for row in files.tuning if row["method"] == method]
+        worse = [measure.badness(row) for row in _first_runs(files, method)]
         settings = settings_of(files.settings[method])
         if not worse:  # it takes those of the method that it gives more steps to, or has nothing to tune
             other = method.removesuffix("-more")
             whose = f"as {files.label(other)}" if other != method and other in files.styles else "none"
             rows.append([files.label(method), whose, settings, "", ""])
             continue
-        sign = 1 if measure.lower_is_better else -1
-        ends = [_printed(sign * value, measure) for value in (min(worse), float(np.median(worse)))]
-        rows.append([files.label(method), str(len(worse)), settings, *ends])
+        settings = "\n".join(filter(None, (settings, at_the_edge(files, method))))
+        median = float(np.median(worse))
+        median = median if measure.lower_is_better else -median
+        rows.append(
+            [files.label(method), str(len(worse)), settings, _of_the_best(files, method), _printed(median, measure)]
+        )
+    seeds = len(_seeds(files))
+    rule = ""
+    if seeds > 1:
+        rule = f"; the best ran again with {count(seeds - 1, 'more seed')}, and the mean decided"
     return {
-        "title": f"Settings, the best of each method's trials by {measure.label}",
+        "title": f"Settings, the best of each method's trials by {measure.label}{rule}",
         "header": ["method", "trials", "settings", f"{measure.label} of the best", "of the median trial"],
         "rows": rows,
     }
+
+
+def at_the_edge(files: Files, method: str) -> str:
+    """Which settings of a method's chosen trial are the lowest or the highest of its trials, and what to do."""
+    trials, chosen = _first_runs(files, method), _chosen_runs(files, method)
+    edges = []
+    for name in files.settings[method] if chosen else ():
+        values = {row[name] for row in trials if name in row}
+        if len(values) > 1 and files.settings[method][name] in (min(values), max(values)):
+            edge = "lower" if files.settings[method][name] == min(values) else "upper"
+            edges.append(f"{name} at the {edge} edge")
+    return f"{', '.join(edges)} of its trials; widen search.{method}" if edges else ""
+
+
+def edges(files: Files) -> list[str]:
+    """A sentence on each method whose best trial is at an edge, as in the table of settings."""
+    found = {method: at_the_edge(files, method) for method in files.methods}
+    return [f"{files.label(method)}: {words}." for method, words in found.items() if words]
+
+
+def seeds_of_trials(files: Files) -> str:
+    """The seed of the trials, and those that the best ran again with."""
+    more = _seeds(files)[1:]
+    if not more:
+        return f"seed {files.tuning_seed}"
+    again = {(row["method"], row["trial"]) for row in files.tuning if row.get("seed") in more}
+    most = max(sum(m == method for m, _ in again) for method in files.methods)
+    seeds = f"seed{'s' if more[1:] else ''} {and_([str(seed) for seed in more])}"
+    return f"seed {files.tuning_seed}, the best {most} again with {seeds}, where the mean decided"
+
+
+def _seeds(files: Files) -> list[Any]:
+    """Seeds of the trials, the first one first; one, unnamed, in studies of before they had several."""
+    return sorted({row.get("seed", 0) for row in files.tuning})
+
+
+def _first_runs(files: Files, method: str) -> Rows:
+    """The trials of a method, each with the first seed."""
+    first = _seeds(files)[:1]
+    return [row for row in files.tuning if row["method"] == method and [row.get("seed", 0)] == first]
+
+
+def _chosen_runs(files: Files, method: str) -> Rows:
+    """The trial of a method that its settings come from, with every seed."""
+    settings = files.settings[method]
+    rows = [row for row in files.tuning if row["method"] == method]
+    return [row for row in rows if all(row[name] == settings[name] for name in settings if name in row)]
+
+
+def _of_the_best(files: Files, method: str) -> str:
+    """What the chosen trial scored, in the mean over its seeds, and how many of these are not in it."""
+    measure, seeds = files.criterion, len(_seeds(files))
+    runs = _chosen_runs(files, method)
+    kept = [row[measure.column] for row in runs if math.isfinite(measure.badness(row))]
+    if not kept:
+        return MISSING
+    lost = "" if len(kept) == seeds else f"\non {len(kept)} of {seeds} seeds; diverged or died on {seeds - len(kept)}"
+    return f"{_printed(float(np.mean(kept)), measure)}{lost}"
 
 
 def sensitivity_table(files: Files) -> dict[str, Any]:
@@ -131,7 +196,8 @@ def rate_figures(files: Files) -> dict[str, tuple[Figure, str]]:
         words = (
             f"{upper(files.criterion.label)} of every trial against its learning rate; other settings may differ too."
         )
-        figures["trials"] = (_trials(files), f"{words} What diverged is not drawn.")
+        again = " Crosses: the best, with the other seeds." if len(_seeds(files)) > 1 else ""
+        figures["trials"] = (_trials(files), f"{words}{again} What diverged is not drawn.")
     return figures
 
 
@@ -161,10 +227,18 @@ def _trials(files: Files) -> Figure:
     measure = files.criterion
     figure, (axes,) = new_figure(1)
     for method, style in files.styles.items():
-        rows = sorted((r for r in files.tuning if r["method"] == method and "lr" in r), key=lambda row: row["lr"])
+        first = _first_runs(files, method)
+        rows = sorted((row for row in first if "lr" in row), key=lambda row: row["lr"])
         if rows:
-            values = [measure.factor * r[measure.column] for r in rows]
-            plot(axes, style, [r["lr"] for r in rows], values, marker="o", linewidth=0.8)
+            values = [measure.factor * row[measure.column] for row in rows]
+            plot(axes, style, [row["lr"] for row in rows], values, marker="o", linewidth=0.8)
+        again = [row for row in files.tuning if row["method"] == method and "lr" in row and row not in first]
+        if again:
+            values = [measure.factor * row[measure.column] for row in again]
+            name = f"_{style.label}, again"  # that begins with _, so it is in no legend
+            axes.plot(
+                [r["lr"] for r in again], values, "x", color=style.color, markersize=4, label=name, gid=style.label
+            )
     yscale = "log" if measure.lower_is_better and has_logarithm(axes) else "linear"
     axes.set(xlabel="learning rate", ylabel=measure.label, xscale="log", yscale=yscale)
     legend_beside(figure, axes)

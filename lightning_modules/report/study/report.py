@@ -13,7 +13,7 @@ from lightning_modules.report.page import Figures, Section, print_tables, write_
 from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import READ_OUTS, Files, read_folder
 from lightning_modules.report.study.numbers import MISSING, count, estimate, standing, upper
-from lightning_modules.report.study.rates import settings_table
+from lightning_modules.report.study.rates import edges, settings_table
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
 from lightning_modules.report.study.tables import SHOWN, TEXT_COLUMNS, main_tables, overview
 from lightning_modules.report.study.verdict import beside_averages, verdict
@@ -68,6 +68,8 @@ def print_table(folder: Path, console: Console) -> None:
     console.print(verdict(files), markup=False, highlight=False)
     table = _short_table(files)
     print_tables(console, [table], text_columns=table["header"], wrapped=["method"])
+    for paragraph in edges(files):
+        console.print(paragraph, markup=False, highlight=False)
 
 
 def _short_table(files: Files) -> dict[str, Any]:

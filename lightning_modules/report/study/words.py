@@ -18,6 +18,7 @@ from lightning_modules.report.study.numbers import (
     test_of,
     upper,
 )
+from lightning_modules.report.study.rates import seeds_of_trials
 from lightning_modules.report.study.tables import shown_measures
 from lightning_modules.support.score import EVALUATED, Measure
 
@@ -179,7 +180,7 @@ def caption(files: Files) -> str:
     )
     tuned = (
         f"tuned: the best of {count(config['tune'], 'trial')} of each by {files.criterion.label}, from a scrambled "
-        f"Halton sequence, run with seed {files.tuning_seed}{_untuned(files)}"
+        f"Halton sequence, run with {seeds_of_trials(files)}{_untuned(files)}"
         if files.tuning
         else "given, not tuned"
     )

@@ -16,8 +16,9 @@ from lightning_modules.models.base import Split
 from lightning_modules.study.methods import Method, NSGDOptions, Settings, prepare
 from lightning_modules.study.rehearsal import rehearse, rehearsed_options
 from lightning_modules.study.runs.evaluate import score_read_outs
-from lightning_modules.study.runs.plan import TUNING_SEED, Run, plan_runs, settings_of, settle, steps_of
+from lightning_modules.study.runs.plan import Run, decide, plan_runs, settings_of, steps_of
 from lightning_modules.study.runs.subject import Subject
+from lightning_modules.study.tuning import TUNING_SEED
 from lightning_modules.support.files import Rows
 from lightning_modules.support.quiet import quiet, quiet_trainer
 from lightning_modules.support.score import EVALUATED
@@ -34,7 +35,9 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
         ValueError: If a run that it needs has no results.
     """
     study, plan = subject.study, plan_runs(subject.study)
-    done = {number: folder.run(plan[number].name) for number in run.needs}
+    # What is settled needs no tuning any more: studies of older versions have no repeats.
+    needs = [number for number in run.needs if not (folder.settled and plan[number].tunes)]
+    done = {number: folder.run(plan[number].name) for number in needs}
     if missing := [number for number, files in done.items() if not (files.finished or files.died)]:
         raise ValueError(
             f"run {run.number}, {run.name}, needs runs {', '.join(map(str, missing))} of {folder.path} first; start "
@@ -44,8 +47,7 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
         other = run_name("study", more_of[1], run.seed)
         if not folder.run(other).finished:
             raise ValueError(f"{run.name} takes as many gradients as {other.split('/')[1]}, which died")
-    if run.stage != "tune":
-        settle(study, folder)
+    decide(study, folder, run)
     rehearse_method(subject, folder, run.method)
     settings, steps = settings_of(study, folder, run), steps_of(subject, folder, run)
     nsgd = rehearsed_options(study, folder, run.method)

@@ -23,7 +23,7 @@ from studies import MEASURES
 from lightning_modules import Digits
 from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import read_folder
-from lightning_modules.report.study.rates import settings_table, stable_range
+from lightning_modules.report.study.rates import edges, settings_table, stable_range
 from lightning_modules.report.study.report import print_table, write_report
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
 from lightning_modules.report.study.tables import main_tables, overview
@@ -560,29 +560,92 @@ def test_settings_as_given_are_said_to_be(tmp_path):
     assert "Learning rates: SGD 0.1, AdamW 0.001 (given, not tuned)" in report.text
 
 
+def with_trials(folder: Path, rows: list[dict[str, Any]], **chosen: dict[str, float]) -> Path:
+    """A study with trials, of which the settings of these methods come."""
+    write_csv(folder / "tuning.csv", rows)
+    (folder / "tuning" / "sgd-0").mkdir(parents=True)
+    (folder / "tuning" / "sgd-0" / "run.yaml").write_text("seed: 1000\n")
+    settings = yaml.safe_load((folder / "settled.yaml").read_text())["settings"]
+    change(folder / "settled.yaml", settings={m: {**own, **chosen.get(m, {})} for m, own in settings.items()})
+    return folder
+
+
+def trial(method: str, trial: int, lr: float, loss: float, **rest: float) -> dict[str, Any]:
+    scores = {"val_loss": loss, "val_accuracy": 0.5, "train_loss": loss}
+    return {"method": method, "trial": trial, **rest, "lr": lr, **scores}
+
+
+PLAIN = "momentum 0, weight_decay 0"
+
+
 def test_trials_are_counted_with_their_best_and_median(tmp_path):
+    """Of before the best ran again."""
     folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD, "sgd-more": SGD}, tune=4)
     losses = {"sgd": [0.5, 0.25, 0.75, 1.0], "nsgd": [math.nan, math.inf, 0.125]}  # the last of NSGD's died
-    trials = [
-        {"method": m, "trial": i, "lr": 0.1 * (i + 1), "val_loss": loss, "val_accuracy": 0.5, "train_loss": loss}
-        for m, own in losses.items()
-        for i, loss in enumerate(own)
-    ]
-    write_csv(folder / "tuning.csv", trials)
-    (folder / "tuning" / "sgd-0").mkdir(parents=True)
-    (folder / "tuning" / "sgd-0" / "run.yaml").write_text("seed: 1234\n")
-    settings = yaml.safe_load((folder / "settled.yaml").read_text())["settings"]
-    settings["nsgd"] |= {"lr": 0.3, "k": 12.4}
-    change(folder / "settled.yaml", settings=settings)
-    report = Report(folder)
-    plain = "lr 0.1, momentum 0, weight_decay 0"
+    rows = [trial(m, i, round(0.1 * (i + 1), 1), loss) for m, own in losses.items() for i, loss in enumerate(own)]
+    sgd, nsgd = {"lr": 0.2}, {"lr": 0.3, "k": 12.4}
+    report = Report(with_trials(folder, rows, **{"sgd": sgd, "sgd-more": sgd, "nsgd": nsgd}))
     assert report.table("method", "trials") == [
-        ["SGD", "4", plain, "0.2500", "0.6250"],
-        ["NSGD", "3", "lr 0.3, momentum 0, weight_decay 0, k 12", "0.1250", "diverged"],
-        [RECIPES["sgd-more"].label, "as SGD", plain, "", ""],
+        ["SGD", "4", f"lr 0.2, {PLAIN}", "0.2500", "0.6250"],
+        [
+            *("NSGD", "3", f"lr 0.3, {PLAIN}, k 12\nlr at the upper edge of its trials; widen search.nsgd"),
+            *("0.1250", "diverged"),
+        ],
+        [RECIPES["sgd-more"].label, "as SGD", f"lr 0.2, {PLAIN}", "", ""],
     ]
     assert "the settings of each are the best of 4 quasi-random trials by validation loss" in report.summary[0]
-    assert "run with seed 1234" in report.text
+    assert "run with seed 1000)" in report.text
+
+
+def test_the_best_is_a_mean_over_its_seeds_and_what_is_not_in_it_is_said(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}, tune=4)
+    rows = [trial(m, i, lr, 0.1 * (i + 1), seed=1000) for m in ("sgd", "nsgd") for i, lr in enumerate(RATES)]
+    rows += [trial("sgd", 1, RATES[1], loss, seed=seed) for seed, loss in ((1001, 0.3), (1002, 0.7))]
+    rows += [trial("nsgd", 2, RATES[2], loss, seed=seed) for seed, loss in ((1001, math.nan), (1002, 0.5))]
+    report = Report(with_trials(folder, rows, sgd={"lr": RATES[1]}, nsgd={"lr": RATES[2]}))
+    assert [row[3:] for row in report.table("method", "trials")] == [
+        ["0.4000", "0.2500"],  # of 0.2, 0.3, 0.7; of 0.1, 0.2, 0.3, 0.4
+        ["0.4000\non 2 of 3 seeds; diverged or died on 1", "0.2500"],  # of 0.3 and 0.5
+    ]
+    (title,) = (table["title"] for table in [settings_table(read_folder(folder))])
+    assert title.endswith("by validation loss; the best ran again with 2 more seeds, and the mean decided")
+    assert "run with seed 1000, the best 1 again with seeds 1001 and 1002, where the mean decided)" in report.text
+
+
+RATES = (0.2, 0.05, 0.4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("lr", "gamma", "words"),
+    [
+        (0.4, 0.3, "lr at the upper edge of its trials; widen search.nsgd"),
+        (0.05, 0.3, "lr at the lower edge of its trials; widen search.nsgd"),
+        (0.05, 0.4, "lr at the lower edge, gamma at the upper edge of its trials; widen search.nsgd"),
+        (0.1, 0.3, ""),
+    ],
+)
+def test_a_best_value_at_the_edge_of_its_trials_is_said_in_page_and_terminal(tmp_path, lr, gamma, words):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}, tune=4)
+    others = (0.1, 0.35, 0.36, 0.2)
+    gammas = [gamma if rate == lr else other for rate, other in zip(RATES, others, strict=True)]
+    rows = [trial("nsgd", i, RATES[i], 0.1, seed=1000, gamma=gammas[i]) for i in range(4)]
+    rows += [trial("sgd", i, RATES[i], 0.1, seed=1000) for i in range(4)]
+    with_trials(folder, rows, sgd={"lr": 0.1}, nsgd={"lr": lr, "gamma": gamma})
+    (sgd, nsgd) = Report(folder).table("method", "trials")
+    assert "edge" not in sgd[2]
+    assert nsgd[2].partition("\n")[2] == words
+    sentences = [f"NSGD: {words}."] if words else []
+    assert edges(read_folder(folder)) == sentences
+    in_terminal = " ".join(printed(folder).split())
+    assert in_terminal.count(" of its trials; widen ") == len(sentences)
+    assert all(sentence in in_terminal for sentence in sentences)
+
+
+def test_one_trial_has_no_edge(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}, tune=1)
+    rows = [trial(method, 0, 0.2, 0.1, seed=1000) for method in ("sgd", "nsgd")]
+    report = Report(with_trials(folder, rows, sgd={"lr": 0.2}, nsgd={"lr": 0.2}))
+    assert "edge" not in str(report.table("method", "trials"))
 
 
 def with_sweep(folder: Path, losses: Mapping[str, Mapping[float, float | None]]) -> Report:

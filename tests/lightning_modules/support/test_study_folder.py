@@ -21,9 +21,9 @@ def test_files_have_the_names_that_old_folders_have():
             assert folder.file(name) == Path("out", f"{name}.{suffix}")
             assert (DIGITS / folder.file(name).name).is_file()
     assert folder.file("report") == Path("out/report.html")
-    names = [run_name(stage, "sgd", 3) for stage in ("tune", "study", "sweep")]
-    assert names == ["tuning/sgd-3", "runs/sgd-3", "sweep/sgd-3"]
-    assert folder.run(names[1]).path == Path("out/runs/sgd-3")
+    names = [run_name(stage, "sgd", 3) for stage in ("study", "tune", "again", "sweep")]
+    assert names == ["runs/sgd-3", "tuning/sgd-3", "tuning-again/sgd-3", "sweep/sgd-3"]
+    assert folder.run(names[0]).path == Path("out/runs/sgd-3")
 
 
 def test_the_folder_of_the_first_version_is_read():
@@ -45,6 +45,7 @@ def test_what_reads_writes_nothing(tmp_path):
     assert folder.table("results") == []
     assert not folder.settled
     assert folder.refresh_every("nsgd") is None
+    assert folder.finalists("nsgd") == []
     run = folder.run("runs/sgd-0")
     assert (run.settings(), run.steps(), run.results(), run.finished, run.died) == ({}, [], [], False, False)
     assert list(tmp_path.iterdir()) == []
@@ -55,8 +56,10 @@ def test_what_is_settled_stays(tmp_path):
     for lr in (0.1, 0.2):
         folder.settle({"sgd": {"lr": lr}}, None)
         folder.keep_refresh_every("nsgd", round(10 * lr))
+        folder.keep_finalists("nsgd", [round(10 * lr), 7])
     assert folder.document("settled") == {"settings": {"sgd": {"lr": 0.1}}, "target": None}
     assert folder.refresh_every("nsgd") == 1
+    assert folder.finalists("nsgd") == [1, 7]
 
 
 @pytest.mark.parametrize(("text", "finished"), [("", False), ("method,seed\n", False), ("method,seed\nsgd,0\n", True)])
