@@ -59,8 +59,9 @@ def digits() -> str:
     table = markdown(["last weights", "test accuracy, %", "minus SGD", "training loss", "minus SGD", "gradients"], rows)
     source = (
         "Means over five paired seeds ± half of the 95 % interval, p corrected by Holm's method; each learning rate\n"
-        "is the best of 12 quasi-random trials by validation loss (`benchmarks/results/digits-tuning.csv`, made by\n"
-        "`nsgd compare digits --tune 12`). From `benchmarks/results/digits/`, made by `nsgd compare`."
+        "was the best of 12 quasi-random trials by validation loss with one seed. From `benchmarks/results/digits/`,\n"
+        "made by `nsgd compare` before the best trials ran again with two more seeds. The trials of today are in\n"
+        "`benchmarks/results/digits-tuning.csv`, made by `nsgd compare digits --tune 12 --methods+=dom-sgd`."
     )
     return f"{table}\n\n{source}"
 

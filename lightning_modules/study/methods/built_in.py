@@ -54,7 +54,7 @@ def _sam(
     return found
 
 
-_SGD_RATES: Ranges = {"lr": (0.01, 1.0)}
+_SGD_RATES: Ranges = {"lr": (0.01, 4.0)}
 _ADAM_RATES: Ranges = {"lr": (1e-4, 1e-2)}
 _ADAM = {"lr": 1e-3, "weight_decay": 0.01}
 
