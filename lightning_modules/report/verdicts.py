@@ -7,19 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lightning_modules.support.paired import t_interval
+
 Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]  # (n,)
 
 CONFIRMED, NOT_CONFIRMED, NOT_RESOLVED = "confirmed", "not confirmed", "not resolved"
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean; without bounds for fewer than two values, or where one is not finite."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return -math.inf, math.inf
-    from scipy import stats  # takes a second
-
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def side(low: float, high: float) -> str:

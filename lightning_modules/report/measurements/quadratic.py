@@ -18,9 +18,10 @@ from lightning_modules.report.measurements.numbers import (
 )
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.style import COLORS, GREY
-from lightning_modules.report.verdicts import Numbers, side, spread, t_interval
+from lightning_modules.report.verdicts import Numbers, side, spread
 from lightning_modules.support import quantities
 from lightning_modules.support.files import Rows
+from lightning_modules.support.paired import t_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,10 @@ import numpy as np
 from lightning_modules.report.measurements.numbers import ONE_POINT, by_step, columns, series, values_of
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.style import COLORS, GREY
-from lightning_modules.report.verdicts import side, spread, t_interval
+from lightning_modules.report.verdicts import side, spread
 from lightning_modules.support import quantities
 from lightning_modules.support.files import Rows
+from lightning_modules.support.paired import t_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
