@@ -31,6 +31,7 @@ class MethodStyle:
         control: Whether it stands for what something other than the curvature gives.
         damps: Whether it steps less along the sharpest directions.
         schedule: What its learning rate does; empty where that was not kept.
+        damping: Options of the rule that it has whatever the study's are; none without directions.
     """
 
     label: str
@@ -39,6 +40,7 @@ class MethodStyle:
     control: bool = False
     damps: bool = False
     schedule: str = ""
+    damping: Mapping[str, Any] | None = None
 
 
 _KEPT = tuple(field.name for field in fields(MethodStyle))  # of what a study says of a method
@@ -49,14 +51,18 @@ EARLIER = {
     "sgd-momentum": MethodStyle("SGD with momentum", "#444444", "--"),
     "sgd-more": MethodStyle("SGD given NSGD's gradients", "#cc79a7", control=True),
     "sgd-momentum-more": MethodStyle("momentum SGD given NSGD's gradients", "#cc79a7", "--", control=True),
-    "nsgd": MethodStyle("NSGD", "#0072b2", damps=True),
-    "nsgd-momentum": MethodStyle("NSGD with momentum", "#0072b2", "--", damps=True),
-    "nsgd-hessian": MethodStyle("NSGD by Hessian eigenvectors", "#0072b2", "-.", damps=True),
-    "bulk-sgd": MethodStyle("Bulk-SGD", "#d55e00", "--", damps=True),
-    "dom-sgd": MethodStyle("Dom-SGD", "#009e73", "-.", control=True),
-    "random": MethodStyle("random directions", "#999999", ":", control=True),
+    "nsgd": MethodStyle("NSGD", "#0072b2", damps=True, damping={}),
+    "nsgd-momentum": MethodStyle("NSGD with momentum", "#0072b2", "--", damps=True, damping={}),
+    "nsgd-hessian": MethodStyle(
+        "NSGD by Hessian eigenvectors", "#0072b2", "-.", damps=True, damping={"solver": "lanczos", "decay": None}
+    ),
+    "bulk-sgd": MethodStyle("Bulk-SGD", "#d55e00", "--", damps=True, damping={"gamma": 0.0, "bulk_scale": 1.0}),
+    "dom-sgd": MethodStyle("Dom-SGD", "#009e73", "-.", control=True, damping={"gamma": 1.0, "bulk_scale": 0.0}),
+    "random": MethodStyle(
+        "random directions", "#999999", ":", control=True, damping={"solver": "random", "decay": None}
+    ),
     "adamw": MethodStyle("AdamW", "#009e73"),
-    "damped-adamw": MethodStyle("damped AdamW", "#56b4e9", damps=True),
+    "damped-adamw": MethodStyle("damped AdamW", "#56b4e9", damps=True, damping={}),
     "sam": MethodStyle("SAM", "#e69f00"),
 }
 
@@ -74,8 +80,8 @@ def method_styles(methods: Iterable[str], written: Mapping[str, Mapping[str, Any
     styles: dict[str, MethodStyle] = {}
     for method in methods:
         style = (
-            MethodStyle(**{name: written[method][name] for name in _KEPT if name in written[method]})
-            if method in written
+            MethodStyle(**{name: said[name] for name in _KEPT if name in said})
+            if (said := _described(method, written))
             else EARLIER.get(method)
         )
         if style is None:
@@ -88,6 +94,13 @@ def method_styles(methods: Iterable[str], written: Mapping[str, Mapping[str, Any
             line = next((free for free in _LINES if free not in taken), line)
         styles[method] = replace(style, line=line)
     return styles
+
+
+def _described(method: str, written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a study says of a method; empty where it does not. The options of the rule came last."""
+    if method not in written:
+        return {}
+    return {"damping": EARLIER[method].damping if method in EARLIER else None, **written[method]}
 
 
 def _line(line: Any) -> Line:

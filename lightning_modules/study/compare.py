@@ -51,8 +51,10 @@ def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
 
 
 def _claim_folder(study: Study, folder: StudyFolder) -> None:
-    config = yaml.safe_load(yaml.safe_dump(study.resolved()))
-    folder.claim({"config": config, "methods": study.described_methods()}, packages=_PACKAGES)
+    config, methods = yaml.safe_load(yaml.safe_dump(study.resolved())), study.described_methods()
+    # What folders of before do not say was so.
+    unsaid = {"methods": {name: {"damping": options["damping"]} for name, options in methods.items()}}
+    folder.claim({"config": config, "methods": methods}, unsaid=unsaid, packages=_PACKAGES)
 
 
 @as_found()

@@ -115,6 +115,7 @@ class Study:
         return {
             name: {
                 **{key: getattr(recipe, key) for key in ("label", "color", "line", "control", "damps")},
+                "damping": None if recipe.damping is None else dict(recipe.damping),
                 "schedule": recipe.schedule_label(self.schedule),
             }
             for name, recipe in self.recipes.items()

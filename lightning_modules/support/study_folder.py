@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import yaml
@@ -154,12 +155,19 @@ class StudyFolder:
     def _rehearsal(self, method: str) -> Path:
         return self.path / "rehearsals" / f"{method}.yaml"
 
-    def claim(self, documents: Mapping[Document, Mapping[str, Any]], *, packages: Iterable[str]) -> None:
+    def claim(
+        self,
+        documents: Mapping[Document, Mapping[str, Any]],
+        *,
+        packages: Iterable[str],
+        unsaid: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
         """Make the folder a study's, or check that it is; environment.yaml tells the machine and the packages.
 
         Args:
             documents: Options by name, config among them, as plain values.
             packages: Names of those whose versions change the numbers.
+            unsaid: By document, options that folders of before do not hold, with what they were then.
 
         Raises:
             ValueError: If it cannot be a folder, or holds another study or other files; nothing is written then.
@@ -173,7 +181,7 @@ class StudyFolder:
             raise no_study(out)
         for name, values in documents.items():
             if self.file(name).exists():
-                _same(out, _read_mapping(out, self.file(name)), values)
+                _same(out, {**_flat(unsaid.get(name, {})), **_flat(_read_mapping(out, self.file(name)))}, values)
         if self.file("environment").exists():
             _same(out, _read_mapping(out, self.file("environment")).get("packages", {}), versions)
         try:

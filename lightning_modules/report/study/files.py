@@ -14,13 +14,6 @@ from lightning_modules.support.score import COSTS, Measure, Score
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
 READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
-# Options of the directions that a method has whatever the study's are.
-_FIXED: dict[str, dict[str, Any]] = {
-    "bulk-sgd": {"gamma": 0.0, "bulk_scale": 1.0},
-    "dom-sgd": {"gamma": 1.0, "bulk_scale": 0.0},
-    "nsgd-hessian": {"solver": "lanczos"},
-    "random": {"solver": "random"},
-}
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Files:
     def directions(self, method: str) -> dict[str, Any]:
         """Options of the directions of a method that has them."""
         tuned = {name: self.settings[method][name] for name in ("gamma", "k") if name in self.settings[method]}
-        options = {**self.config["nsgd"], **tuned, **_FIXED.get(method, {})}
+        options = {**self.config["nsgd"], **tuned, **(self.styles[method].damping or {})}
         return {**options, "k": round(options["k"])}
 
     def entries(self, measure: str) -> Rows:

@@ -802,7 +802,7 @@ def test_no_two_methods_look_alike_even_in_grey():
 
 def test_a_study_of_before_is_described_as_one_is_now():
     described = Study(methods=[*EARLIER]).described_methods()
-    kept = ("label", "color", "line", "control", "damps")
+    kept = ("label", "color", "line", "control", "damps", "damping")
     assert {name: {key: getattr(style, key) for key in kept} for name, style in EARLIER.items()} == {
         name: {key: values[key] for key in kept} for name, values in described.items()
     }
