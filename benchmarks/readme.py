@@ -15,8 +15,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lightning_modules.report.study.files import read_folder
+from lightning_modules.report.study.numbers import SIGNIFICANT, change_of, mean_of
 from lightning_modules.study.methods import RECIPES
 from lightning_modules.support.files import read_csv
+from lightning_modules.support.score import TRAIN_LOSS, Measure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,36 +32,30 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def digits() -> str:
     """The last weights of the default study."""
-    folder = RESULTS / "digits"
-    results = read_csv(folder / "results.csv")
-    entries = {
-        (row["measure"], row["method"]): row for row in read_csv(folder / "summary.csv") if row["read_out"] == "last"
-    }
+    files = read_folder(RESULTS / "digits")
+    score, loss = files.endpoint, TRAIN_LOSS
+    entries = {(row["measure"], row["method"]): row for row in files.summary if row["read_out"] == "last"}
 
-    def change(entry: dict[str, Any], scale: float, digits: int) -> str:
+    def change(entry: dict[str, Any], measure: Measure) -> str:
         if math.isnan(entry["p_holm"]):
             return ""
-        verdict = "" if entry["p_holm"] < 0.05 else ", no significant difference"
-        half = entry["difference_half_width"] * scale
-        return f"{entry['difference'] * scale:+.{digits}f} ± {half:.{digits}f} (p = {entry['p_holm']:.2g}{verdict})"
+        verdict = "" if entry["p_holm"] < SIGNIFICANT else ", no significant difference"
+        return f"{change_of(entry, measure)} (p = {entry['p_holm']:.2g}{verdict})"
 
     rows = []
-    for method in dict.fromkeys(row["method"] for row in results):
-        accuracy, loss = entries["test_accuracy", method], entries["train_loss", method]
-        gradients = mean(row["gradients"] for row in results if row["method"] == method)
-        rows.append(
-            [
-                RECIPES[method].label,
-                f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['half_width']:.1f}",
-                change(accuracy, 100, 1),
-                f"{loss['mean']:.4f} ± {loss['half_width']:.4f}",
-                change(loss, 1, 4),
-                f"{gradients:.0f}",
-            ]
-        )
-    table = markdown(["last weights", "test accuracy, %", "minus SGD", "training loss", "minus SGD", "gradients"], rows)
+    for method in files.methods:
+        cells = [
+            cell(entries[measure.column, method], measure) for measure in (score, loss) for cell in (mean_of, change)
+        ]
+        gradients = mean(row["gradients"] for row in files.results if row["method"] == method)
+        rows.append([RECIPES[method].label, *cells, f"{gradients:.0f}"])
+    ratio = files.effect(loss) == "ratio"
+    against = f"{'over' if ratio else 'minus'} SGD"
+    table = markdown(["last weights", score.header, "minus SGD", loss.label, against, "gradients"], rows)
+    losses = ", of losses geometric ones and ratios" if ratio else ""
     source = (
-        "Means over five paired seeds ± half of the 95 % interval, p corrected by Holm's method; each learning rate\n"
+        f"Means over five paired seeds{losses} ± half of the 95 % interval, p corrected by Holm's method; "
+        "each learning rate\n"
         "was the best of 12 quasi-random trials by validation loss with one seed. From `benchmarks/results/digits/`,\n"
         "made by `nsgd compare` before the best trials ran again with two more seeds. The trials of today are in\n"
         "`benchmarks/results/digits-tuning.csv`, made by `nsgd compare digits --tune 12 --methods+=dom-sgd`."

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,15 +46,19 @@ def claim(study: Study, out: Path) -> tuple[Subject, StudyFolder]:
     """
     subject, folder = Subject(study), StudyFolder(out)
     check_study(subject)
-    _claim_folder(study, folder)
+    _claim_folder(subject, folder)
     check_trials(study, folder)
     return subject, folder
 
 
-def _claim_folder(study: Study, folder: StudyFolder) -> None:
-    config, methods = yaml.safe_load(yaml.safe_dump(study.resolved())), study.described_methods()
+def _claim_folder(subject: Subject, folder: StudyFolder) -> None:
+    config = yaml.safe_load(yaml.safe_dump(subject.resolved()))
+    methods = subject.study.described_methods()
     # What folders of before do not say was so.
-    unsaid = {"methods": {name: {"damping": options["damping"]} for name, options in methods.items()}}
+    unsaid: dict[str, dict[str, Any]] = {
+        "config": {"endpoint": subject.main_score},
+        "methods": {name: {"damping": options["damping"]} for name, options in methods.items()},
+    }
     folder.claim({"config": config, "methods": methods}, unsaid=unsaid, packages=_PACKAGES)
 
 
@@ -139,7 +144,7 @@ def serve_runs(study: Study, out: Path) -> None:
         ValueError: If the folder holds another study.
     """
     subject, folder, plan = Subject(study), StudyFolder(out), plan_runs(study)
-    _claim_folder(study, folder)
+    _claim_folder(subject, folder)
     serve(lambda number, on_step: make_run(subject, folder, plan[number], on_step))
 
 

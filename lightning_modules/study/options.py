@@ -33,6 +33,8 @@ class Study:
         monitor: What is compared beside the training loss: the name that the module logs it under in validation, with
             "test" in place of "val" in its test; null for val_accuracy, or with a model of its own val_loss.
         mode: Whether less of it (min) or more (max) is better; null where its name tells, as loss, error, accuracy do.
+        endpoint: What the study is judged by, fixed before its runs: score, which is ``monitor``, in test where that is
+            made; train_loss; or the name of the score in validation or in test. Everything else is secondary.
         net: Name of the network, or module:name of a function of your own from (channels, height, width) and the number
             of classes to a torch module; nsgd compare --help lists the names.
         sizes: Sizes that differ from the network's own, for example {widths: [16, 32], kernel_size: 3}.
@@ -73,6 +75,7 @@ class Study:
     model: dict[str, Any] | None = None
     monitor: str | None = None
     mode: Mode | None = None
+    endpoint: str = "score"
     net: str = "mlp"
     sizes: dict[str, Any] | None = None
     methods: list[str | dict[str, Any]] = field(default_factory=lambda: ["sgd", "nsgd", "bulk-sgd"])

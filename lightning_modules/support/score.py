@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from lightning_modules.support.paired import Effect
 
 Mode = Literal["min", "max"]
 
@@ -19,6 +21,7 @@ _SUFFIX = re.compile(r"(/dataloader_idx_\d+|_epoch|_step)$")  # that Lightning g
 _ACCURACY = {"acc", "accuracy"}
 _LESS = {"loss", "error", "err", "perplexity", "ppl", "mse", "rmse", "mae", "nll", "wer", "cer"}
 _MORE = _ACCURACY | {"auc", "auroc", "f1", "iou", "miou", "map", "r2", "precision", "recall", "dice", "bleu", "psnr"}
+_POSITIVE = {"loss", "perplexity", "ppl", "mse", "rmse", "mae", "nll"}  # losses, which are compared as ratios
 # Columns of results and steps that are the study's own.
 _TAKEN = {"method", "seed", "read_out", "lr", "train_loss", "step", "epoch", "loss", "gradients", "seconds"}
 _TAKEN |= {"refreshes", "hvps", "alignment", "overlap", "trial", "start_loss"}
@@ -38,6 +41,28 @@ def better(monitor: str) -> Mode:
     raise ValueError(f"expected --mode min or max with --monitor {monitor}, whose name does not tell, got none")
 
 
+def failed_runs(
+    rows: Iterable[Mapping[str, Any]], methods: Iterable[str], seeds: Collection[int]
+) -> dict[str, set[int]]:
+    """Seeds of each method whose run died, or ended no better than it began.
+
+    The latter is a training loss of the last weights that is not finite, or not below the loss of the first batch
+    before training (``start_loss``, which studies of before did not keep).
+
+    Args:
+        rows: Of results.csv.
+        methods: Names.
+        seeds: Those of the study.
+    """
+    learned = {(row["method"], row["seed"]) for row in rows if row["read_out"] == "last" and _learned(row)}
+    return {method: {seed for seed in seeds if (method, seed) not in learned} for method in methods}
+
+
+def _learned(row: Mapping[str, Any]) -> bool:
+    loss = float(row["train_loss"])
+    return math.isfinite(loss) and not loss >= float(row.get("start_loss", math.inf))
+
+
 def _words(name: str) -> list[str]:
     return re.split(r"[^a-z0-9]+", _SUFFIX.sub("", name.lower()))
 
@@ -53,6 +78,7 @@ class Measure:
     digits: int = 4
     unit: str = ""
     difference_unit: str = ""
+    effect: Effect = "difference"  # what it is compared as, as long as all values allow it
 
     def badness(self, row: Mapping[str, Any]) -> float:
         """What the best row has least of; infinite where it diverged, or is missing."""
@@ -137,9 +163,11 @@ class Score:
     def _measure(self, column: str) -> Measure:
         name = _VALIDATION.sub("validation", _SUFFIX.sub("", column), count=1)
         words = [{"acc": "accuracy"}.get(word, word) for word in re.split(r"[_/\s]+", name)]
-        share = (100, 1, " %", " points") if self.is_share else ()
-        return Measure(column, " ".join(words), self.mode == "min", *share)
+        share = (100, 1, " %", " points") if self.is_share else (1, 4, "", "")
+        named = set(_words(self.monitor))  # by the name alone, so before any run
+        effect: Effect = "ratio" if self.mode == "min" and named & _POSITIVE and not named & _MORE else "difference"
+        return Measure(column, " ".join(words), self.mode == "min", *share, effect)
 
 
-TRAIN_LOSS = Measure("train_loss", "training loss", lower_is_better=True)
+TRAIN_LOSS = Measure("train_loss", "training loss", lower_is_better=True, effect="ratio")
 _VAL_LOSS = Measure("val_loss", "validation loss", lower_is_better=True)

@@ -20,7 +20,7 @@ from lightning_modules.study.options import Study
 from lightning_modules.support.score import Score
 
 ACCURACY = Score("val_accuracy", "max")
-MEASURES = ("test_accuracy", "val_accuracy", "train_loss")  # of our classifier
+MEASURES = ACCURACY.measures(["test_accuracy", "val_accuracy", "train_loss"])  # of our classifier
 STEPS = 8  # of one run of the study below: 240 training images in batches of 50, two epochs, remainders left out
 OPTIONS = NSGDOptions(k=2, refresh_every=3, samples=16, solver="gradients")
 

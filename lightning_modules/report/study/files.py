@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import numpy as np
 
 from lightning_modules.report.style import MethodStyle, method_styles
 from lightning_modules.support.files import Rows
-from lightning_modules.support.score import COSTS, Measure, Score
+from lightning_modules.support.paired import Effect
+from lightning_modules.support.score import COSTS, TRAIN_LOSS, Measure, Score, failed_runs
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
 READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point"}
@@ -63,8 +67,25 @@ class Files:
 
     @property
     def measures(self) -> list[Measure]:
-        """What the runs are compared by, the main one first."""
-        return self.score.measures([entry["measure"] for entry in self.summary])
+        """What the runs are compared by, the endpoint first."""
+        every = self.score.measures([entry["measure"] for entry in self.summary])
+        return sorted(every, key=lambda measure: measure.column != self.config.get("endpoint", every[0].column))
+
+    @property
+    def endpoint(self) -> Measure:
+        """What the study is judged by, in its last weights; of studies of before, which named none, the score."""
+        return self.measures[0]
+
+    @property
+    def secondary(self) -> Measure | None:
+        """What stands beside the endpoint: the training loss, or the score where that is the endpoint."""
+        others = [m for m in self.measures[1:] if TRAIN_LOSS in (m, self.endpoint)]
+        return others[0] if others else None
+
+    def effect(self, measure: Measure) -> Effect:
+        """What a measure was compared as."""
+        effect: Effect = next(entry["effect"] for entry in self.entries(measure.column))
+        return effect
 
     @property
     def criterion(self) -> Measure:
@@ -101,9 +122,24 @@ class Files:
         options = {**self.config["nsgd"], **tuned, **(self.styles[method].damping or {})}
         return {**options, "k": round(options["k"])}
 
+    @cached_property
+    def failed(self) -> dict[str, set[int]]:
+        """Seeds of each method whose run failed."""
+        return failed_runs(self.results, self.methods, range(self.config["seeds"]))
+
     def entries(self, measure: str) -> Rows:
         """Rows of the summary."""
         return [row for row in self.summary if row["measure"] == measure]
+
+    def values(self, method: str, read_out: str, measure: Measure) -> dict[int, float]:
+        """A measure by seed, of the runs that did not fail."""
+        return {
+            row["seed"]: float(row[measure.column])
+            for row in self.results
+            if (row["method"], row["read_out"]) == (method, read_out)
+            and measure.column in row
+            and row["seed"] not in self.failed[method]
+        }
 
     def last(self, method: str) -> Rows:
         """Results of a method's last weights."""
@@ -145,7 +181,7 @@ def read_folder(path: Path) -> Files:
         target=settled["target"],
         results=results,
         times=folder.table("times"),
-        summary=folder.table("summary"),
+        summary=[_entry(row) for row in folder.table("summary")],
         metrics={
             method: {
                 seed: folder.run(run_name("study", method, seed)).steps()
@@ -160,6 +196,23 @@ def read_folder(path: Path) -> Files:
         sweep=folder.table("sweep") + _lost_rates(folder, deaths),
         reached=reached,
     )
+
+
+def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the summary; that of a study of before, with half-widths of differences, as they are now."""
+    if "effect" in row:
+        return dict(row)
+    entry = {name: row[name] for name in ("read_out", "measure", "method", "mean", "n", "pairs", "p", "p_holm")}
+    low, high = _ends(row["mean"], row["half_width"])
+    change_low, change_high = _ends(row["difference"], row["difference_half_width"])
+    return {
+        **{**entry, "effect": "difference", "low": low, "high": high, "failed": 0, "change": row["difference"]},
+        **{"change_low": change_low, "change_high": change_high, "seeds_to_show": math.nan},
+    }
+
+
+def _ends(value: float, half: float) -> tuple[float, float]:
+    return (-math.inf, math.inf) if math.isnan(half) else (value - half, value + half)
 
 
 def _lost_rates(folder: StudyFolder, deaths: list[str]) -> Rows:

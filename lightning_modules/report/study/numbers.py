@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_modules.report.study.files import Files
+from lightning_modules.support.paired import Effect, Mean
 from lightning_modules.support.score import Measure
 
 SIGNIFICANT = 0.05
@@ -24,23 +25,77 @@ def estimate(value: float, half: float, factor: float, digits: int, sign: str = 
     return text if math.isnan(half) else f"{text} ± {half * factor:{kind}}"
 
 
-def mean_of(entry: Mapping[str, Any], measure: Measure) -> str:
-    """The mean of a row of the summary, without unit."""
-    return estimate(entry["mean"], entry["half_width"], measure.factor, measure.digits)
+def mean_of(entry: Mapping[str, Any], measure: Measure, *, interval: bool = True) -> str:
+    """The mean of a row of the summary, without unit, with its interval where there is and should be one."""
+    if not entry["n"]:
+        return "failed"
+    low, high = (entry["low"], entry["high"]) if interval else (-math.inf, math.inf)
+    value = estimate(entry["mean"], math.nan, measure.factor, measure.digits)
+    if value == "diverged" or not math.isfinite(high):
+        return value
+    if entry["effect"] == "difference":
+        return estimate(entry["mean"], (high - low) / 2, measure.factor, measure.digits)
+    ends = (estimate(end, math.nan, measure.factor, measure.digits) for end in (low, high))
+    return f"{value} ({' to '.join(ends)})"
 
 
-def difference_of(entry: Mapping[str, Any], measure: Measure) -> str:
-    """Its difference to the first method, without unit; empty where no seed has both."""
+def change_of(entry: Mapping[str, Any], measure: Measure, *, words: bool = False) -> str:
+    """Its change from the first method; empty where no seed has both.
+
+    Args:
+        entry: Of the summary.
+        measure: Its measure.
+        words: Whether it is part of a sentence, with its unit.
+    """
     if not entry["pairs"]:
         return ""
-    return estimate(entry["difference"], entry["difference_half_width"], measure.factor, measure.digits, "+")
+    change = Mean(entry["change"], entry["change_low"], entry["change_high"])
+    return change_in_words(change, entry["effect"], measure, words=words)
+
+
+def change_in_words(change: Mean, effect: Effect, measure: Measure, *, words: bool) -> str:
+    """A difference as "+2.0 ± 2.5", a ratio as "0.31 times (0.26 to 0.37)"."""
+    if not math.isfinite(change.value):
+        return "diverged"
+    if effect == "difference":
+        half = (change.high - change.low) / 2 if math.isfinite(change.high) else math.nan
+        text = estimate(change.value, half, measure.factor, measure.digits, "+")
+        return f"{text}{measure.difference_unit}" if words else text
+    text = f"{ratio(change.value)} times"
+    if not math.isfinite(change.high):
+        return text
+    ends = f"{ratio(change.low)} to {ratio(change.high)}"
+    return f"{text}, 95 % {ends}" if words else f"{text} ({ends})"
+
+
+def ratio(value: float) -> str:
+    """With two digits at least: 0.036, 0.98, 28."""
+    if 0.1 <= value < 10:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if 10 <= value < 1e4 else f"{value:.2g}"
+
+
+def seeds_of(entry: Mapping[str, Any]) -> str:
+    """How many seeds a mean is of, where some failed; stands wherever the mean does."""
+    n, failed = entry["n"], entry["failed"]
+    if not failed:
+        return ""
+    return f"{n} of {n + failed} seeds; {failed} failed" if n else f"all {count(failed, 'seed')}"
+
+
+def to_show(entry: Mapping[str, Any]) -> str:
+    """How many seeds a change of this size would take to show."""
+    seeds = entry["seeds_to_show"]
+    if math.isnan(seeds):
+        return MISSING
+    return f"about {seeds:.0f}" if math.isfinite(seeds) else "over 1,000"
 
 
 def test_of(entry: Mapping[str, Any]) -> str:
-    """What the test says of the difference."""
+    """What the test says of the change."""
     p = entry["p_holm"]
     if math.isnan(p):
-        return "no test"  # one pair, a run that diverged, or the same difference for every seed
+        return "no test"  # one pair, or the same change for every seed
     return f"{'significant' if p < SIGNIFICANT else 'no significant difference'} (p = {p:.2g})"
 
 
@@ -50,7 +105,8 @@ def standing(entry: Mapping[str, Any], measure: Measure) -> str:
         return "no test"
     if entry["p_holm"] >= SIGNIFICANT:
         return "n.s."
-    return "better" if (entry["difference"] < 0) == measure.lower_is_better else "worse"
+    none = 1 if entry["effect"] == "ratio" else 0
+    return "better" if (entry["change"] < none) == measure.lower_is_better else "worse"
 
 
 def amount(value: float) -> str:

@@ -17,7 +17,7 @@ from lightning_modules.report.study.rates import edges, settings_table
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
 from lightning_modules.report.study.tables import SHOWN, TEXT_COLUMNS, main_tables, overview
 from lightning_modules.report.study.verdict import beside_averages, verdict
-from lightning_modules.report.study.words import caption, notes, summary, title
+from lightning_modules.report.study.words import caption, endpoint, notes, summary, title
 from lightning_modules.support.score import Measure
 
 _TABLES = (
@@ -56,7 +56,7 @@ def _sections(files: Files, figures: Figures) -> list[Section]:
         Section("Where NSGD did not help", shortfalls_words(files), [table] if table["rows"] else []),
         Section("The result in sentences", summary(files), folded=True),
         Section("Every read-out with its test, costs", [caption(files)], main_tables(files), folded=True),
-        Section("Settings", tables=[settings_table(files)], folded=True),
+        Section("Settings", list(filter(None, [endpoint(files)])), [settings_table(files)], folded=True),
         *([Section("More figures", figures=figures, folded=True)] if figures else []),
     ]
 

@@ -51,7 +51,7 @@ def _not_better(files: Files, method: str) -> dict[str, str]:
     """Measures by what their tests say, with the read-outs where that is not all of them."""
     found: dict[str, list[str]] = {}
     for measure in files.measures:
-        entries = [entry for entry in files.entries(measure.column) if entry["method"] == method]
+        entries = [entry for entry in files.entries(measure.column) if entry["method"] == method and entry["n"]]
         kinds: dict[str, list[str]] = {}
         for entry in entries:
             kinds.setdefault(standing(entry, measure), []).append(READ_OUTS[entry["read_out"]])
@@ -63,9 +63,9 @@ def _not_better(files: Files, method: str) -> dict[str, str]:
 
 
 def _rest(files: Files, method: str) -> dict[str, str]:
-    last, seeds = files.last(method), files.config["seeds"]
-    diverged = sum(not math.isfinite(row["train_loss"]) for row in last)
-    lost = [f"{n} {how}" for n, how in ((seeds - len(last), "died"), (diverged, "diverged")) if n]
+    seeds = files.config["seeds"]
+    died = seeds - len(files.last(method))
+    lost = [f"{n} {how}" for n, how in ((died, "died"), (len(files.failed[method]) - died, "diverged")) if n]
     return {
         "dearer": "; ".join([*_dearer(files, method), *_slower(files, method)]),
         "lost": f"of {count(seeds, 'run')} {and_(lost)}" if lost else "",

@@ -10,15 +10,17 @@ from lightning_modules.report.study.numbers import (
     aim,
     aimed,
     amount,
-    difference_of,
-    estimate,
+    and_,
+    change_of,
     mean_of,
+    seeds_of,
     standing,
     test_of,
+    to_show,
     upper,
 )
 from lightning_modules.report.study.rates import sensitivity_table
-from lightning_modules.support.score import TRAIN_LOSS, Measure
+from lightning_modules.support.score import Measure
 
 Table = dict[str, Any]
 
@@ -32,43 +34,43 @@ SHOWN = ("last", "ema", "swa")  # read-outs of the one table
 
 
 def shown_measures(files: Files) -> list[Measure]:
-    """The main one, that of a test where there was one, and the training loss."""
-    return [measure for i, measure in enumerate(files.measures) if i == 0 or measure == TRAIN_LOSS]
+    """The endpoint, and what stands beside it."""
+    return [files.endpoint, *([] if files.secondary is None else [files.secondary])]
 
 
 # -- the one table -------------------------------------------------------------------------------------------------
 
 
 def overview(files: Files) -> Table:
-    """Methods down; across the score of the last weights and of their averages, the loss, and what it cost."""
-    score = files.measures[0]
+    """Methods down; across the endpoint for the last weights and their averages, what is beside it, and the cost."""
+    score, *beside = shown_measures(files)
     found = {(entry["method"], entry["read_out"], entry["measure"]): entry for entry in files.summary}
     read_outs = [name for name in SHOWN if any(entry["read_out"] == name for entry in files.summary)]
     rows = []
     for method in files.methods:
         name = f"{files.label(method)}\ncontrol" if files.styles[method].control else files.label(method)
         cells = [_cell(files, found.get((method, read_out, score.column)), score) for read_out in read_outs]
-        loss = [] if score == TRAIN_LOSS else [_cell(files, found.get((method, "last", TRAIN_LOSS.column)), TRAIN_LOSS)]
-        rows.append([name, *cells, *loss, *_cost_cells(files, method)])
-    losses = [] if score == TRAIN_LOSS else [TRAIN_LOSS.label]
+        cells += [_cell(files, found.get((method, "last", measure.column)), measure) for measure in beside]
+        rows.append([name, *cells, *_cost_cells(files, method)])
+    names = [measure.label for measure in beside]
     reach = [] if files.target is None else [f"to {aimed(files, files.target)}"]
     return {
-        "title": f"{upper(score.header)}, of the last weights and of their averages, with loss and cost",
-        "header": ["method", *(READ_OUTS[name] for name in read_outs), *losses, *reach, "a run"],
+        "title": f"{upper(score.header)}, of the last weights and of their averages, with {and_([*names, 'cost'])}",
+        "header": ["method", *(READ_OUTS[name] for name in read_outs), *(m.header for m in beside), *reach, "a run"],
         "rows": rows,
         "cards": True,
     }
 
 
 def _cell(files: Files, entry: dict[str, Any] | None, measure: Measure) -> str:
-    """The mean, and below it the difference to the first method, shortly."""
+    """The mean, and below it the change from the first method, shortly, and what failed."""
     if entry is None:
         return MISSING
-    if entry["method"] == files.base or not entry["pairs"]:
-        return mean_of(entry, measure)
-    # One interval is enough: the difference's.
-    mean = estimate(entry["mean"], float("nan"), measure.factor, measure.digits)
-    return mean if mean == "diverged" else f"{mean}\n{difference_of(entry, measure)} {standing(entry, measure)}"
+    alone = entry["method"] == files.base or not entry["pairs"]
+    lines = [mean_of(entry, measure, interval=alone)]  # one interval is enough: the change's
+    if not alone and lines != ["diverged"]:
+        lines.append(f"{change_of(entry, measure)} {standing(entry, measure)}")
+    return "\n".join([*lines, *filter(None, [seeds_of(entry)])])
 
 
 def _cost_cells(files: Files, method: str) -> list[str]:
@@ -87,7 +89,7 @@ def _cost_cells(files: Files, method: str) -> list[str]:
 
 
 def main_tables(files: Files) -> list[Table]:
-    """The main score, training loss, cost of a run, cost to the target, and sensitivity to the learning rate."""
+    """The endpoint, what is beside it, cost of a run, cost to the target, and sensitivity to the learning rate."""
     tables = [*(_scores(files, measure) for measure in shown_measures(files)), _costs(files)]
     if files.target is not None:
         tables.append(_target(files, files.target))
@@ -101,14 +103,18 @@ def _scores(files: Files, measure: Measure) -> Table:
     rows, above = [], ""
     for entry in files.entries(measure.column):
         name = READ_OUTS[entry["read_out"]]
-        row = [name if name != above else "", files.label(entry["method"]), mean_of(entry, measure)]
+        mean = "\n".join(filter(None, [mean_of(entry, measure), seeds_of(entry)]))
+        row = [name if name != above else "", files.label(entry["method"]), mean]
         if compared:
-            row += ["", ""] if entry["method"] == files.base else [difference_of(entry, measure), test_of(entry)]
+            is_base = entry["method"] == files.base
+            row += [""] * 3 if is_base else [change_of(entry, measure), test_of(entry), to_show(entry)]
         rows.append(row)
         above = name
+    against = f"{'over' if files.effect(measure) == 'ratio' else 'minus'} {files.label(files.base)}"
+    rank = "the endpoint, with the last weights" if measure == files.endpoint else "secondary"
     return {
-        "title": upper(measure.header),
-        "header": ["weights", "method", "mean", *([f"minus {files.label(files.base)}", TEST] if compared else [])],
+        "title": f"{upper(measure.header)}: {rank}",
+        "header": ["weights", "method", "mean", *([against, TEST, "seeds to show it"] if compared else [])],
         "rows": rows,
     }
 

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lightning_modules.report.study.files import READ_OUTS, Files
-from lightning_modules.report.study.numbers import aim, and_, estimate, standing, upper
-from lightning_modules.report.verdicts import t_interval
-from lightning_modules.support.score import TRAIN_LOSS, Measure
+from lightning_modules.report.study.numbers import (
+    aim,
+    and_,
+    change_in_words,
+    change_of,
+    mean_of,
+    seeds_of,
+    standing,
+    to_show,
+    upper,
+)
+from lightning_modules.support.paired import mean_over_seeds, paired_change
+from lightning_modules.support.score import Measure
 
 _AVERAGES = ("ema", "swa")
-_FEW = 5  # seeds; with 4 the paired t-test finds a mean difference of 1.5 standard deviations in half of all studies
 _EQUAL = 0.005  # of a cost: less is "as many"
 
 
 def verdict(files: Files) -> str:
-    """Lines: the score of the last weights, which a study is judged by; where the training loss differs; the cost."""
+    """Lines: the endpoint, which a study is judged by; how many seeds it would take; what is beside it; the cost."""
     if len(files.methods) == 1:
         return f"{files.label(files.base)} was trained alone: there is nothing to compare it with."
-    loss = [] if files.measures[0] == TRAIN_LOSS else [_loss(files)]
-    sentences = [_score(files), _power(files), *loss, _cost(files)]
+    sentences = [_judged(files), _to_show(files), _beside(files), _cost(files)]
     return "\n".join(sentence for sentence in sentences if sentence)
 
 
@@ -32,62 +38,71 @@ def _labels(files: Files, methods: Sequence[str]) -> str:
 
 
 def _entries(files: Files, measure: Measure) -> dict[str, dict[str, Any]]:
-    """Of the last weights, by method."""
-    return {entry["method"]: entry for entry in files.entries(measure.column) if entry["read_out"] == "last"}
+    """Of the last weights, by method; none of a method all of whose runs failed."""
+    return {e["method"]: e for e in files.entries(measure.column) if e["read_out"] == "last" and e["n"]}
 
 
-def _value(entry: dict[str, Any], measure: Measure) -> str:
-    value = estimate(entry["mean"], math.nan, measure.factor, measure.digits)
-    return value if value == "diverged" else f"{value}{measure.unit}"
+def _value(entry: dict[str, Any], measure: Measure, *facts: str) -> str:
+    """The mean with its unit, and in brackets what else there is to say of it: failed seeds always."""
+    value = mean_of(entry, measure, interval=False)
+    inside = "; ".join(filter(None, [seeds_of(entry), *facts]))
+    return f"{value if value == 'diverged' else f'{value}{measure.unit}'}{f' ({inside})' if inside else ''}"
 
 
-def _score(files: Files) -> str:
+def _judged(files: Files) -> str:
     """Each subject against the first method, those of one kind together."""
-    measure, base = files.measures[0], files.base
+    measure, base = files.endpoint, files.base
     entries = _entries(files, measure)
     kinds: dict[str, list[str]] = {}
     for method in files.subjects:
-        kind = standing(entries[method], measure) if method in entries else "died"
+        kind = standing(entries[method], measure) if method in entries else "failed"
         kinds.setdefault(kind, []).append(method)
     if base not in entries:
-        return f"No run of {files.label(base)} survived, so there is nothing to compare with."
+        return f"Every run of {files.label(base)} failed, so there is nothing to compare with."
     reference = f"{files.label(base)} {_value(entries[base], measure)}"
     clauses, untested = [], "one seed allows no test" if files.config["seeds"] == 1 else "no test is possible"
     for kind, methods in kinds.items():
-        if kind == "died":
-            clauses.append(f"no run of {_labels(files, methods)} survived")
+        if kind == "failed":
+            clauses.append(f"every run of {_labels(files, methods)} failed")
             continue
-        values = f"{and_([f'{files.label(m)} {_value(entries[m], measure)}' for m in methods])} against {reference}"
-        p = f"p {'=' if len(methods) == 1 else '≤'} {max(entries[m]['p_holm'] for m in methods):.2g}"
-        clauses.append(
-            {
-                "n.s.": f"no significant difference in {measure.label}: {values}",
-                "no test": f"{untested} of {measure.label}: {values}",
-            }.get(kind, f"significantly {kind} in {measure.label}: {values} ({p})")
-        )
+        values = []
+        for method in methods:
+            change = change_of(entries[method], measure, words=True)
+            facts = [change, f"p = {entries[method]['p_holm']:.2g}"] if kind in ("better", "worse") else []
+            values.append(f"{files.label(method)} {_value(entries[method], measure, *facts)}")
+        words = {"n.s.": "no significant difference in", "no test": f"{untested} of"}
+        what = f"{words.get(kind, f'significantly {kind} in')} {measure.label}"
+        clauses.append(f"{what}: {and_(values)} against {reference}")
     return f"{upper('; '.join(clauses))}."
 
 
-def _power(files: Files) -> str:
-    """That few seeds show little, where no difference was significant."""
-    entries, seeds = _entries(files, files.measures[0]), files.config["seeds"]
-    unclear = any(standing(entries[m], files.measures[0]) == "n.s." for m in files.subjects if m in entries)
-    return f"With {seeds} seeds only a large difference would show." if unclear and seeds < _FEW else ""
+def _to_show(files: Files) -> str:
+    """How many seeds would show the differences that are not significant."""
+    entries = _entries(files, files.endpoint)
+    unclear = [m for m in files.subjects if m in entries and standing(entries[m], files.endpoint) == "n.s."]
+    known = [method for method in unclear if not math.isnan(entries[method]["seeds_to_show"])]
+    if not known:
+        return ""
+    if len(known) == 1:
+        return f"A difference of this size would take {to_show(entries[known[0]])} seeds to show."
+    seeds = and_([f"{to_show(entries[method])} ({files.label(method)})" for method in known])
+    return f"Differences of these sizes would take {seeds} seeds to show."
 
 
-def _loss(files: Files) -> str:
-    """Where the training loss differs significantly; nothing elsewhere."""
-    entries = _entries(files, TRAIN_LOSS)
-    differ = [m for m in files.subjects if m in entries and standing(entries[m], TRAIN_LOSS) in ("better", "worse")]
+def _beside(files: Files) -> str:
+    """What stands beside the endpoint, where that differs."""
+    measure = files.secondary
+    if measure is None:
+        return ""
+    entries = _entries(files, measure)
+    differ = [m for m in files.subjects if m in entries and standing(entries[m], measure) in ("better", "worse")]
     if not differ:
         return ""
-    words = {"better": "lower", "worse": "higher"}
     clauses = [
-        f"{words[standing(entries[m], TRAIN_LOSS)]} with {files.label(m)} ({_value(entries[m], TRAIN_LOSS)} against "
-        f"{_value(entries[files.base], TRAIN_LOSS)})"
-        for m in differ
+        f"{files.label(m)} {_value(entries[m], measure, change_of(entries[m], measure, words=True))}" for m in differ
     ]
-    return f"The training loss is significantly {and_(clauses)}."
+    reference = f"{files.label(files.base)} {_value(entries[files.base], measure)}"
+    return f"Secondary, {measure.label}: {and_(clauses)} against {reference}."
 
 
 def _cost(files: Files) -> str:
@@ -137,64 +152,50 @@ def _compared(value: float, reference: float, noun: str) -> str:
 
 def beside_averages(files: Files) -> list[str]:
     """Each subject's last weights against the better average of the first method's run, on the same seeds."""
-    measure, base = files.measures[0], files.label(files.base)
-    last, averages = _by_seed(files, files.base, "last", measure), {}
+    measure, base = files.endpoint, files.label(files.base)
+    last, averages = files.values(files.base, "last", measure), {}
     for name in _AVERAGES:
-        if values := _by_seed(files, files.base, name, measure):
+        if values := files.values(files.base, name, measure):
             averages[name] = values
     if not files.subjects or not averages or not last:
         return []
+    effect = files.effect(measure)
     sign = -1 if measure.lower_is_better else 1
-    best = max(averages, key=lambda name: _rank(sign * float(np.mean(list(averages[name].values())))))
-    gain = _difference(averages[best], last, measure)
+    best = max(averages, key=lambda name: _rank(sign * mean_over_seeds([*averages[name].values()], effect).value))
+
+    def against(values: Mapping[int, float], reference: Mapping[int, float]) -> str:
+        return change_in_words(paired_change(values, reference, effect).mean, effect, measure, words=True)
+
     average = f"{base}'s own {READ_OUTS[best]}"
     first = (
-        f"By averaging alone, {average} is at {gain} against its last weights. Against that average, the last weights "
-        "of"
+        f"By averaging alone, {average} is at {against(averages[best], last)} against its last weights. Against that "
+        "average, the last weights of"
     )
     clauses = []
     for method in files.subjects:
-        values = _by_seed(files, method, "last", measure)
-        differences = _differences(values, averages[best])
-        if not differences:
+        values = files.values(method, "last", measure)
+        change = paired_change(values, averages[best], effect)
+        if not change.pairs:
             clauses.append(f"{files.label(method)} have no run beside it")
             continue
-        equal = len(differences) > 1 and np.ptp(differences) <= 1e-9 * np.abs(differences).max()
-        low, high = t_interval(differences)
-        low, high = (low, high) if sign > 0 else (-high, -low)
+        none = 1 if effect == "ratio" else 0
+        low, high = (sign * (end - none) for end in (change.mean.low, change.mean.high)[::sign])
         what = (
             "one seed, so no test"
             if files.config["seeds"] == 1
             else "the same on every seed, so no test"
-            if equal
+            if change.equal
             else "more than averaging gives"
             if low > 0
             else "less than averaging gives"
             if high < 0
             else "not shown to be more than averaging gives"
         )
-        clauses.append(f"{files.label(method)} are at {_difference(values, averages[best], measure)}, {what}")
+        failed = len(files.failed[method])
+        lost = f" ({len(values)} of {files.config['seeds']} seeds; {failed} failed)" if failed else ""
+        clauses.append(f"{files.label(method)}{lost} are at {against(values, averages[best])}, {what}")
     return [f"{first} {'; those of '.join(clauses)}."]
 
 
 def _rank(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
-
-
-def _by_seed(files: Files, method: str, read_out: str, measure: Measure) -> dict[int, float]:
-    rows = [row for row in files.results if row["method"] == method and row["read_out"] == read_out]
-    return {row["seed"]: float(row[measure.column]) for row in rows if measure.column in row}
-
-
-def _differences(values: dict[int, float], reference: dict[int, float]) -> list[float]:
-    return [values[seed] - reference[seed] for seed in values if seed in reference]
-
-
-def _difference(values: dict[int, float], reference: dict[int, float], measure: Measure) -> str:
-    """The mean of paired differences with half of its 95 % interval, and its unit."""
-    pairs = _differences(values, reference)
-    low, high = t_interval(pairs)
-    mean = float(np.mean(pairs)) if pairs else math.nan
-    half = (high - low) / 2 if math.isfinite(high) else math.nan
-    words = estimate(mean, half, measure.factor, measure.digits, "+")
-    return words if words == "diverged" else f"{words}{measure.difference_unit}"

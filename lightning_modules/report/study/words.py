@@ -12,9 +12,10 @@ from lightning_modules.report.study.numbers import (
     aim,
     amount,
     and_,
+    change_of,
     count,
-    difference_of,
     mean_of,
+    seeds_of,
     test_of,
     upper,
 )
@@ -92,11 +93,10 @@ def _result(files: Files) -> str:
     tested = any(not math.isnan(e["p_holm"]) for (m, _), e in entries.items() if m in others)
     clauses = []
     for method in others or [files.base]:
-        measures = [
-            _measured(entries[method, m.column], m, tested) for m in shown_measures(files) if files.last(method)
-        ]
+        shown = [(entries.get((method, m.column), {"n": 0}), m) for m in shown_measures(files)]
+        measures = [_measured(entry, m, tested) for entry, m in shown if entry["n"]]
         label = files.label(method)
-        clauses.append(f"{label} had {', and '.join(measures)}" if measures else f"no run of {label} survived")
+        clauses.append(f"{label} had {', and '.join(measures)}" if measures else f"every run of {label} failed")
     if not others:
         return f"With its last weights {clauses[0]}, with nothing to compare it with."
     untested = "one seed, so no tests" if files.config["seeds"] == 1 else "no test was possible"
@@ -105,13 +105,12 @@ def _result(files: Files) -> str:
 
 
 def _measured(entry: dict[str, Any], measure: Measure, tested: bool) -> str:
-    """A measure of a method's last weights, with its difference and what the test says of it."""
-    difference = difference_of(entry, measure)
-    by = f" ({difference}{measure.difference_unit})" if difference not in ("", "diverged") else ""
-    # One interval is enough: the difference's, where there is one.
-    mean = mean_of({**entry, "half_width": math.nan} if by else entry, measure)
+    """A measure of a method's last weights, with failed seeds, its change and what the test says of it."""
+    change = change_of(entry, measure, words=True)
+    facts = "; ".join(filter(None, [seeds_of(entry), "" if change == "diverged" else change]))
+    mean = mean_of(entry, measure, interval=not change)  # one interval is enough: the change's, where there is one
     value = f"a {measure.label} that diverged" if mean == "diverged" else f"a {measure.label} of {mean}{measure.unit}"
-    return f"{value}{by}{f', {test_of(entry)}' if tested else ''}"
+    return f"{value}{f' ({facts})' if facts else ''}{f', {test_of(entry)}' if tested else ''}"
 
 
 def _cost(files: Files) -> str:
@@ -119,7 +118,7 @@ def _cost(files: Files) -> str:
     for method in files.methods:
         cost = files.cost(method)
         if cost is None:
-            clauses.append(f"no run of {files.label(method)} survived")
+            clauses.append(f"every run of {files.label(method)} died")
         elif base is None or method == files.base:
             took = f"{amount(cost['gradients'])} gradients and {amount(cost['seconds'])} seconds"
             clauses.append(f"a run of {files.label(method)} took {took}")
@@ -150,15 +149,44 @@ def notes(files: Files) -> str:
         else "learning rates were given, not tuned"
     )
     under = (
-        f"below it the difference to {base}; one seed, so no intervals and no tests"
+        f"below it the {_changes(files, base)}; one seed, so no intervals and no tests"
         if config["seeds"] == 1
-        else f"below it the difference to {base} with half of its 95 % interval: better or worse where that is "
+        else f"below it the {_changes(files, base)} with its 95 % interval: better or worse where that is "
         f"significant (paired t-test, Holm, p < {SIGNIFICANT:g}), n.s. where it is not"
     )
-    cells = f" Upper line: the mean over {count(config['seeds'], 'seed')}; {under}." if files.methods[1:] else ""
+    ratios = any(files.effect(m) == "ratio" for m in shown_measures(files))
+    mean = f"the mean{' (of losses the geometric one)' if ratios else ''}"
+    cells = f" Upper line: {mean} over {count(config['seeds'], 'seed')}; {under}." if files.methods[1:] else ""
     reach = f" To {aim(files, files.target)}: medians over seeds." if files.target is not None else ""
     control = " A control gets what NSGD gets, but for the sharpest directions." if _controls(files) else ""
-    return f"{upper(tuned)}.{cells}{control}{reach}{_lost(files)}"
+    words = f"{upper(tuned)}.{cells}{control}{reach}{_fallen_back(files)}{_lost(files)}"
+    return " ".join(filter(None, [endpoint(files), words]))
+
+
+def endpoint(files: Files) -> str:
+    """What the study is judged by, where its file says so."""
+    if "endpoint" not in files.config:
+        return ""
+    what = f"{files.endpoint.label} ({files.endpoint.column}) of the last weights"
+    return f"Endpoint, fixed before the runs: {what}. All else is secondary."
+
+
+def _changes(files: Files, base: str) -> str:
+    """What changes from the first method are."""
+    effects = {files.effect(measure) for measure in shown_measures(files)}
+    if effects == {"difference"}:
+        return f"difference to {base}"
+    return f"ratio to {base}" if effects == {"ratio"} else f"change from {base} (of losses a ratio)"
+
+
+def _fallen_back(files: Files) -> str:
+    """Which losses have no ratio."""
+    fallen = [
+        measure.label
+        for measure in files.measures
+        if measure.effect == "ratio" and any(row.get(measure.column, 1) <= 0 for row in files.results)
+    ]
+    return f" Not compared as a ratio, for a value is not above 0: {and_(fallen)}." if fallen else ""
 
 
 def _untuned(files: Files) -> str:
@@ -219,21 +247,32 @@ def _optimizers(files: Files) -> str:
 def _intervals(files: Files) -> str:
     if files.config["seeds"] == 1:
         return "One seed, so no intervals and no tests"
-    means = f"Means over {files.config['seeds']} paired seeds ± half of the 95 % t-interval"
+    ratios = any(files.effect(measure) == "ratio" for measure in files.measures)
+    losses = "; of losses geometric means with the ends of theirs, and ratios" if ratios else ""
+    means = f"Means over {files.config['seeds']} paired seeds ± half of the 95 % t-interval{losses}"
     if all(math.isnan(entry["p_holm"]) for entry in files.summary):
         return means
     untested = any(math.isnan(entry["p_holm"]) for entry in files.summary if entry["method"] != files.base)
-    why = "; there is no test where the difference is the same for every seed, or a run diverged" if untested else ""
+    why = "; there is no test of fewer than two pairs, or where all are the same" if untested else ""
+    needed = any(not math.isnan(entry["seeds_to_show"]) for entry in files.summary)
+    seeds = (
+        "; seeds to show it: as many as find a change of that size and spread in four of five studies, by a paired "
+        f"t-test at 5 % over the number of methods compared with {files.label(files.base)}"
+    )
     return (
         f"{means}; p-values of paired t-tests, corrected by Holm's method for the methods compared with "
-        f"{files.label(files.base)} at the same read-out and measure{why}"
+        f"{files.label(files.base)} at the same read-out and measure{why}{seeds if needed else ''}"
     )
 
 
 def _lost(files: Files) -> str:
-    """What died, and for how many seeds the loss of the last weights is not finite."""
-    counts = {m: sum(not math.isfinite(row["train_loss"]) for row in files.last(m)) for m in files.methods}
-    diverged = ", ".join(f"{files.label(m)} {n} of {len(files.last(m))}" for m, n in counts.items() if n)
-    chance = "; their accuracy is that of chance" if files.config["model"] is None else ""
-    words = f" Runs that diverged: {diverged}{chance}." if diverged else ""
-    return words + (f" Runs that died, and are left out: {', '.join(files.deaths)}." if files.deaths else "")
+    """What failed, and what of it died."""
+    failed = [f"{files.label(m)} {len(seeds)} of {files.config['seeds']}" for m, seeds in files.failed.items() if seeds]
+    out = ", and are in no mean and no test" if any(entry["failed"] for entry in files.summary) else ""
+    words = (
+        f" Runs that failed{out}: {', '.join(failed)} (died, or ended with a training loss that is not below that of "
+        "the first batch)."
+        if failed
+        else ""
+    )
+    return words + (f" Runs that died: {', '.join(files.deaths)}." if files.deaths else "")

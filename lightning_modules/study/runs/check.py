@@ -15,6 +15,7 @@ from lightning_modules.study.options import Study
 from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.support.nearest import meant
+from lightning_modules.support.score import TRAIN_LOSS
 
 
 def check_study(subject: Subject) -> None:
@@ -35,6 +36,7 @@ def check_study(subject: Subject) -> None:
     _check_training(subject)
     if study.model is not None or study.monitor is not None:
         _check_scores(subject)
+    _check_endpoint(subject)
 
 
 def _check_numbers(study: Study) -> None:
@@ -150,3 +152,15 @@ def _check_scores(subject: Subject) -> None:
                 f"expected {kind} to log {name} in {'validation' if stage == 'val' else 'its test'}, got "
                 f"{', '.join(logged) or 'nothing'}; {mend}"
             )
+
+
+def _check_endpoint(subject: Subject) -> None:
+    """What a study is judged by is the training loss, or its score where there is one."""
+    score, given = subject.study.score, subject.study.endpoint
+    known = ["score", TRAIN_LOSS.column, score.monitor, *([score.tested] if subject.is_tested else [])]
+    if given not in known:
+        untested = "" if subject.is_tested or given != score.tested else ", but there is no test"
+        raise ValueError(
+            f"expected endpoint to be {', '.join(dict.fromkeys(known))}, got {given!r}{untested}{meant(given, known)}; "
+            "name another quantity with --monitor"
+        )

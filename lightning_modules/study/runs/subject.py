@@ -27,6 +27,20 @@ class Subject:
     def __init__(self, study: Study) -> None:
         self.study = study
 
+    @property
+    def endpoint(self) -> str:
+        """Column of results.csv that the study is judged by, in its last weights."""
+        return self.main_score if self.study.endpoint == "score" else self.study.endpoint
+
+    @property
+    def main_score(self) -> str:
+        """Column of the score: in test where there is one, else in validation."""
+        return self.study.score.tested if self.is_tested else self.study.score.monitor
+
+    def resolved(self) -> dict[str, Any]:
+        """The study's options as plain values, with the column of its endpoint; as a file it is a study of its own."""
+        return {**self.study.resolved(), "endpoint": self.endpoint}
+
     def module(self) -> pl.LightningModule:
         """What is trained, anew from the global seed.
 

@@ -8,7 +8,7 @@ from lightning_modules.study.options import Study
 from lightning_modules.study.runs.plan import Run, tuning_rows
 from lightning_modules.study.statistics import summarise, times_to_target
 from lightning_modules.support.files import Rows
-from lightning_modules.support.study_folder import StudyFolder
+from lightning_modules.support.study_folder import RunFolder, StudyFolder
 
 
 def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list[str]:
@@ -33,7 +33,7 @@ def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list
     counted = [run for run in finished if run.stage == "study"]
     for run in sorted(counted, key=lambda run: (run.seed, names.index(run.method))):
         files = folder.run(run.name)
-        rows += files.results()
+        rows += _with_start(files)
         metrics[run.method][run.seed] = steps = files.steps()
         times.append({"method": run.method, "seed": run.seed, "seconds": steps[-1]["seconds"]})
     died = [run for run in plan if run not in finished and folder.run(run.name).died]
@@ -41,8 +41,7 @@ def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list
         raise ValueError(f"no run of the study survived; see {folder.run(died[0].name).failure}")
     folder.write_table("results", rows)
     folder.write_table("times", times)
-    columns = [measure.column for measure in study.score.measures(rows[0])]
-    folder.write_table("summary", summarise(rows, names, columns))
+    folder.write_table("summary", summarise(rows, names, study.score.measures(rows[0]), range(study.seeds)))
     folder.write_table("deaths", [{"run": run.name, "method": run.method, "seed": run.seed} for run in died])
     folder.write_table("tuning", tuning_rows(study, folder))
     target = folder.document("settled")["target"]
@@ -50,12 +49,12 @@ def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list
         reached = times_to_target(metrics, range(study.seeds), target, study.score)
         folder.write_table("target", [{n: v for n, v in row.items() if n != "seconds"} for row in reached])
         folder.write_table("target-times", [{n: row[n] for n in ("method", "seed", "seconds")} for row in reached])
-    folder.write_table("sweep", [row for run in finished if run.stage == "sweep" for row in _sweep_rows(folder, run)])
+    swept = [row for run in finished if run.stage == "sweep" for row in _with_start(folder.run(run.name))]
+    folder.write_table("sweep", swept)
     return [run.name for run in died]
 
 
-def _sweep_rows(folder: StudyFolder, run: Run) -> Rows:
-    """Results at one rate, with the loss of the first batch, before the first step."""
-    files = folder.run(run.name)
+def _with_start(files: RunFolder) -> Rows:
+    """Results of a run, with the loss of the first batch, before the first step."""
     start = float(files.steps()[0]["loss"])
     return [{**row, "start_loss": start} for row in files.results()]

@@ -23,6 +23,7 @@ from studies import MEASURES
 from lightning_modules import Digits
 from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import read_folder
+from lightning_modules.report.study.numbers import ratio
 from lightning_modules.report.study.rates import edges, settings_table, stable_range
 from lightning_modules.report.study.report import print_table, write_report
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
@@ -39,6 +40,7 @@ from lightning_modules.support.files import read_csv, write_csv
 
 MOMENTUM = 0.5
 DEAD = None
+LOSS_THEN = "0.0031\n-0.0068 ± 0.0008 better"  # of the kept study, whose losses were compared as differences
 
 
 class Page(HTMLParser):
@@ -84,10 +86,13 @@ SGD: Sequence[Result | None] = [(0.90, 0.30), (0.91, 0.30), (0.92, 0.30)]
 NSGD: Sequence[Result | None] = [(0.91, 0.20), (0.93, 0.19), (0.95, 0.21)]
 
 
-def write_study(folder: Path, runs: Mapping[str, Sequence[Result | None]], **config: Any) -> Path:
+def write_study(
+    folder: Path, runs: Mapping[str, Sequence[Result | None]], *, start_loss: float = math.inf, **config: Any
+) -> Path:
     """A study of two epochs of four steps; a run with no result died."""
     seeds = len(next(iter(runs.values())))
-    plain = yaml.safe_load(yaml.safe_dump(Study(methods=[*runs], seeds=seeds, epochs=2).resolved()))
+    study = Study(methods=[*runs], seeds=seeds, epochs=2, endpoint="test_accuracy")
+    plain = yaml.safe_load(yaml.safe_dump(study.resolved()))
     results, times, deaths = [], [], []
     settings = {m: dict(RECIPES[m].defaults) for m in runs}
     for method, found in runs.items():
@@ -101,7 +106,7 @@ def write_study(folder: Path, runs: Mapping[str, Sequence[Result | None]], **con
             scores = {"test_accuracy": accuracy, "val_accuracy": accuracy, "train_loss": loss, "val_loss": loss}
             own = {"method": method, "seed": seed}
             rate = {"lr": settings[method]["lr"]} if "lr" in settings[method] else {}
-            results.append({**own, "read_out": "last", **rate, **scores, **counts})
+            results.append({**own, "read_out": "last", **rate, **scores, **counts, "start_loss": start_loss})
             times.append({**own, "seconds": second})
             steps = [
                 {"step": i, "epoch": (i - 1) // 4, "loss": loss, "gradients": i * extra, "seconds": i * second / 8}
@@ -120,7 +125,7 @@ def write_study(folder: Path, runs: Mapping[str, Sequence[Result | None]], **con
     (folder / "settled.yaml").write_text(yaml.safe_dump({"settings": settings, "target": None}, sort_keys=False))
     for name, rows in {"results": results, "times": times, "deaths": deaths}.items():
         write_csv(folder / f"{name}.csv", rows)
-    write_csv(folder / "summary.csv", summarise(results, [*runs], MEASURES))
+    write_csv(folder / "summary.csv", summarise(results, [*runs], MEASURES, range(seeds)))
     return folder
 
 
@@ -140,6 +145,10 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float], list
 
 def change(path: Path, **values: Any) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}, sort_keys=False))
+
+
+def change_rows(path: Path, **values: Any) -> None:
+    write_csv(path, [{**row, **values} for row in read_csv(path)])
 
 
 class Report:
@@ -170,15 +179,16 @@ def printed(folder: Path, width: int = 100) -> str:
 def test_the_summary_says_what_came_out(tmp_path):
     """Differences of 1, 2 and 3 points: t = 2 √3, and with two degrees of freedom p = 1 - t / √(t² + 2) = 0.0742.
 
-    Those of the loss, -0.10, -0.11 and -0.09: t = 10 √3, p = 0.0033; half-widths 4.303 / √3 standard deviations.
+    Ratios of the loss, 0.667, 0.633 and 0.7, on their logarithm: mean -0.406, standard deviation 0.0500; t = 14.1, p =
+    0.0050; half-widths 4.303 / √3 standard deviations.
     """
     report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}))
     sentences = [
         "SGD and NSGD trained the network mlp on Digits, with 3 paired seeds and 2 epochs each; their settings were "
         "given, and nothing was tuned.",
         "Against SGD, with the last weights of each, NSGD had a test accuracy of 93.0 % (+2.0 ± 2.5 points), no "
-        "significant difference (p = 0.074), and a training loss of 0.2000 (-0.1000 ± 0.0248), significant (p = "
-        "0.0033) (paired t-tests, p corrected by Holm's method).",
+        "significant difference (p = 0.074), and a training loss of 0.1998 (0.67 times, 95 % 0.59 to 0.75), "
+        "significant (p = 0.005) (paired t-tests, p corrected by Holm's method).",
         "A run of SGD took 8 gradients and 2 seconds; one of NSGD 1.10 and 1.50 times as many.",
     ]
     assert report.summary[:3] == sentences
@@ -222,8 +232,9 @@ def test_where_nsgd_helped_everywhere_that_is_said(tmp_path):
     ]
     assert report.short == {}
     assert report.verdict[0].startswith(
-        "Significantly better in test accuracy: Bulk-SGD 95.1 % against NSGD 90.0 % (p = "
+        "Significantly better in test accuracy: Bulk-SGD 95.1 % (+5.1 ± 0.2 points; p = "
     )
+    assert report.verdict[0].endswith(") against NSGD 90.0 %.")
 
 
 @pytest.mark.parametrize(
@@ -252,8 +263,8 @@ def test_without_nsgd_to_judge_that_is_said(tmp_path, methods, said):
         )
     else:
         assert report.summary[1] == (
-            "With its last weights SGD had a test accuracy of 91.0 ± 2.5 %, and a training loss of 0.3000 ± 0.0000, "
-            "with nothing to compare it with."
+            "With its last weights SGD had a test accuracy of 91.0 ± 2.5 %, and a training loss of 0.3000 (0.3000 to "
+            "0.3000), with nothing to compare it with."
         )
         assert report.tables[0][0] == ["weights", "method", "mean"]
 
@@ -262,9 +273,9 @@ def test_one_seed_has_neither_intervals_nor_tests(tmp_path):
     report = Report(write_study(tmp_path, {"sgd": SGD[:1], "nsgd": NSGD[:1]}))
     assert report.summary[1] == (
         "Against SGD, with the last weights of each, NSGD had a test accuracy of 91.0 % (+1.0 points), and a training "
-        "loss of 0.2000 (-0.1000) (one seed, so no tests)."
+        "loss of 0.2000 (0.67 times) (one seed, so no tests)."
     )
-    assert report.tables[0][2] == ["", "NSGD", "91.0", "+1.0", "no test"]
+    assert report.tables[0][2] == ["", "NSGD", "91.0", "+1.0", "no test", "–"]
     assert "One seed, so no intervals and no tests" in report.text
     assert report.short["NSGD"]["no test of"] == "test accuracy, validation accuracy, training loss"
     assert report.verdict[0] == "One seed allows no test of test accuracy: NSGD 91.0 % against SGD 90.0 %."
@@ -302,7 +313,15 @@ def with_averages(folder: Path, averages: Mapping[str, Mapping[str, Sequence[flo
             if row["method"] in values
         ]
     write_csv(folder / "results.csv", rows)
-    write_csv(folder / "summary.csv", summarise(rows, list(dict.fromkeys(row["method"] for row in rows)), MEASURES))
+    write_csv(
+        folder / "summary.csv",
+        summarise(
+            rows,
+            list(dict.fromkeys(row["method"] for row in rows)),
+            MEASURES,
+            range(len({row["seed"] for row in rows})),
+        ),
+    )
     return Report(folder)
 
 
@@ -313,21 +332,21 @@ def test_one_table_has_methods_down_and_read_outs_across(tmp_path):
     )
     assert report.overview["header"] == ["method", "last", "EMA", "SWA", "training loss", "a run"]
     assert report.overview["rows"] == [
-        ["SGD", "91.0 ± 2.5", "93.0 ± 2.5", "90.0 ± 0.0", "0.3000 ± 0.0000", "2 s\n8 steps"],
-        # Holm makes 0.15 of 0.074, and 0.0033 of the loss remains below 0.05 twice.
+        ["SGD", "91.0 ± 2.5", "93.0 ± 2.5", "90.0 ± 0.0", "0.3000 (0.3000 to 0.3000)", "2 s\n8 steps"],
+        # Holm makes 0.15 of 0.074, and 0.0050 of the loss remains below 0.05 twice.
         [
             "NSGD",
             "93.0\n+2.0 ± 2.5 n.s.",
             "–",
             "95.0\n+5.0 ± 0.0 no test",
-            *("0.2000\n-0.1000 ± 0.0248 better", "3 s\n8 steps"),
+            *("0.1998\n0.67 times (0.59 to 0.75) better", "3 s\n8 steps"),
         ],
         [
             "random directions\ncontrol",
             "91.0\n+0.0 ± 0.0 n.s.",
             "–",
             "–",
-            "0.3000\n+0.0000 ± 0.0000 n.s.",
+            "0.3000\n1.00 times (1.00 to 1.00) n.s.",
             "3 s\n8 steps",
         ],
     ]
@@ -363,12 +382,18 @@ def test_without_averages_or_with_one_seed_no_gain_is_tested(tmp_path):
     assert words.endswith("NSGD are at -4.0 points, one seed, so no test.")
 
 
-def test_few_seeds_are_said_to_show_little_where_nothing_is_significant(tmp_path):
-    (tmp_path / "few").mkdir()
-    few = Report(write_study(tmp_path / "few", {"sgd": SGD, "nsgd": NSGD}))
-    assert few.verdict[1] == "With 3 seeds only a large difference would show."
-    more = Report(write_study(tmp_path / "more", {"sgd": [*SGD, *SGD], "nsgd": [*SGD[::-1], *SGD[::-1]]}))
-    assert "seeds" not in " ".join(more.verdict)
+def test_how_many_seeds_would_show_a_difference_is_said_where_none_is_significant(tmp_path):
+    """Differences of 1, 2 and 3 points are 2 standard deviations: five pairs, by the tables of G*Power."""
+    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}))
+    assert report.verdict[1] == "A difference of this size would take about 5 seeds to show."
+    assert report.tables[0][2][5] == "about 5"
+    change_rows(tmp_path / "summary.csv", seeds_to_show=math.inf)
+    assert Report(tmp_path).verdict[1] == "A difference of this size would take over 1,000 seeds to show."
+    (tmp_path / "two").mkdir()
+    two = Report(write_study(tmp_path / "two", {"sgd": SGD, "nsgd": NSGD, "bulk-sgd": NSGD}))
+    assert (
+        two.verdict[1] == "Differences of these sizes would take about 6 (NSGD) and about 6 (Bulk-SGD) seeds to show."
+    )
 
 
 def test_a_target_that_no_run_reached_is_said_once(tmp_path):
@@ -382,9 +407,11 @@ def test_the_verdict_names_what_is_worse_and_what_is_cheaper(tmp_path):
     worse = [(0.80 + 0.001 * i, 0.5 + 0.01 * i) for i in range(3)]
     report = Report(write_study(tmp_path, {"nsgd": SGD, "bulk-sgd": worse, "sgd": SGD}))
     assert report.verdict[0].startswith(
-        "Significantly worse in test accuracy: Bulk-SGD 80.1 % against NSGD 91.0 % (p = "
+        "Significantly worse in test accuracy: Bulk-SGD 80.1 % (-10.9 ± 2.2 points; p = "
     )
-    assert report.verdict[1] == "The training loss is significantly higher with Bulk-SGD (0.5100 against 0.3000)."
+    assert report.verdict[1] == (
+        "Secondary, training loss: Bulk-SGD 0.5099 (1.70 times, 95 % 1.62 to 1.78) against NSGD 0.3000."
+    )
     assert report.verdict[2] == "A run of Bulk-SGD took as many seconds as NSGD."
 
 
@@ -433,6 +460,7 @@ def test_a_folder_that_was_kept_without_its_runs_still_opens(tmp_path):
     assert page.tables[0][0][0] == "method"
     assert [row[0] for row in page.tables[0][1:]] == ["SGD", "NSGD", "Bulk-SGD"]
     assert "<figure" not in page.source
+    assert page.tables[0][2][1:5] == ["97.2\n-0.2 ± 0.4 n.s.", *["97.2\n-0.1 ± 0.5 n.s."] * 2, LOSS_THEN]
     assert all((folder / str(attributes["href"])).is_file() for tag, attributes in page.tags if tag == "a")
 
 
@@ -442,41 +470,117 @@ def test_a_folder_that_was_kept_without_its_runs_still_opens(tmp_path):
 def test_seeds_that_died_are_left_out_and_named(tmp_path):
     report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": [NSGD[0], DEAD, NSGD[2]]}))
     assert report.tables[0][2][3] == "+2.0 ± 12.7"  # 1 and 3 points: 12.706 standard errors of 1
-    assert "Runs that died, and are left out: runs/nsgd-1." in report.text
+    assert "Runs that failed, and are in no mean and no test: NSGD 1 of 3 (died, or" in report.text
+    assert "Runs that died: runs/nsgd-1." in report.text
+    assert report.tables[0][2][2] == "93.0 ± 25.4\n2 of 3 seeds; 1 failed"
+    assert report.overview["rows"][1][1] == "93.0\n+2.0 ± 12.7 n.s.\n2 of 3 seeds; 1 failed"
     assert report.short["NSGD"]["runs"] == "of 3 runs 1 died"
 
 
 def test_a_method_none_of_whose_runs_survived_has_no_numbers(tmp_path):
     folder = write_study(tmp_path, {"sgd": SGD, "nsgd": [DEAD] * 3, "bulk-sgd": NSGD})
     report = Report(folder)
-    assert "no run of NSGD survived; Bulk-SGD had a test accuracy of 93.0 %" in report.summary[1]
-    assert "no run of NSGD survived; one of Bulk-SGD 1.10" in report.summary[2]
+    assert "every run of NSGD failed; Bulk-SGD had a test accuracy of 93.0 %" in report.summary[1]
+    assert "every run of NSGD died; one of Bulk-SGD 1.10" in report.summary[2]
     assert report.short["NSGD"] == {**dict.fromkeys(report.short["NSGD"], "–"), "runs": "of 3 runs 3 died"}
     assert ["NSGD", *["–"] * 5] in report.table("method", "steps")
-    assert [row[1] for row in report.tables[0][1:]] == ["SGD", "Bulk-SGD"]
-    assert "No run of NSGD survived; no significant difference in test accuracy: Bulk-SGD" in " ".join(
+    assert report.tables[0][2] == ["", "NSGD", "failed\nall 3 seeds", "", "no test", "–"]
+    assert "Every run of NSGD failed; no significant difference in test accuracy: Bulk-SGD" in " ".join(
         printed(folder).split()
     )
-    assert report.overview["rows"][1][1:] == ["–"] * 3
+    assert report.overview["rows"][1][1:] == [*["failed\nall 3 seeds"] * 2, "–"]
 
 
 def test_a_first_method_that_died_leaves_nothing_to_compare_with(tmp_path):
     report = Report(write_study(tmp_path, {"sgd": [DEAD] * 3, "nsgd": NSGD}))
-    assert report.tables[0][1:] == [["last", "NSGD", "93.0 ± 5.0", "", "no test"]]
+    assert report.tables[0][2] == ["", "NSGD", "93.0 ± 5.0", "", "no test", "–"]
+    assert report.verdict[0] == "Every run of SGD failed, so there is nothing to compare with."
     assert "NSGD had a test accuracy of 93.0 ± 5.0 %" in report.summary[1]
     assert report.summary[1].endswith("(no test was possible).")
-    assert report.summary[2] == "No run of SGD survived; a run of NSGD took 8.8 gradients and 3 seconds."
+    assert report.summary[2] == "Every run of SGD died; a run of NSGD took 8.8 gradients and 3 seconds."
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_divergence_is_said(tmp_path, loss):
-    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": [*NSGD[:2], (0.1, loss)]}))
-    assert report.tables[1][2][2:] == ["diverged", "diverged", "no test"]
-    assert "and a training loss that diverged, no test" in report.summary[1]
-    assert "Runs that diverged: NSGD 1 of 3; their accuracy is that of chance." in report.text
-    assert "training loss" in report.short["NSGD"]["no test of"]
-    assert report.short["NSGD"]["runs"] == "of 3 runs 1 diverged"
-    assert report.overview["rows"][1][2] == "diverged"
+FAILED_WELL = [(0.95, 0.2), (0.951, 0.19), (0.1, 3.0), (0.952, 0.21), (0.953, 0.2)]  # four good, one that diverged
+EVEN = [(0.90, 0.3), (0.901, 0.3), (0.902, 0.3), (0.903, 0.31), (0.904, 0.3)]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 3.0])
+def test_a_seed_that_diverged_is_counted_and_not_averaged(tmp_path, loss):
+    """Its last loss is not finite, or above that of the first batch, 2.3: 95.1 % is the mean of the other four."""
+    nsgd = [(accuracy, loss if i == 2 else value) for i, (accuracy, value) in enumerate(FAILED_WELL)]
+    report = Report(write_study(tmp_path, {"sgd": EVEN, "nsgd": nsgd}, start_loss=2.3))
+    for text in (*report.overview["rows"][1][1:3], report.verdict[0], report.summary[1]):
+        assert "4 of 5 seeds; 1 failed" in text
+    assert report.verdict[0].startswith(
+        "Significantly better in test accuracy: NSGD 95.1 % (4 of 5 seeds; 1 failed; +4.9 ± 0.1 points; p = "
+    )
+    assert report.verdict[1].startswith("Secondary, training loss: NSGD 0.1999 (4 of 5 seeds; 1 failed; 0.66 times")
+    assert report.short["NSGD"]["runs"] == "of 5 runs 1 diverged"
+    assert report.shortfalls[1:] == []  # not better everywhere
+    assert "Runs that failed, and are in no mean and no test: NSGD 1 of 5 (" in report.text
+    assert "± 40" not in report.text
+
+
+def test_averages_are_held_against_the_runs_that_did_not_fail(tmp_path):
+    folder = write_study(tmp_path, {"sgd": EVEN, "nsgd": FAILED_WELL}, start_loss=2.3)
+    (words,) = with_averages(folder, {"ema": {"sgd": [0.9, 0.902, 0.5, 0.905, 0.907]}}).averages
+    assert words.endswith("NSGD (4 of 5 seeds; 1 failed) are at +4.8 ± 0.3 points, more than averaging gives.")
+
+
+def test_one_pair_that_is_left_allows_no_test(tmp_path):
+    nsgd = [(0.95, 0.2), *[(0.1, 3.0)] * 4]
+    report = Report(write_study(tmp_path, {"sgd": EVEN, "nsgd": nsgd}, start_loss=2.3))
+    assert report.verdict[0] == (
+        "No test is possible of test accuracy: NSGD 95.0 % (1 of 5 seeds; 4 failed) against SGD 90.2 %."
+    )
+
+
+# -- the endpoint, and what losses are compared as --------------------------------------------------------------------
+
+
+def test_the_verdict_is_on_the_endpoint_that_the_study_names(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}, endpoint="train_loss")
+    report = Report(folder)
+    assert report.verdict[0] == (
+        "Significantly better in training loss: NSGD 0.1998 (0.67 times, 95 % 0.59 to 0.75; p = 0.005) against SGD "
+        "0.3000."
+    )
+    assert report.overview["header"] == ["method", "last", "test accuracy, %", "a run"]
+    titles = [table["title"] for table in main_tables(read_folder(folder))]
+    assert titles[:2] == ["Training loss: the endpoint, with the last weights", "Test accuracy, %: secondary"]
+    said = "Endpoint, fixed before the runs: training loss (train_loss) of the last weights. All else is secondary."
+    page = Page(write_report(folder)).text
+    assert page.count(said) == 2  # below the one table, and among the settings
+    assert said in " ".join(printed(folder).split())
+
+
+def test_a_study_of_before_names_no_endpoint(tmp_path):
+    kept = Path(__file__).parents[3] / "benchmarks" / "results" / "digits"
+    assert "Endpoint" not in Page(write_report(Path(shutil.copytree(kept, tmp_path / "out")))).text
+
+
+def test_losses_that_are_not_above_zero_are_compared_as_differences_and_that_is_said(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": [(0.91, 0.2), (0.93, 0.0), (0.95, 0.21)]})
+    report = Report(folder)
+    assert report.overview["rows"][1][2].startswith("0.1367\n-0.1633 ± ")
+    assert "Not compared as a ratio, for a value is not above 0: training loss." in printed(folder, width=1000)
+    assert "as a ratio" not in printed(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}), width=1000)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0357, "0.036"),
+        (0.98, "0.98"),
+        (1.0, "1.00"),
+        (28.3, "28"),
+        (1234.5, "1,234"),
+        (1e-6, "1e-06"),
+        (2e5, "2e+05"),
+    ],
+)
+def test_ratios_have_two_digits_at_least(value, text):
+    assert ratio(value) == text
 
 
 # -- cost to a target ------------------------------------------------------------------------------------------------
@@ -881,16 +985,20 @@ def test_the_tables_say_what_the_files_hold(folder):
         (report.tables[0], "test_accuracy", 100, 1),
         (report.tables[1], "train_loss", 1, 4),
     ):
-        assert table[0] == ["weights", "method", "mean", "minus SGD", "paired t-test"]
+        against = "over SGD" if measure == "train_loss" else "minus SGD"
+        assert table[0] == ["weights", "method", "mean", against, "paired t-test", "seeds to show it"]
         entries = [e for e in found if e["measure"] == measure]
         assert len(table) == 1 + len(entries) == 1 + 4 * 3
         assert [row[0] for row in table[1::3]] == ["last", "EMA", "SWA", "two-point"]
         for row, e in zip(table[1:], entries, strict=True):
-            assert row[2] == f"{e['mean'] * scale:.{digits}f} ± {e['half_width'] * scale:.{digits}f}"
+            mean, low, high = (f"{e[name] * scale:.{digits}f}" for name in ("mean", "low", "high"))
+            half = f"{(e['high'] - e['low']) / 2 * scale:.{digits}f}"
+            assert row[2].split("\n")[0] == (f"{mean} ± {half}" if digits == 1 else f"{mean} ({low} to {high})")
             if e["method"] == "sgd":
-                assert row[3:] == ["", ""]
+                assert row[3:] == ["", "", ""]
                 continue
-            assert row[3].startswith(f"{e['difference'] * scale:+.{digits}f} ± ")
+            change = f"{e['change'] * scale:+.{digits}f} ± " if digits == 1 else f"{e['change']:.2f} times ("
+            assert row[3].startswith(change)
             said = row[4].split(" (p")[0]
             assert said in ("significant", "no significant difference", "no test")
             assert math.isnan(e["p_holm"]) or (said == "significant") == (e["p_holm"] < 0.05)
@@ -943,7 +1051,7 @@ def test_the_weights_of_random_directions_are_no_curvature_and_adamw_has_no_limi
     shutil.rmtree(folder / "runs" / "damped-adamw-0")
     rows = [row for row in read_csv(folder / "results.csv") if row["method"] == "random"]
     write_csv(folder / "results.csv", rows)
-    write_csv(folder / "summary.csv", summarise(rows, methods, MEASURES))
+    write_csv(folder / "summary.csv", summarise(rows, methods, MEASURES, [0]))
     assert "eigenvalues" not in study_figures(read_folder(folder))
 
 

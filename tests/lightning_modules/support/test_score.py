@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_modules.support.score import Score, better
+from lightning_modules.support.score import Score, better, failed_runs
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,17 @@ def test_the_best_row_is_the_least_bad():
     rows = [{"val_r2": 0.5}, {"val_r2": 0.9}, {"val_r2": math.nan}, {}]
     assert min(rows, key=Score("val_r2", "max").validation.badness) == {"val_r2": 0.9}
     assert min(rows, key=Score("val_r2", "min").validation.badness) == {"val_r2": 0.5}
+
+
+def test_a_run_failed_that_died_or_ended_no_better_than_it_began():
+    losses = {0: (0.1, 2.3), 1: (2.3, 2.3), 2: (math.nan, 2.3), 3: (math.inf, math.inf), 4: (9.0, math.nan)}
+    rows = [
+        {"method": "sgd", "seed": seed, "read_out": "last", "train_loss": loss, "start_loss": start}
+        for seed, (loss, start) in losses.items()
+    ]
+    assert failed_runs(rows, ["sgd", "nsgd"], range(6)) == {"sgd": {1, 2, 3, 5}, "nsgd": {*range(6)}}
+
+
+def test_in_a_study_of_before_a_finite_loss_is_no_failure():
+    rows = [{"method": "sgd", "seed": 0, "read_out": "last", "train_loss": 1e9}]
+    assert failed_runs(rows, ["sgd"], [0]) == {"sgd": set()}
