@@ -14,6 +14,7 @@ from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import READ_OUTS, Files, read_folder
 from lightning_modules.report.study.numbers import MISSING, count, estimate, standing, upper
 from lightning_modules.report.study.rates import edges, settings_table
+from lightning_modules.report.study.seeds import SEEDS
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
 from lightning_modules.report.study.tables import SHOWN, TEXT_COLUMNS, main_tables, overview
 from lightning_modules.report.study.verdict import beside_averages, verdict
@@ -49,15 +50,17 @@ def write_report(folder: Path) -> Path:
 
 
 def _sections(files: Files, figures: Figures) -> list[Section]:
-    """What comes after the one table; all but the first two are folded."""
+    """What comes after the one table; all but the first three are folded."""
     averages, table = beside_averages(files), shortfalls_table(files)
+    more = {name: figure for name, figure in figures.items() if name != SEEDS}
     return [
+        Section("Every seed", figures={SEEDS: figures[SEEDS]}),
         *([Section("More than averaging gives?", averages)] if averages else []),
         Section("Where NSGD did not help", shortfalls_words(files), [table] if table["rows"] else []),
         Section("The result in sentences", summary(files), folded=True),
         Section("Every read-out with its test, costs", [caption(files)], main_tables(files), folded=True),
         Section("Settings", list(filter(None, [endpoint(files)])), [settings_table(files)], folded=True),
-        *([Section("More figures", figures=figures, folded=True)] if figures else []),
+        *([Section("More figures", figures=more, folded=True)] if more else []),
     ]
 
 

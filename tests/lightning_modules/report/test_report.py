@@ -459,7 +459,7 @@ def test_a_folder_that_was_kept_without_its_runs_still_opens(tmp_path):
     page = Page(write_report(folder))
     assert page.tables[0][0][0] == "method"
     assert [row[0] for row in page.tables[0][1:]] == ["SGD", "NSGD", "Bulk-SGD"]
-    assert "<figure" not in page.source
+    assert page.source.count("<figure") == 1  # of the final values, which need the results alone
     assert page.tables[0][2][1:5] == ["97.2\n-0.2 ± 0.4 n.s.", *["97.2\n-0.1 ± 0.5 n.s."] * 2, LOSS_THEN]
     assert all((folder / str(attributes["href"])).is_file() for tag, attributes in page.tags if tag == "a")
 
@@ -581,6 +581,28 @@ def test_losses_that_are_not_above_zero_are_compared_as_differences_and_that_is_
 )
 def test_ratios_have_two_digits_at_least(value, text):
     assert ratio(value) == text
+
+
+# -- every seed ------------------------------------------------------------------------------------------------------
+
+
+def test_every_seed_is_a_point_and_what_failed_stands_at_the_edge(tmp_path, curves):
+    folder = write_study(tmp_path, {"sgd": EVEN, "nsgd": FAILED_WELL}, start_loss=2.3)
+    figure, words = study_figures(read_folder(folder))["final-values"]
+    points = {label: x for label, x, _ in curves if label in ("_sgd last", "_nsgd last")}
+    assert points == {  # of the panel of the loss, which comes second
+        "_sgd last": pytest.approx([0.3, 0.3, 0.3, 0.3, 0.31]),
+        "_nsgd last": pytest.approx([0.19, 0.2, 0.2, 0.21]),
+    }
+    accuracies = next(x for label, x, _ in curves if label == "_nsgd last")
+    assert accuracies == pytest.approx([95.0, 95.1, 95.2, 95.3])
+    heights = next(y for label, x, y in curves if label == "_sgd last" and x[0] < 1)
+    assert len(set(heights[:4])) == 4  # equal values stand beside each other
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["× 1 failed"]] * 2
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
+    assert "At the right edge: seeds that failed." in words
+    means = [x for label, x, _ in curves if label == "_nsgd last mean"]
+    assert means == [pytest.approx([95.15]), pytest.approx([(0.2 * 0.19 * 0.21 * 0.2) ** 0.25])]
 
 
 # -- cost to a target ------------------------------------------------------------------------------------------------
