@@ -167,7 +167,8 @@ def test_the_folder_says_what_a_report_needs_of_each_method(tmp_path):
     schedule = "cosine, after a warm-up of 25 % of the steps"
     assert list(found) == ["random", "nsgd", "damped-rmsprop"]
     keys = {"color": "#999999", "line": ":", "control": True, "damps": False, "schedule": schedule}
-    assert found["random"] == {"label": "random directions", **keys}
+    damping = {"solver": "random", "decay": None}
+    assert found["random"] == {"label": "random directions", **keys, "damping": damping}
     assert (found["nsgd"]["control"], found["nsgd"]["damps"]) == (False, True)
     assert (found["damped-rmsprop"]["label"], found["damped-rmsprop"]["damps"]) == ("damped RMSprop", True)
     assert {entry["schedule"] for entry in study().described_methods().values()} == {"constant"}
