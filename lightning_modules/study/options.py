@@ -62,6 +62,7 @@ class Study:
         sweep_points: Learning rates of a sweep.
         target: Value of ``monitor`` whose cost is compared; null for the mean over seeds of the first method's best
             trial, and without trials for none.
+        augment: Whether training data are augmented: sets the data's own option of that name; null leaves it to them.
         limit_test: Batches of the test data that are tested on, at most; null for all.
         threads: Threads of torch in each run. They change the numbers, so they belong to the study.
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
@@ -90,6 +91,7 @@ class Study:
     sweep: Literal["lr"] | None = None
     sweep_points: int = 9
     target: float | None = None
+    augment: bool | None = None
     limit_test: int | None = None
     threads: int = 1
     measure: list[str] = field(default_factory=list)

@@ -29,6 +29,7 @@ def check_study(subject: Subject) -> None:
     """
     study = subject.study
     _check_numbers(study)
+    _check_augment(study)
     _check_methods(study)
     _check_settings(study)
     _check_search(study)
@@ -61,6 +62,15 @@ def _check_numbers(study: Study) -> None:
         raise ValueError(f"expected mode to be min, max or null, got {study.mode!r}")
     if study.model is not None and study.sizes is not None:
         raise ValueError(f"expected no sizes with a model, whose options are its own, got {study.sizes}")
+
+
+def _check_augment(study: Study) -> None:
+    """It is an option of the data's, by its name."""
+    data = study.data
+    if study.augment is None or isinstance(getattr(data, "augment", None), bool):
+        return
+    got = "none, for the module has loaders of its own" if data is None else f"{type(data).__name__}, which has none"
+    raise ValueError(f"expected data with an option augment for augment {study.augment}, got {got}; leave augment out")
 
 
 def _check_methods(study: Study) -> None:

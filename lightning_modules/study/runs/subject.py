@@ -67,6 +67,8 @@ class Subject:
         if self.study.data is None:
             return None
         data = copy.deepcopy(self.study.data)
+        if self.study.augment is not None:
+            vars(data).update(augment=self.study.augment)
         data.prepare_data()
         for stage in ("fit", "validate", *(["test"] if is_overridden("test_dataloader", data) else [])):
             data.setup(stage)
