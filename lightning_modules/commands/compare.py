@@ -22,7 +22,7 @@ from lightning_modules.study.options import NAMED, Study
 from lightning_modules.study.runs.launch import Launcher
 from lightning_modules.support.nearest import meant
 from lightning_modules.support.progress import progress_bar
-from lightning_modules.support.study_folder import no_study
+from lightning_modules.support.study_folder import check_series
 
 _DESCRIPTION = "Train every method with every seed, and compare."
 _REGIMES = ("digits-32", "digits-1024")  # the studies that are made where none is named
@@ -41,11 +41,7 @@ def run_compare_command(argv: list[str]) -> int:
         return _compare(argv)
     options = dict(zip(argv[::2], argv[1::2], strict=True))
     out = Path(options.pop("--out", "nsgd-compare"))
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if "config.yaml" in names:
-        raise ValueError(f"{out} holds another study; choose another folder with --out, or remove it")
-    if names and not names & set(_REGIMES):
-        raise no_study(out)
+    check_series(out, _REGIMES)
     rest = [word for option in options.items() for word in option]
     died = [_compare([study, "--out", str(out / study), *rest]) for study in _REGIMES]
     Console().print(f"Both: {write_series(out / 'report.html', [out / study for study in _REGIMES])}", soft_wrap=True)

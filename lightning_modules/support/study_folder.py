@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -174,11 +174,9 @@ class StudyFolder:
         """
         out = self.path
         versions = {name: version(name) for name in packages}
-        if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
-            raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
-        there = {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.exists() else set()
+        there = _names_in(out)
         if there and self.file("config").name not in there:
-            raise no_study(out)
+            raise _no_study(out)
         for name, values in documents.items():
             if self.file(name).exists():
                 _same(out, {**_flat(unsaid.get(name, {})), **_flat(_read_mapping(out, self.file(name)))}, values)
@@ -220,9 +218,41 @@ def _rows(path: Path) -> Rows:
     return read_csv(path) if path.exists() else []
 
 
-def no_study(out: Path) -> ValueError:
+def check_series(out: Path, studies: Collection[str]) -> None:
+    """Check that a folder is free for several studies, each in a folder of its own in it; nothing is written.
+
+    Args:
+        out: The folder.
+        studies: Names of the folders in it.
+
+    Raises:
+        ValueError: If it cannot be a folder, or holds a study of its own or other files.
+    """
+    there = _names_in(out)
+    if StudyFolder(out).file("config").name in there:
+        raise _another_study(out)
+    if there and not there & set(studies):
+        raise _no_study(out)
+
+
+def _names_in(out: Path) -> set[str]:
+    """Names of the files in a folder, but for those that an interrupted process was writing; none where there is none.
+
+    Raises:
+        ValueError: If it cannot be a folder.
+    """
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise ValueError(f"{out} is, or is inside, a file; choose a folder with --out")
+    return {path.name for path in out.iterdir() if path.suffix != ".partial"} if out.exists() else set()
+
+
+def _no_study(out: Path) -> ValueError:
     """The error to raise for a folder that holds something else."""
     return ValueError(f"{out} holds files but no study; choose an empty or a new folder with --out")
+
+
+def _another_study(out: Path, changes: str = "") -> ValueError:
+    return ValueError(f"{out} holds another study{changes}; choose another folder with --out, or remove it")
 
 
 def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
@@ -231,7 +261,7 @@ def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict):
-        raise no_study(out)
+        raise _no_study(out)
     return values
 
 
@@ -239,9 +269,7 @@ def _same(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None
     was, now = _flat(there), _flat(asked)
     changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in {**now, **was} if was.get(n) != now.get(n)]
     if changes:
-        raise ValueError(
-            f"{out} holds another study: {'; '.join(changes)}; choose another folder with --out, or remove it"
-        )
+        raise _another_study(out, f": {'; '.join(changes)}")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

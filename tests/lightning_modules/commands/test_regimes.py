@@ -44,14 +44,28 @@ def test_both_regimes_are_made_and_stand_on_one_page(short, capsys, words):
     assert (short / "nsgd-compare" / "report.html").read_text() == before
 
 
-def test_a_study_in_that_folder_is_left_alone(short, capsys):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.yaml", "nsgd-compare holds another study; choose another folder with --out, or remove it"),
+        ("notes.txt", "nsgd-compare holds files but no study; choose an empty or a new folder with --out"),
+    ],
+)
+def test_what_that_folder_holds_is_left_alone(short, capsys, name, said):
     (short / "nsgd-compare").mkdir()
-    (short / "nsgd-compare" / "config.yaml").write_text("net: mlp\n")
+    (short / "nsgd-compare" / name).write_text("net: mlp\n")
+    assert main(["compare"]) == 2
+    assert capsys.readouterr().err.strip() == f"nsgd: {said}"
+    assert [path.name for path in (short / "nsgd-compare").iterdir()] == [name]
+
+
+def test_a_file_in_place_of_that_folder_is_left_alone(short, capsys):
+    (short / "nsgd-compare").write_text("mine")
     assert main(["compare"]) == 2
     assert capsys.readouterr().err.strip() == (
-        "nsgd: nsgd-compare holds another study; choose another folder with --out, or remove it"
+        "nsgd: nsgd-compare is, or is inside, a file; choose a folder with --out"
     )
-    assert [path.name for path in (short / "nsgd-compare").iterdir()] == ["config.yaml"]
+    assert (short / "nsgd-compare").read_text() == "mine"
 
 
 def test_any_option_of_a_study_means_digits_as_before(short, capsys):
