@@ -146,6 +146,8 @@ class ImageData(pl.LightningDataModule, ABC):
             return batch
         images = self.normalise(pixels)
         training = self.trainer is not None and self.trainer.training
+        if self.trainer is not None:  # to which the stored pixels, being whole numbers, were nothing to convert
+            images = self.trainer.precision_plugin.convert_input(images)
         return (augmented(images) if self.augment and training else images), labels
 
     def normalise(self, pixels: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def training_samples(
     def batch_of(indices: list[int]) -> tuple[Any, int]:
         whole = loader.batch_sampler is None  # the data set makes whole batches itself
         batch = dataset[indices] if whole else loader.collate_fn([dataset[i] for i in indices])
-        return trainer.strategy.batch_to_device(batch), len(indices)
+        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)), len(indices)
 
     with untouched(device=module.device):  # transforms and augmentation draw random numbers
         seed_generators(seed * share[1] + share[0])

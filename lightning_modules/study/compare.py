@@ -28,7 +28,7 @@ from lightning_modules.study.runs.train import make_run, predicted_seconds, rehe
 from lightning_modules.study.runs.workers import Workers, serve
 from lightning_modules.support.as_found import as_found
 from lightning_modules.support.progress import Update
-from lightning_modules.support.study_folder import StudyFolder
+from lightning_modules.support.study_folder import Document, StudyFolder
 
 _Ends = Generator[tuple[int, str | None]]  # numbers of runs as they end, with what was said where one died
 
@@ -56,10 +56,11 @@ def _claim_folder(subject: Subject, folder: StudyFolder) -> None:
     methods = subject.study.described_methods()
     # What folders of before do not say was so.
     unsaid: dict[str, dict[str, Any]] = {
-        "config": {"endpoint": subject.main_score},
+        "config": {"endpoint": subject.main_score, "precision": "32-true"},
         "methods": {name: {"damping": options["damping"]} for name, options in methods.items()},
     }
-    folder.claim({"config": config, "methods": methods}, unsaid=unsaid, packages=_PACKAGES)
+    documents: dict[Document, Any] = {"config": config, "methods": methods}
+    folder.claim(documents, unsaid=unsaid, packages=_PACKAGES, device=subject.devices.name)
 
 
 @as_found()
@@ -154,12 +155,15 @@ def _maker(
 ) -> Iterator[Callable[[Sequence[Run]], _Ends]]:
     """What makes runs: this process, workers, or a Ray cluster."""
     if launcher == "ray":
-        threads = subject.study.threads
-        yield lambda wave: launch_on_ray({run.number: command_of(folder, run) for run in wave}, threads=threads)
+        threads, gpus = subject.study.threads, int(subject.devices.accelerator == "cuda")
+        yield lambda wave: launch_on_ray(
+            {run.number: command_of(subject, folder, run) for run in wave}, threads=threads, gpus=gpus
+        )
     elif jobs == 1:
         yield lambda wave: _in_this_process(subject, folder, wave, counted)
     else:
-        with Workers(_command(folder, "--worker"), jobs=jobs, on_step=counted.on_step) as workers:
+        command, places = _command(subject, folder, "--worker"), subject.devices.places
+        with Workers(command, jobs=jobs, on_step=counted.on_step, places=places) as workers:
             yield lambda wave: workers.make(run.number for run in wave)
 
 
@@ -196,14 +200,15 @@ def _in_this_process(subject: Subject, folder: StudyFolder, wave: Sequence[Run],
             yield run.number, traceback.format_exc()
 
 
-def command_of(folder: StudyFolder, run: Run) -> list[str]:
+def command_of(subject: Subject, folder: StudyFolder, run: Run) -> list[str]:
     """The command line of one run, that another machine with the same folder understands as well."""
-    return _command(folder, "--run", str(run.number))
+    return _command(subject, folder, "--run", str(run.number))
 
 
-def _command(folder: StudyFolder, *options: str) -> list[str]:
+def _command(subject: Subject, folder: StudyFolder, *options: str) -> list[str]:
     config, out = str(folder.file("config").resolve()), str(folder.path.resolve())
-    return [sys.executable, "-m", "lightning_modules", "compare", config, "--out", out, *options]
+    accelerator = ["--accelerator", subject.devices.accelerator]  # not what "auto" might find there
+    return [sys.executable, "-m", "lightning_modules", "compare", config, "--out", out, *accelerator, *options]
 
 
 def _forecast(
@@ -229,7 +234,12 @@ def _forecast(
         return f"{to_make}: about {_words(alone + start * len(left))}"
     if jobs == 1:
         return f"{to_make}: about {_words(alone)}"
-    seconds = seconds_side_by_side(alone, len(left), jobs=jobs, cores=_cores() // subject.study.threads, start=start)
+    cores, devices = _cores() // subject.study.threads, subject.devices
+    if devices.accelerator != "cpu":
+        cores = min(cores, len(devices.places))
+    seconds = seconds_side_by_side(alone, len(left), jobs=jobs, cores=cores, start=start)
+    if devices.accelerator != "cpu" and jobs > len(devices.places):  # what sharing one gains is not known beforehand
+        return f"{to_make}, on {len(devices.places)} x {devices.name}: at most about {_words(seconds)}"
     less = f"; --jobs 1 takes less, about {_words(alone)}" if alone < seconds else ""
     return f"{to_make}: about {_words(seconds)}{less}"
 

@@ -19,6 +19,16 @@ from lightning_modules.support.score import Mode, Score, better
 NAMED = Path(__file__).parent / "named"  # folder of the studies that nsgd compare knows by name
 
 Ranges = dict[str, list[float]]  # lowest and highest value of a hyperparameter
+Precision = Literal[  # as Lightning's Trainer takes them
+    "32-true",
+    "64-true",
+    "bf16-mixed",
+    "bf16-true",
+    "16-mixed",
+    "16-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,9 @@ class Study:
         augment: Whether training data are augmented: sets the data's own option of that name; null leaves it to them.
         limit_test: Batches of the test data that are tested on, at most; null for all.
         threads: Threads of torch in each run. They change the numbers, so they belong to the study.
+        accelerator: What runs train on, as Lightning's Trainer takes it (cpu, gpu, mps), one device each; auto for what
+            it finds. The folder of a study goes on with the device that it began with alone.
+        precision: Of the runs and their scores, as the Trainer takes it: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
             averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
         nsgd: Options of NSGD.
@@ -94,6 +107,8 @@ class Study:
     augment: bool | None = None
     limit_test: int | None = None
     threads: int = 1
+    accelerator: str = "auto"
+    precision: Precision = "32-true"
     measure: list[str] = field(default_factory=list)
     nsgd: NSGDOptions = field(default_factory=NSGDOptions)
     data_config: dict[str, Any] | None = None

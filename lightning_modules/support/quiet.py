@@ -13,10 +13,9 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:
-    """A trainer on the CPU that writes nothing of its own accord; modules find a logger that takes everything."""
+    """A trainer that writes nothing of its own accord, on the CPU by default; modules find a logger that takes all."""
     return pl.Trainer(
-        **options,
-        accelerator="cpu",
+        **{"accelerator": "cpu", **options},
         logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -42,6 +41,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             ignore_lightning_noise()
+            warnings.filterwarnings("ignore", ".* available but not used.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -161,6 +161,7 @@ class StudyFolder:
         *,
         packages: Iterable[str],
         unsaid: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        device: str = "cpu",
     ) -> None:
         """Make the folder a study's, or check that it is; environment.yaml tells the machine and the packages.
 
@@ -168,6 +169,7 @@ class StudyFolder:
             documents: Options by name, config among them, as plain values.
             packages: Names of those whose versions change the numbers.
             unsaid: By document, options that folders of before do not hold, with what they were then.
+            device: What it is trained on. It stands for the option accelerator, which differs where "auto" found it.
 
         Raises:
             ValueError: If it cannot be a folder, or holds another study or other files; nothing is written then.
@@ -181,7 +183,13 @@ class StudyFolder:
             if self.file(name).exists():
                 _same(out, {**_flat(unsaid.get(name, {})), **_flat(_read_mapping(out, self.file(name)))}, values)
         if self.file("environment").exists():
-            _same(out, _read_mapping(out, self.file("environment")).get("packages", {}), versions)
+            environment = _read_mapping(out, self.file("environment"))
+            _same(out, environment.get("packages", {}), versions)
+            if (began := environment.get("device", "cpu")) != device:  # all were on the CPU before there was a choice
+                raise ValueError(
+                    f"{out} was begun on {began}, and this is {device}, where numbers and seconds differ; give "
+                    f"--accelerator {'cpu' if began == 'cpu' else 'for that device'}, or another folder with --out"
+                )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -190,6 +198,7 @@ class StudyFolder:
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "processor": platform.processor() or platform.machine(),
+            "device": device,
             "packages": versions,
         }
         written: dict[Document, Mapping[str, Any]] = {**documents, "environment": machine}
@@ -267,7 +276,8 @@ def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
 
 def _same(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     was, now = _flat(there), _flat(asked)
-    changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in {**now, **was} if was.get(n) != now.get(n)]
+    names = [name for name in {**now, **was} if name != "accelerator"]
+    changes = [f"{n} was {was.get(n)}, now {now.get(n)}" for n in names if was.get(n) != now.get(n)]
     if changes:
         raise _another_study(out, f": {'; '.join(changes)}")
 

@@ -28,6 +28,7 @@ def check_study(subject: Subject) -> None:
         ValueError: In one sentence, with what was given, what was expected and what to do.
     """
     study = subject.study
+    _ = subject.devices
     _check_numbers(study)
     _check_augment(study)
     _check_methods(study)
@@ -155,7 +156,8 @@ def _check_scores(subject: Subject) -> None:
         )
     stages: dict[Split, str] = {"val": score.monitor, **({"test": score.tested} if subject.is_tested else {})}
     for stage, name in stages.items():
-        logged = logged_scores(module, data, stage, **{f"limit_{stage}_batches": 1})
+        judge = subject.trainer(**{f"limit_{stage}_batches": 1})
+        logged = logged_scores(judge, module, data, stage)
         if name not in wanted_scores(logged, stage, score):
             mend = "name what it logs there with --monitor" if stage == "val" else "log it there as well"
             raise ValueError(

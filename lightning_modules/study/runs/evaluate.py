@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +12,7 @@ from lightning_modules.callbacks.averages import ReadOut, ReadOuts, calibration_
 from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.base import Split
 from lightning_modules.models.batch_loss import batch_losses
-from lightning_modules.support.quiet import quiet, quiet_trainer
+from lightning_modules.support.quiet import quiet
 from lightning_modules.support.score import EVALUATED, Score
 
 _CALIBRATION = 2000  # training samples that BatchNorm statistics are recalibrated on
@@ -26,6 +26,7 @@ def score_read_outs(
     read_outs: ReadOuts,
     wanted: Sequence[ReadOut],
     *,
+    judge: Callable[..., pl.Trainer],
     score: Score,
     stages: Sequence[Split],
     test_batches: int | None = None,
@@ -36,6 +37,7 @@ def score_read_outs(
         trainer: The run's.
         read_outs: What was gathered along it.
         wanted: Read-outs.
+        judge: Makes a trainer that validates or tests, from its limits.
         score: What is compared.
         stages: "val", "test", or both.
         test_batches: Batches of the test data, at most; None for all.
@@ -45,26 +47,29 @@ def score_read_outs(
     """
     module: pl.LightningModule = trainer.lightning_module
     data = getattr(trainer, "datamodule", None)
+    found, device = module.device, trainer.strategy.root_device
+    module.to(device)  # from the CPU, where Lightning leaves it after every fit, validation and test
     otherwise = "give the study a data set with a length"
     samples = training_samples(trainer, module, EVALUATED, seed=0, parts=in_batches(_BATCH), otherwise=otherwise)
     calibration = calibration_batches(trainer, module, _CALIBRATION, otherwise=otherwise)
     for name in wanted:
+        module.to(device)
         with read_outs.applied(name, module, calibration):
             scores = {"train_loss": _mean_loss(module, samples)}
             for stage in stages:
                 limits = {} if test_batches is None or stage == "val" else {"limit_test_batches": test_batches}
-                scores |= wanted_scores(logged_scores(module, data, stage, **limits), stage, score)
+                scores |= wanted_scores(logged_scores(judge(**limits), module, data, stage), stage, score)
         yield name, scores
+    module.to(found)
 
 
 def logged_scores(
-    module: pl.LightningModule, data: pl.LightningDataModule | None, stage: Split, **limits: Any
+    judge: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None, stage: Split
 ) -> Scores:
     """All that a module logs in "val" or in "test", by name; its trainer is the one that it had afterwards."""
     had = module._trainer
     try:
         with quiet():
-            judge = quiet_trainer(**limits)
             evaluate = judge.validate if stage == "val" else judge.test
             evaluate(module, datamodule=data, verbose=False)
     finally:

@@ -13,12 +13,13 @@ Command = Sequence[str]
 LAST_WORDS = 4000  # characters of what a process that died had printed
 
 
-def launch_on_ray(commands: Mapping[int, Command], *, threads: int) -> Generator[tuple[int, str | None]]:
+def launch_on_ray(commands: Mapping[int, Command], *, threads: int, gpus: int) -> Generator[tuple[int, str | None]]:
     """Run commands as tasks, and yield the number of each as it ends, with what it said if it died.
 
     Args:
         commands: By number. The machines of the cluster need this environment and the same folders.
         threads: Cores that each takes.
+        gpus: GPUs that each takes, 1 or 0.
 
     Raises:
         ValueError: If Ray is not installed.
@@ -39,7 +40,7 @@ def launch_on_ray(commands: Mapping[int, Command], *, threads: int) -> Generator
 
     ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
     # A task whose machine is lost counts as one that died; whoever calls tries it again.
-    task = ray.remote(num_cpus=threads, max_retries=0)(run)
+    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run)
     waiting = {task.remote(list(command)): number for number, command in commands.items()}
     while waiting:
         (ended, *_), _ = ray.wait(list(waiting), num_returns=1)

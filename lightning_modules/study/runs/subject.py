@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.models.base import Split
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.study.options import Study
+from lightning_modules.study.runs.devices import Devices, find_devices
+from lightning_modules.support.quiet import quiet_trainer
 
 
 class Subject:
@@ -40,6 +42,20 @@ class Subject:
     def resolved(self) -> dict[str, Any]:
         """The study's options as plain values, with the column of its endpoint; as a file it is a study of its own."""
         return {**self.study.resolved(), "endpoint": self.endpoint}
+
+    @cached_property
+    def devices(self) -> Devices:
+        """What runs train on.
+
+        Raises:
+            ValueError: If this machine does not have it.
+        """
+        return find_devices(self.study.accelerator, self.study.precision)
+
+    def trainer(self, **options: Any) -> pl.Trainer:
+        """A trainer of the study's, on one device, that writes nothing."""
+        accelerator, precision = self.devices.accelerator, self.study.precision
+        return quiet_trainer(**options, accelerator=accelerator, devices=1, precision=precision)
 
     def module(self) -> pl.LightningModule:
         """What is trained, anew from the global seed.

@@ -20,7 +20,7 @@ from lightning_modules.study.runs.plan import Run, decide, plan_runs, settings_o
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.tuning import TUNING_SEED
 from lightning_modules.support.files import Rows
-from lightning_modules.support.quiet import quiet, quiet_trainer
+from lightning_modules.support.quiet import quiet
 from lightning_modules.support.score import EVALUATED
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
@@ -95,7 +95,9 @@ def _train(
     refresh = [] if directions is None else directions.refresh()
     switch = EvaluationWeights()
     with quiet():
-        trainer = quiet_trainer(max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks, switch])
+        trainer = subject.trainer(
+            max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks, switch]
+        )
         trainer.fit(module, datamodule=subject.data())
     if trainer.global_step != steps:
         raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
@@ -114,7 +116,13 @@ def _results(
     rate = {"lr": settings["lr"]} if "lr" in settings else {}  # not where the module sets it
     study = subject.study
     scored = score_read_outs(
-        trainer, read_outs, wanted, score=study.score, stages=stages, test_batches=study.limit_test
+        trainer,
+        read_outs,
+        wanted,
+        judge=subject.trainer,
+        score=study.score,
+        stages=stages,
+        test_batches=study.limit_test,
     )
     return [{**about, "read_out": name, **rate, **scores, **counts} for name, scores in scored]
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from io import TextIOWrapper
@@ -38,10 +38,13 @@ class Workers:
         command: Starts one.
         jobs: Workers at a time.
         on_step: Called as runs go on, from threads of their own.
+        places: What is added to the environment of a worker. Each new one takes that which the fewest have.
     """
 
-    def __init__(self, command: Sequence[str], *, jobs: int, on_step: OnStep) -> None:
-        self._command, self._jobs, self._on_step = list(command), jobs, on_step
+    def __init__(
+        self, command: Sequence[str], *, jobs: int, on_step: OnStep, places: Sequence[Mapping[str, str]] = ({},)
+    ) -> None:
+        self._command, self._jobs, self._on_step, self._places = list(command), jobs, on_step, places
         self._idle: list[_Worker] = []
         self._started: list[_Worker] = []
         self._closed = False
@@ -97,7 +100,8 @@ class Workers:
                 worker.kill()  # what it has left
             if self._closed:
                 raise RuntimeError("expected workers that are open, got closed ones; make others")
-            worker = _Worker(self._command)
+            taken = [worker.place for worker in self._started if worker.alive]
+            worker = _Worker(self._command, min(self._places, key=taken.count))
             self._started.append(worker)
             return worker
 
@@ -105,10 +109,12 @@ class Workers:
 class _Worker:
     """One process, seen from the study."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], place: Mapping[str, str]) -> None:
+        self.place = place
         # In a session of its own: Ctrl-C comes to the study alone, which ends its workers and what they started.
         self._process = subprocess.Popen(
             command,
+            env=os.environ | dict(place),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -25,11 +25,11 @@ serve(make)
 """
 
 
-def workers(body: str, jobs: int = 2, steps: list[Any] | None = None) -> Workers:
+def workers(body: str, jobs: int = 2, steps: list[Any] | None = None, **options: Any) -> Workers:
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     seen = [] if steps is None else steps
     command = [sys.executable, "-c", PROGRAM.format(body=lines)]
-    return Workers(command, jobs=jobs, on_step=lambda *step: seen.append(step))
+    return Workers(command, jobs=jobs, on_step=lambda *step: seen.append(step), **options)
 
 
 def test_runs_end_well_or_say_how_they_died_and_the_next_one_is_made():
@@ -146,3 +146,18 @@ if number == 0:
     with workers(body, jobs=1) as pool:
         assert dict(pool.make([0, 1])) == {0: "imported\nended by signal 9", 1: None}
     assert time.monotonic() - began < 30
+
+
+def test_workers_share_the_places_and_a_new_one_takes_that_of_the_dead(tmp_path):
+    body = f"""
+Path({str(tmp_path)!r}, str(number)).write_text(os.environ["PLACE"])
+if number == 3:
+    os._exit(1)
+time.sleep(0.5)
+"""
+    with workers(body, jobs=4, places=[{"PLACE": "a"}, {"PLACE": "b"}]) as pool:
+        assert set(dict(pool.make(range(4)))) == {0, 1, 2, 3}
+        first = [(tmp_path / str(n)).read_text() for n in range(4)]
+        assert sorted(first) == ["a", "a", "b", "b"]
+        assert dict(pool.make(range(4, 8))) == dict.fromkeys(range(4, 8))
+    assert sorted((tmp_path / str(n)).read_text() for n in range(4, 8)) == ["a", "a", "b", "b"]
