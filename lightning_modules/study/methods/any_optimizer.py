@@ -158,7 +158,13 @@ def _settings(
     kind: type[Optimizer], path: str, init_args: Mapping[str, Any], search: Mapping[str, Any]
 ) -> tuple[Settings, dict[str, Any]]:
     """What of a class a study can set and tune, with its values, and what stays as it is given."""
-    first, *rest = inspect.signature(kind).parameters.values()
+    parameters = list(inspect.signature(kind).parameters.values())
+    if not parameters:
+        raise ValueError(
+            f"expected {path} to take the parameters that it trains as its first argument, got a class without any; a "
+            "study cannot make it"
+        )
+    first, *rest = parameters
     options = {p.name: p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in (first, *rest))
     if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD) or first.name == "lr":

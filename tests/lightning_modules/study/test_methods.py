@@ -84,6 +84,13 @@ class NoRate(torch.optim.SGD):
         super().__init__(params, lr=0.1, momentum=momentum)
 
 
+class Nothing(torch.optim.SGD):
+    """Takes nothing."""
+
+    def __init__(self) -> None:
+        """As it is made."""
+
+
 class NoParams(torch.optim.SGD):
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__([nn.Parameter(torch.ones(1))], lr=lr)
@@ -418,6 +425,7 @@ def entry(path: str, **rest: Any) -> dict[str, Any]:
         (entry("nsgd.NSGD"), "without directions of its own, got 'nsgd.NSGD'; take the method nsgd"),
         (entry(f"{__name__}.NoRate"), "NoRate to take a learning rate as lr, got momentum; .* wrap it in a class"),
         (entry(f"{__name__}.NoParams"), "NoParams to take the parameters that it trains as its first argument, got lr"),
+        (entry(f"{__name__}.Nothing"), "parameters that it trains as its first argument, got a class without any; a"),
         (entry(f"{__name__}.NoDefault"), "init_args.lr of .*NoDefault to be a number, .* got none; give it"),
         (entry("torch.optim.RMSprop", init_args={"alhpa": 0.9}), r"got 'alhpa'; did you mean alpha\?"),
         (
