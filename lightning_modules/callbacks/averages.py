@@ -7,8 +7,8 @@ is read out with BatchNorm statistics recalibrated on the same batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
@@ -42,6 +42,7 @@ class ReadOuts(pl.Callback):
             if not 0 < value < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value}")
         self.ema_decay, self.swa_share, self.two_point_share = ema_decay, swa_share, two_point_share
+        self.apart: Callable[[], AbstractContextManager[None]] = nullcontext  # around what gathering takes
         self._averages: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
         self._seen = 0  # optimizer steps
@@ -56,7 +57,7 @@ class ReadOuts(pl.Callback):
             return
         self._seen = step
         self._training = [m.training for m in pl_module.modules()]
-        with evaluation_weights(trainer.optimizers):
+        with self.apart(), evaluation_weights(trainer.optimizers):
             self._gather(trainer, pl_module, step)
 
     def _gather(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:

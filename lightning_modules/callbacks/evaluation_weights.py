@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 
 
 def has_evaluation_weights(optimizer: Any) -> bool:
@@ -38,23 +39,33 @@ def evaluation_weights(optimizers: Sequence[Any]) -> Iterator[None]:
 
 
 class EvaluationWeights(pl.Callback):
-    """Validate at the weights that the optimizer is judged by, and end at them."""
+    """Validate at the weights that the optimizer is judged by, and end at them.
 
-    def __init__(self) -> None:
-        self._held = ExitStack()
+    Checkpoints on the way hold those that are trained, which training goes on from.
+
+    Args:
+        apart: Around every switch, such as :meth:`RecordSteps.apart`, which leaves its seconds out.
+    """
+
+    def __init__(self, apart: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self._held, self._apart = ExitStack(), apart
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin at the weights that are trained."""
-        for optimizer in filter(has_evaluation_weights, trainer.optimizers):
-            optimizer.train()  # type: ignore[attr-defined]
+        with self._apart():
+            for optimizer in filter(has_evaluation_weights, trainer.optimizers):
+                optimizer.train()  # type: ignore[attr-defined]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Switch."""
+        """Switch, where it is in training: elsewhere the weights are those that are to be validated."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self._held.enter_context(evaluation_weights(trainer.optimizers))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switch back."""
-        self._held.close()
+        with self._apart():
+            self._held.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Switch back."""

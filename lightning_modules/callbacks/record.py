@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from lightning_modules.callbacks.measurements.measurement import Measurement
+from lightning_modules.callbacks.stopwatch import Stopwatch
 from nsgd.damping.step import Damped
+
+_READ_AFTER = 1.0  # seconds, after which a device that works on by itself is asked how far it is
 
 
 class RecordSteps(pl.Callback):
@@ -18,10 +24,13 @@ class RecordSteps(pl.Callback):
 
     Gradients are forward and backward passes on a training batch: one a step, or as many as the module's
     ``gradients_per_step``, and what refreshes cost. Seconds are those of training with its refreshes, without
-    validation and measurements.
+    validation, measurements, and what other callbacks do in :meth:`apart`.
+
+    On the CPU every row is whole at once. Elsewhere no step waits for the device: losses and seconds are read at
+    validations, at the end, and about once a second; what the directions are like at validations and at the end alone.
 
     Args:
-        on_step: Called with the step and its loss after each.
+        on_step: Called with the last step and its loss, whenever that is read.
         scores: What is noted of a validation, by the names that the module logs them under.
         measurements: Callbacks whose seconds are left out; they come before this one in the trainer's list.
     """
@@ -34,15 +43,25 @@ class RecordSteps(pl.Callback):
     ) -> None:
         self._scores, self._measurements = scores, measurements
         self.rows: list[dict[str, Any]] = []
+        self._unread: list[tuple[dict[str, Any], Any]] = []  # rows with the device's loss, and marks of the watch
         self._on_step = on_step
         self.validating = 0.0  # seconds
         self._passes = 0
-        self._began = 0.0
-        self._paused_at = 0.0
+        self._watch = Stopwatch(torch.device("cpu"))
+        self._waits = True
+        self._read_at = self._paused_at = 0.0
+        self._described = 0  # refreshes of which there is a row
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around what is no part of training, in the hooks of other callbacks."""
+        with self._watch.paused():
+            yield
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._began = time.perf_counter()
+        self._waits = pl_module.device.type == "cpu"
+        self._watch, self._read_at = Stopwatch(pl_module.device), time.perf_counter()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the pass."""
@@ -52,35 +71,67 @@ class RecordSteps(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the step."""
+        mark = self._watch.mark()
         # A training_step may pass a batch over, and has no loss then.
-        step, loss = trainer.global_step, float(outputs["loss"]) if outputs and "loss" in outputs else math.nan
+        step, loss = trainer.global_step, outputs["loss"].detach() if outputs and "loss" in outputs else math.nan
         optimizer = trainer.optimizers[0]
         row: dict[str, Any] = {"step": step, "epoch": trainer.current_epoch, "loss": loss}
-        refreshes = optimizer.refreshes if isinstance(optimizer, Damped) else 0
         # SAM takes two a step, and says so; optimizers that call the closure again, such as L-BFGS, take more passes.
         taken = max(step * getattr(pl_module, "gradients_per_step", 1), self._passes)
         row["gradients"] = taken + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
-        row["seconds"] = time.perf_counter() - self._began - sum(m.seconds for m in self._measurements)
-        row |= {"refreshes": refreshes, "hvps": optimizer.hvps if isinstance(optimizer, Damped) else 0}
-        if isinstance(optimizer, Damped):
-            row["alignment"] = optimizer.alignment
-            if refreshes > (self.rows[-1]["refreshes"] if self.rows else 0):
-                row["overlap"] = optimizer.overlap
-                row |= {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
+        row["seconds"] = -sum(m.seconds for m in self._measurements)  # and those of the watch, once they are read
+        row["refreshes"] = optimizer.refreshes if isinstance(optimizer, Damped) else 0
+        row["hvps"] = optimizer.hvps if isinstance(optimizer, Damped) else 0
         self.rows.append(row)
-        self._on_step(step, loss)
+        self._unread.append((row, mark))
+        if self._waits:
+            self._describe(optimizer)
+        if self._waits or time.perf_counter() - self._read_at > _READ_AFTER:
+            self._read()
         if step == trainer.max_steps:
             trainer.should_stop = True  # and so validate after the last step, where it ends within an epoch
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
+        self._watch.pause()
+        self._catch_up(trainer)
         self._paused_at = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the validation results on the last step's row, and let the clock go on."""
-        spent = time.perf_counter() - self._paused_at
-        self._began += spent
-        self.validating += spent
         for name in self._scores:
             if self.rows and name in trainer.callback_metrics:
                 self.rows[-1][name] = float(trainer.callback_metrics[name])
+        self.validating += time.perf_counter() - self._paused_at
+        self._watch.resume()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what is left."""
+        self._catch_up(trainer)
+
+    def _catch_up(self, trainer: pl.Trainer) -> None:
+        if self._unread:
+            self._describe(trainer.optimizers[0])
+            self._read()
+
+    def _describe(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note on the last row what the directions are like, which waits for the device."""
+        if not isinstance(optimizer, Damped):
+            return
+        row = self.rows[-1]
+        row["alignment"] = optimizer.alignment
+        if row["refreshes"] > self._described:
+            self._described = row["refreshes"]
+            row["overlap"] = optimizer.overlap
+            row |= {f"weight_{i}": value for i, value in enumerate(optimizer.weights, start=1)}
+
+    def _read(self) -> None:
+        """Make the rows so far whole, which waits for the device once."""
+        losses = [row["loss"].reshape(()) for row, _ in self._unread if isinstance(row["loss"], Tensor)]
+        values = iter(torch.stack(losses).tolist() if losses else [])
+        for row, mark in self._unread:
+            row["loss"] = next(values) if isinstance(row["loss"], Tensor) else row["loss"]
+            row["seconds"] += self._watch.seconds(mark)
+        self._unread.clear()
+        self._read_at = time.perf_counter()
+        self._on_step(self.rows[-1]["step"], self.rows[-1]["loss"])

@@ -14,6 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.refresh import RefreshDirections
@@ -148,6 +149,7 @@ class _Commands(LightningCLI):
         for callback in self._callbacks:
             if isinstance(callback, _RefreshIfDamped):
                 callback.asked = any(name.startswith("refresh.") for name in self.given)
+        self._callbacks.insert(0, EvaluationWeights())  # first, so that WriteAverages ends with what it leaves
         if self._chosen("damp") is not None:
             self._callbacks.insert(0, _Damp(self._chosen("damp")))
 

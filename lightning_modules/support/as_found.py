@@ -18,11 +18,13 @@ _VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # in which Lightning keeps t
 def as_found() -> Iterator[None]:
     """Leave torch's threads, the global seed and random state, and levels of logging as found, also after an exception.
 
-    The random state is that of torch, on the CPU and on GPUs that are in use, of Python and of NumPy. As a decorator it
+    The random state is that of torch, on the CPU and on GPUs, of Python and of NumPy. As a decorator it
     holds for every call.
     """
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    threads, random_state = torch.get_num_threads(), RandomState(None)
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = range(torch.cuda.device_count()) if in_use else []
+    mps = torch.device("mps") if torch.backends.mps.is_available() else None
+    threads, random_state = torch.get_num_threads(), RandomState(mps)
     variables = {name: os.environ.get(name) for name in _VARIABLES}
     levels = {logger: logger.level for logger in (logging.root, *_loggers())}
     try:
@@ -36,6 +38,8 @@ def as_found() -> Iterator[None]:
             if value is not None:
                 os.environ[name] = value
         random_state.restore()
+        if not in_use and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(torch.initial_seed())  # as a generator would have begun that nobody had used
         torch.set_num_threads(threads)
 
 

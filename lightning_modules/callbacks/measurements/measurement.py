@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
@@ -139,6 +140,8 @@ class Measurement(pl.Callback):
     @contextmanager
     def measuring(self, module: pl.LightningModule) -> Iterator[LossOf]:
         """A function from a batch to its loss, by the clock of the measurement."""
+        if module.device.type != "cpu":  # what it still has to do of training is no part of this
+            torch.accelerator.synchronize()
         with self.budget.clock(), batch_losses(module) as loss_of:
             yield loss_of
 

@@ -58,7 +58,8 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
     measured = study.measure if run.stage == "study" and run.seed == 0 else []
     measurements = make_measurements(measured, folder=files.path)
     record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts()
-    trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, measurements, [read_outs, record])
+    read_outs.apart = record.apart
+    trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, record, [read_outs], measurements)
     files.end(record.rows, _results(subject, run, settings, trainer, read_outs, record.rows[-1]))
 
 
@@ -70,7 +71,7 @@ def rehearse_method(subject: Subject, folder: StudyFolder, method: Method) -> No
 
     def train(method: Method, nsgd: NSGDOptions, steps: int) -> Rows:
         record = RecordSteps(lambda step, loss: None)
-        _train(subject, method, subject.study.given(method), nsgd, TUNING_SEED, steps, [], [record])
+        _train(subject, method, subject.study.given(method), nsgd, TUNING_SEED, steps, record)
         return record.rows
 
     rehearse(subject.study, folder, method, train)
@@ -83,8 +84,9 @@ def _train(
     nsgd: NSGDOptions,
     seed: int,
     steps: int,
-    measurements: Sequence[pl.Callback],
-    callbacks: Sequence[pl.Callback],
+    record: RecordSteps,
+    read_outs: Sequence[pl.Callback] = (),
+    measurements: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     torch.set_num_threads(subject.study.threads)
     pl.seed_everything(seed, verbose=False)
@@ -93,11 +95,9 @@ def _train(
     prepare(module, recipe, settings, nsgd, seed=seed, schedule=subject.study.schedule, steps=steps)
     directions = recipe.directions(settings, nsgd)
     refresh = [] if directions is None else directions.refresh()
-    switch = EvaluationWeights()
+    callbacks = [*measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
     with quiet():
-        trainer = subject.trainer(
-            max_epochs=-1, max_steps=steps, callbacks=[*measurements, *refresh, *callbacks, switch]
-        )
+        trainer = subject.trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks)
         trainer.fit(module, datamodule=subject.data())
     if trainer.global_step != steps:
         raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
@@ -138,7 +138,7 @@ def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]
         record = RecordSteps(lambda step, loss: None)
         rehearse_method(subject, folder, method)
         options = rehearsed_options(study, folder, method)
-        _train(subject, method, study.given(method), options, TUNING_SEED, _TIMED_STEPS, [], [record])
+        _train(subject, method, study.given(method), options, TUNING_SEED, _TIMED_STEPS, record)
         first, last = record.rows[0], record.rows[-1]
         step = (last["seconds"] - first["seconds"]) / max(1, len(record.rows) - 1)
         if 0 < first["refreshes"] == last["refreshes"]:  # one in the first step, and no other among those timed

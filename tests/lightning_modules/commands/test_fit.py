@@ -383,3 +383,43 @@ def test_the_short_help_fits_a_screen_and_names_options_that_there_are(own, caps
     assert len(named) >= 4
     groups = {f"--{name}.OPTION" for name in ("trainer", "data", "model", "optimizer", "damp")}
     assert all(re.search(rf"{re.escape(name)}\b", everything) or name in groups for name in named), named
+
+
+# -- optimizers with two sets of weights -------------------------------------------------------------------------------
+
+SWITCHED = (
+    MODULE
+    + """
+
+from pytorch_optimizer import ScheduleFreeAdamW
+
+
+class Switched(WithData):
+    def configure_optimizers(self):
+        return ScheduleFreeAdamW(self.parameters(), lr=0.05)
+
+    def mode(self, name):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        self.log(name, float(optimizer.param_groups[0]["train_mode"]), on_epoch=True, on_step=False)
+
+    def training_step(self, batch, batch_idx):
+        self.mode("at_trained")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.mode("at_validated")
+        self.log("val_sum", sum(p.double().sum() for p in self.parameters()))
+"""
+)
+
+
+def test_schedule_free_is_validated_at_its_averaged_weights_and_ends_there(own, tmp_path):
+    (tmp_path / f"{own}.py").write_text(SWITCHED)
+    fit("--model", f"{own}.Switched", "--trainer.callbacks+", "WriteAverages", "--trainer.num_sanity_val_steps", "0")
+    found = metrics()
+    assert found["at_trained"] == [1.0, 1.0]
+    assert found["at_validated"] == [0.0, 0.0]
+    last = torch.load(logs() / "averages" / "last.ckpt", weights_only=True)["state_dict"]
+    ends = sum(value.double().sum().item() for name, value in last.items() if name.endswith(("weight", "bias")))
+    assert found["val_sum"][-1] == pytest.approx(ends, rel=1e-6)  # both at the end of the last epoch
+    assert found["last/val_sum"] == pytest.approx([ends], rel=1e-6)  # validated again, afterwards, as it was written
