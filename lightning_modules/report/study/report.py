@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
 
 from lightning_modules.report.page import Figures, Section, print_tables, write_page
 from lightning_modules.report.study.figures import study_figures
-from lightning_modules.report.study.files import READ_OUTS, Files, read_folder
-from lightning_modules.report.study.numbers import MISSING, count, estimate, standing, upper
+from lightning_modules.report.study.files import Files, read_folder
 from lightning_modules.report.study.rates import edges, settings_table
 from lightning_modules.report.study.seeds import SEEDS
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
-from lightning_modules.report.study.tables import SHOWN, TEXT_COLUMNS, main_tables, overview
+from lightning_modules.report.study.tables import TEXT_COLUMNS, main_tables, overview, short_table
 from lightning_modules.report.study.verdict import beside_averages, verdict
 from lightning_modules.report.study.words import caption, endpoint, notes, summary, title
-from lightning_modules.support.score import Measure
 
 _TABLES = (
     *("config.yaml", "methods.yaml", "settled.yaml", "environment.yaml", "results.csv", "times.csv", "summary.csv"),
@@ -69,36 +65,10 @@ def print_table(folder: Path, console: Console) -> None:
     files = read_folder(folder)
     console.print(title(files), style="bold", markup=False)
     console.print(verdict(files), markup=False, highlight=False)
-    table = _short_table(files)
+    table = short_table(files)
     print_tables(console, [table], text_columns=table["header"], wrapped=["method"])
     for paragraph in edges(files):
         console.print(paragraph, markup=False, highlight=False)
-
-
-def _short_table(files: Files) -> dict[str, Any]:
-    """Methods down; across the score of the last weights and of their averages, and what the test says of each."""
-    score, base = files.measures[0], files.label(files.base)
-    entries = {(entry["method"], entry["read_out"]): entry for entry in files.entries(score.column)}
-    read_outs = [name for name in SHOWN if any(name == read_out for _, read_out in entries)]
-    against = f"; better or worse than {base}, or not significantly so (n.s.)" if files.methods[1:] else ""
-    rows = []
-    for method in files.methods:
-        name = f"{files.label(method)} (control)" if files.styles[method].control else files.label(method)
-        rows.append([name, *(_short_cell(files, entries.get((method, read_out)), score) for read_out in read_outs)])
-    return {
-        "title": f"{upper(score.header)}, mean over {count(files.config['seeds'], 'seed')}{against}",
-        "header": ["method", *(READ_OUTS[name] for name in read_outs)],
-        "rows": rows,
-    }
-
-
-def _short_cell(files: Files, entry: dict[str, Any] | None, score: Measure) -> str:
-    """The mean, and the difference in a word."""
-    if entry is None:
-        return MISSING
-    mean = estimate(entry["mean"], math.nan, score.factor, score.digits)
-    compared = entry["method"] != files.base and mean != "diverged"
-    return f"{mean} {standing(entry, score)}" if compared else mean
 
 
 def _links(files: Files) -> dict[str, str]:

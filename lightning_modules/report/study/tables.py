@@ -12,6 +12,7 @@ from lightning_modules.report.study.numbers import (
     amount,
     and_,
     change_of,
+    count,
     mean_of,
     seeds_of,
     standing,
@@ -45,7 +46,7 @@ def overview(files: Files) -> Table:
     """Methods down; across the endpoint for the last weights and their averages, what is beside it, and the cost."""
     score, *beside = shown_measures(files)
     found = {(entry["method"], entry["read_out"], entry["measure"]): entry for entry in files.summary}
-    read_outs = [name for name in SHOWN if any(entry["read_out"] == name for entry in files.summary)]
+    read_outs = _shown_read_outs(files)
     rows = []
     for method in files.methods:
         name = f"{files.label(method)}\ncontrol" if files.styles[method].control else files.label(method)
@@ -60,6 +61,35 @@ def overview(files: Files) -> Table:
         "rows": rows,
         "cards": True,
     }
+
+
+def short_table(files: Files) -> Table:
+    """Of a terminal: the endpoint alone, and of each change what the test says in a word."""
+    score, base = files.endpoint, files.label(files.base)
+    entries = {(entry["method"], entry["read_out"]): entry for entry in files.entries(score.column)}
+    read_outs = _shown_read_outs(files)
+    against = f"; better or worse than {base}, or not significantly so (n.s.)" if files.methods[1:] else ""
+    rows = []
+    for method in files.methods:
+        name = f"{files.label(method)} (control)" if files.styles[method].control else files.label(method)
+        rows.append([name, *(_short_cell(files, entries.get((method, read_out)), score) for read_out in read_outs)])
+    return {
+        "title": f"{upper(score.header)}, mean over {count(files.config['seeds'], 'seed')}{against}",
+        "header": ["method", *(READ_OUTS[name] for name in read_outs)],
+        "rows": rows,
+    }
+
+
+def _short_cell(files: Files, entry: dict[str, Any] | None, measure: Measure) -> str:
+    if entry is None:
+        return MISSING
+    mean, compared = mean_of(entry, measure, interval=False), entry["method"] != files.base and entry["pairs"]
+    words = [mean, standing(entry, measure)] if compared and mean != "diverged" else [mean]
+    return "\n".join(filter(None, [" ".join(words), seeds_of(entry)]))
+
+
+def _shown_read_outs(files: Files) -> list[str]:
+    return [name for name in SHOWN if any(entry["read_out"] == name for entry in files.summary)]
 
 
 def _cell(files: Files, entry: dict[str, Any] | None, measure: Measure) -> str:

@@ -525,5 +525,5 @@ def test_the_first_things_of_a_study_are_its_verdict_its_figure_and_one_table(br
     ]
     assert places == sorted(places)
     assert page.locator("table:visible").count() == 2  # the one table, and where NSGD did not help
-    assert page.locator("figure:visible").count() == 1
-    assert page.locator("figure:visible svg[role]").count() == 2
+    assert page.locator("figure:visible").count() == 2  # the losses, and every seed
+    assert page.locator("figure:visible").first.locator("svg[role]").count() == 2
