@@ -166,7 +166,7 @@ def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
         *("config.yaml", "methods.yaml", "environment.yaml", "settled.yaml"),
         *(
             f"{name}.{kind}"
-            for name in ("training-loss", "validation-accuracy", "eigenvalues")
+            for name in ("training-loss", "validation-accuracy", "final-values", "eigenvalues")
             for kind in ("png", "pdf")
         ),
     }
