@@ -16,7 +16,7 @@ from lightning_modules.models.base import Split
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.devices import Devices, find_devices
-from lightning_modules.support.quiet import quiet_trainer
+from lightning_modules.support.quiet import quiet, quiet_trainer
 
 
 class Subject:
@@ -55,7 +55,8 @@ class Subject:
     def trainer(self, **options: Any) -> pl.Trainer:
         """A trainer of the study's, on one device, that writes nothing."""
         accelerator, precision = self.devices.accelerator, self.study.precision
-        return quiet_trainer(**options, accelerator=accelerator, devices=1, precision=precision)
+        with quiet():
+            return quiet_trainer(**options, accelerator=accelerator, devices=1, precision=precision)
 
     def module(self) -> pl.LightningModule:
         """What is trained, anew from the global seed.

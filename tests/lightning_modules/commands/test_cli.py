@@ -158,6 +158,14 @@ def test_short_help_names_options_that_there_are_and_imports_nothing_slow(capsys
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_piped_study_says_what_it_found_and_nothing_of_lightnings(here):
+    command = [sys.executable, "-m", "lightning_modules", "compare", *TINY]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    assert not [line for line in ran.stdout.splitlines() if "available" in line or "Tip" in line or "Warning" in line]
+    assert len(ran.stdout.splitlines()) <= 40
+
+
 def test_compare_writes_its_folder_and_prints_the_table(capsys, here):
     assert code_of("compare", *TINY) == 0
     folder = here / "nsgd-compare"

@@ -563,8 +563,8 @@ def test_losses_that_are_not_above_zero_are_compared_as_differences_and_that_is_
     folder = write_study(tmp_path, {"sgd": SGD, "nsgd": [(0.91, 0.2), (0.93, 0.0), (0.95, 0.21)]})
     report = Report(folder)
     assert report.overview["rows"][1][2].startswith("0.1367\n-0.1633 ± ")
-    assert "Not compared as a ratio, for a value is not above 0: training loss." in printed(folder, width=1000)
-    assert "as a ratio" not in printed(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}), width=1000)
+    assert "Not compared as a ratio, for a value is not above 0: training loss." in Page(write_report(folder)).text
+    assert "as a ratio" not in Page(write_report(write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}))).text
 
 
 @pytest.mark.parametrize(
@@ -879,7 +879,7 @@ def test_the_terminal_has_one_line_a_method_in_80_columns(tmp_path):
             accuracy = SGD[row["seed"]][0] + gain.get(row["method"], (0.0, 0.0, 0.0))[row["seed"]]
             rows.append({**row, "read_out": read_out, "test_accuracy": accuracy})
     write_csv(folder / "results.csv", rows)
-    write_csv(folder / "summary.csv", summarise(rows, [*runs], MEASURES))
+    write_csv(folder / "summary.csv", summarise(rows, [*runs], MEASURES, range(3)))
     lines = [line.rstrip() for line in printed(folder, width=80).splitlines()]
     table = [re.split(r"  +", line.strip()) for line in lines[lines.index("") :] if "  " in line.strip()]
     assert table == [
