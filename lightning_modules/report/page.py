@@ -28,8 +28,9 @@ class Section:
     Attributes:
         heading: Above it.
         paragraphs: Of text.
-        tables: Below the text, as in :func:`write_page`.
-        figures: Below the tables, as in :func:`write_page`.
+        tables: Below the figures, as in :func:`write_page`.
+        figures: Below the text, as in :func:`write_page`.
+        caption: Under the tables.
         folded: Whether it is shown only once its heading is pressed, or in print.
     """
 
@@ -37,6 +38,7 @@ class Section:
     paragraphs: Sequence[str] = ()
     tables: Tables = ()
     figures: Figures = field(default_factory=dict)
+    caption: str = ""
     folded: bool = False
 
 

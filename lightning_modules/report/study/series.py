@@ -36,8 +36,8 @@ def write_series(path: Path, studies: Sequence[Path]) -> Path:
 
 
 def _section(files: Files) -> Section:
-    figures = {f"{name}-{files.folder.name}": drawn for name, drawn in loss_figure(files).items()}
-    return Section(_regime(files), [title(files), notes(files)], [overview(files)], figures)
+    figures = {f"{files.folder.name}-{name}": drawn for name, drawn in loss_figure(files).items()}
+    return Section(_regime(files), [title(files)], [overview(files)], figures, caption=notes(files))
 
 
 def _regime(files: Files) -> str:

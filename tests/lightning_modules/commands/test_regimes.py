@@ -37,7 +37,9 @@ def test_both_regimes_are_made_and_stand_on_one_page(short, capsys, words):
     for name in ("digits-32", "digits-1024"):
         assert (short / "nsgd-compare" / name / "results.csv").exists()
         assert f'href="{name}/report.html"' in page
-        assert (short / "nsgd-compare" / f"training-loss-{name}.png").exists()
+        assert (short / "nsgd-compare" / f"{name}-training-loss.png").exists()
+    places = [page.index(part) for part in ('class="verdict"', "<figure>", 'class="cards"', 'class="caption"')]
+    assert places == sorted(places)
     assert "Both: nsgd-compare/report.html" in capsys.readouterr().out
     before = page
     assert main(["compare", *words]) == 0  # all runs are there: the same page again
