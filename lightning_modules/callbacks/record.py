@@ -26,8 +26,9 @@ class RecordSteps(pl.Callback):
     ``gradients_per_step``, and what refreshes cost. Seconds are those of training with its refreshes, without
     validation, measurements, and what other callbacks do in :meth:`apart`.
 
-    On the CPU every row is whole at once. Elsewhere no step waits for the device: losses and seconds are read at
-    validations, at the end, and about once a second; what the directions are like at validations and at the end alone.
+    On the CPU every row is whole at once. Elsewhere no step waits for the device, but for one with a refresh from
+    samples or products, whose outcome is counted: losses and seconds are read at validations, at the end, and about
+    once a second; what the directions are like at validations and at the end alone.
 
     Args:
         on_step: Called with the last step and its loss, whenever that is read.
