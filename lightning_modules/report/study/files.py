@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_modules.report.style import MethodStyle, method_styles
 from lightning_modules.support.files import Rows
-from lightning_modules.support.paired import Effect
+from lightning_modules.support.paired import Effect, paired_change
 from lightning_modules.support.score import COSTS, TRAIN_LOSS, Measure, Score, failed_runs
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
@@ -146,13 +146,24 @@ class Files:
         return [row for row in self.results if row["method"] == method and row["read_out"] == "last"]
 
     def cost(self, method: str) -> dict[str, float] | None:
-        """Means over the runs of a method: steps, gradients, seconds, refreshes and products."""
+        """Medians over the runs of a method: steps, gradients, seconds, refreshes and products."""
         rows = self.last(method)
         if not rows:
             return None
-        counts = {name: float(np.mean([r[name] for r in rows])) for name in ("step", "gradients", "refreshes", "hvps")}
-        seconds = float(np.mean([row["seconds"] for row in self.times if row["method"] == method]))
+        counts = {
+            name: float(np.median([r[name] for r in rows])) for name in ("step", "gradients", "refreshes", "hvps")
+        }
+        seconds = float(np.median([row["seconds"] for row in self.times if row["method"] == method]))
         return {**counts, "seconds": seconds}
+
+    def seconds_differ(self, method: str) -> bool:
+        """Whether its seconds to the target differ from the first method's in a 95 % interval of their ratio."""
+        seconds: dict[str, dict[int, float]] = {method: {}, self.base: {}}
+        for row in self.reached:
+            if row["method"] in seconds and row["reached"]:
+                seconds[row["method"]][row["seed"]] = row["seconds"]
+        ratio = paired_change(seconds[method], seconds[self.base], "ratio").mean
+        return not ratio.low <= 1 <= ratio.high
 
     def to_target(self, method: str) -> tuple[int, int, dict[str, float]]:
         """Number of a method's runs that reached the target, of all, and median costs, infinite where most did not."""

@@ -161,7 +161,7 @@ def _costs(files: Files) -> Table:
     for method in files.methods:
         cost = files.cost(method)
         rows.append([files.label(method), *(MISSING if cost is None else amount(cost[name]) for name in columns)])
-    return {"title": "Cost of a run", "header": ["method", *columns.values()], "rows": rows}
+    return {"title": "Cost of a run: medians over seeds", "header": ["method", *columns.values()], "rows": rows}
 
 
 def _target(files: Files, target: float) -> Table:

@@ -90,19 +90,26 @@ def _to_show(files: Files) -> str:
 
 
 def _beside(files: Files) -> str:
-    """What stands beside the endpoint, where that differs."""
+    """What stands beside the endpoint, where that differs significantly: the subjects first, then all others."""
     measure = files.secondary
     if measure is None:
         return ""
     entries = _entries(files, measure)
-    differ = [m for m in files.subjects if m in entries and standing(entries[m], measure) in ("better", "worse")]
-    if not differ:
+    compared = [*files.subjects, *(m for m in files.methods[1:] if m not in files.subjects)]
+    kinds: dict[str, list[str]] = {}
+    for method in (m for m in compared if m in entries):
+        kinds.setdefault(standing(entries[method], measure), []).append(method)
+    clauses = []
+    for kind in (kind for kind in kinds if kind in ("better", "worse")):
+        values = [
+            f"{files.label(m)} {_value(entries[m], measure, change_of(entries[m], measure, words=True))}"
+            for m in kinds[kind]
+        ]
+        clauses.append(f"{kind} with {and_(values)}")
+    if not clauses:
         return ""
-    clauses = [
-        f"{files.label(m)} {_value(entries[m], measure, change_of(entries[m], measure, words=True))}" for m in differ
-    ]
     reference = f"{files.label(files.base)} {_value(entries[files.base], measure)}"
-    return f"Secondary, {measure.label}: {and_(clauses)} against {reference}."
+    return f"Secondary, {measure.label} against {reference}: significantly {'; '.join(clauses)}."
 
 
 def _cost(files: Files) -> str:
@@ -124,11 +131,12 @@ def _cost(files: Files) -> str:
         if math.isinf(median["step"]) or math.isinf(base_median["step"]):
             clauses.append(f"{label} reached it in {reached} of {runs} runs, {base} in {base_reached} of {base_runs}")
             continue
-        more = [
+        steps, seconds = (
             _compared(median[name], base_median[name], noun)
             for name, noun in (("step", "steps"), ("seconds", "seconds"))
-        ]
-        clauses.append(f"{label} needed {and_(more)}")
+        )
+        doubt = "" if "as many" in seconds or files.seconds_differ(method) else ", not clearly,"
+        clauses.append(f"{label} needed {steps} and{doubt} {seconds}")
     if not clauses:
         return ""
     if files.target is None:

@@ -146,7 +146,7 @@ def notes(files: Files) -> str:
     tuned = (
         f"learning rates are the best of {count(config['tune'], 'trial')} of each method{_untuned(files)}"
         if files.tuning
-        else "learning rates were given, not tuned"
+        else "learning rates are those of the study, not tuned in it"
     )
     under = (
         f"below it the {_changes(files, base)}; one seed, so no intervals and no tests"
@@ -157,7 +157,8 @@ def notes(files: Files) -> str:
     ratios = any(files.effect(m) == "ratio" for m in shown_measures(files))
     mean = f"the mean{' (of losses the geometric one)' if ratios else ''}"
     cells = f" Upper line: {mean} over {count(config['seeds'], 'seed')}; {under}." if files.methods[1:] else ""
-    reach = f" To {aim(files, files.target)}: medians over seeds." if files.target is not None else ""
+    reach = "A run" if files.target is None else f"To {aim(files, files.target)}, and a run"
+    reach = f" {reach}: medians over seeds." if config["seeds"] > 1 else ""
     control = " A control gets what NSGD gets, but for the sharpest directions." if _controls(files) else ""
     words = f"{upper(tuned)}.{cells}{control}{reach}{_fallen_back(files)}{_lost(files)}"
     return " ".join(filter(None, [endpoint(files), words]))

@@ -410,7 +410,8 @@ def test_the_verdict_names_what_is_worse_and_what_is_cheaper(tmp_path):
         "Significantly worse in test accuracy: Bulk-SGD 80.1 % (-10.9 ± 2.2 points; p = "
     )
     assert report.verdict[1] == (
-        "Secondary, training loss: Bulk-SGD 0.5099 (1.70 times, 95 % 1.62 to 1.78) against NSGD 0.3000."
+        "Secondary, training loss against NSGD 0.3000: significantly worse with Bulk-SGD 0.5099 (1.70 times, 95 % 1.62 to "
+        "1.78)."
     )
     assert report.verdict[2] == "A run of Bulk-SGD took as many seconds as NSGD."
 
@@ -514,7 +515,10 @@ def test_a_seed_that_diverged_is_counted_and_not_averaged(tmp_path, loss):
     assert report.verdict[0].startswith(
         "Significantly better in test accuracy: NSGD 95.1 % (4 of 5 seeds; 1 failed; +4.9 ± 0.1 points; p = "
     )
-    assert report.verdict[1].startswith("Secondary, training loss: NSGD 0.1999 (4 of 5 seeds; 1 failed; 0.66 times")
+    assert report.verdict[1].startswith(
+        "Secondary, training loss against SGD 0.3020: significantly better with NSGD 0.1999 (4 of 5 seeds; 1 failed; 0.66 "
+        "times"
+    )
     assert report.short["NSGD"]["runs"] == "of 5 runs 1 diverged"
     assert report.shortfalls[1:] == []  # not better everywhere
     assert "Runs that failed, and are in no mean and no test: NSGD 1 of 5 (" in report.text
@@ -638,13 +642,30 @@ def test_the_cost_to_the_target_is_a_median_over_all_seeds(tmp_path):
         "(median 3 against 2)"
     )
     assert report.verdict[-1] == (
-        "To 90 % validation accuracy, NSGD needed 50 % more steps and 50 % more seconds (medians, against SGD)."
+        "To 90 % validation accuracy, NSGD needed 50 % more steps and, not clearly, 50 % more seconds (medians, against "
+        "SGD)."
     )
     assert [row[3:] for row in report.overview["rows"]] == [
         ["2 s\n20 steps", "2 s\n8 steps"],
         ["3 s\n30 steps", "3 s\n8 steps"],
     ]
     assert "that of SGD's best trial" in report.text
+
+
+def test_seconds_that_differ_on_every_seed_are_no_doubt(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
+    report = with_target(folder, {"sgd": [20, 21, 22], "nsgd": [10, 10.5, 11]})
+    assert report.verdict[-1] == (
+        "To 90 % validation accuracy, NSGD needed 50 % fewer steps and 50 % fewer seconds (medians, against SGD)."
+    )
+
+
+def test_the_verdict_tells_of_a_baseline_that_wins(tmp_path):
+    wins = [(accuracy, loss / (9 + seed)) for seed, (accuracy, loss) in enumerate(SGD)]
+    report = Report(write_study(tmp_path, {"sgd": SGD, "nsgd": SGD, "adamw": wins}))
+    (secondary,) = [line for line in report.verdict if line.startswith("Secondary")]
+    assert "significantly better with AdamW 0.0301 (0.10 times" in secondary
+    assert "NSGD" not in secondary
 
 
 def test_a_target_that_most_runs_missed_has_no_median(tmp_path):
