@@ -21,7 +21,16 @@ import yaml
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.launch import Launcher, launch_on_ray
-from lightning_modules.study.runs.plan import Run, check_trials, decide, plan_runs, runs_left, settle, steps_of
+from lightning_modules.study.runs.plan import (
+    Run,
+    check_trials,
+    decide,
+    has_trial,
+    plan_runs,
+    runs_left,
+    settle,
+    steps_of,
+)
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.runs.tables import write_tables
 from lightning_modules.study.runs.train import make_run, predicted_seconds, rehearse_method
@@ -132,6 +141,9 @@ def run_study(
             left = [run for run in left if run not in wave]
             for run in wave:
                 decide(study, folder, run)  # at once, and before the first run that goes by it
+            for run in (run for run in wave if not has_trial(folder, run)):
+                counted.end(run)
+            wave = [run for run in wave if has_trial(folder, run)]
             for attempt in (1, 2):
                 wave = list(_attempt(make, folder, wave, counted, attempt, say))
     settle(study, folder)

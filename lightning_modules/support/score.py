@@ -46,21 +46,24 @@ def failed_runs(
 ) -> dict[str, set[int]]:
     """Seeds of each method whose run died, or ended no better than it began.
 
-    The latter is a training loss of the last weights that is not finite, or not below the loss of the first batch
-    before training (``start_loss``, which studies of before did not keep).
+    The latter is a training loss of the last weights that is not finite, or not below the least loss of a first batch
+    before training, of all runs (``start_loss``, which studies of before did not keep). One bar for all: that of a run
+    may lie far above chance.
 
     Args:
         rows: Of results.csv.
         methods: Names.
         seeds: Those of the study.
     """
-    learned = {(row["method"], row["seed"]) for row in rows if row["read_out"] == "last" and _learned(row)}
+    last = [row for row in rows if row["read_out"] == "last"]
+    starts = [float(row.get("start_loss", math.inf)) for row in last]
+    bar = min((start for start in starts if not math.isnan(start)), default=math.inf)
+    learned = {(row["method"], row["seed"]) for row in last if _learned(float(row["train_loss"]), bar)}
     return {method: {seed for seed in seeds if (method, seed) not in learned} for method in methods}
 
 
-def _learned(row: Mapping[str, Any]) -> bool:
-    loss = float(row["train_loss"])
-    return math.isfinite(loss) and not loss >= float(row.get("start_loss", math.inf))
+def _learned(loss: float, bar: float) -> bool:
+    return math.isfinite(loss) and loss < bar
 
 
 def _words(name: str) -> list[str]:

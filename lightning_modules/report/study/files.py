@@ -38,6 +38,7 @@ class Files:
         deaths: Names of the runs that died.
         tuning: One row for each trial.
         tuning_seed: Seed of the trials.
+        lost_trials: What the trials that died trained with, one row each.
         sweep: One row for each method and learning rate; those that died have no loss.
         reached: What each run had cost at the target.
     """
@@ -55,6 +56,7 @@ class Files:
     deaths: list[str]
     tuning: Rows
     tuning_seed: int | None
+    lost_trials: Rows
     sweep: Rows
     reached: Rows
 
@@ -204,7 +206,8 @@ def read_folder(path: Path) -> Files:
         deaths=deaths,
         tuning=tuning,
         tuning_seed=tuning[0].get("seed", folder.run(first_trial).settings().get("seed")) if tuning else None,
-        sweep=folder.table("sweep") + _lost_rates(folder, deaths),
+        lost_trials=_lost(folder, deaths, "tuning/"),
+        sweep=folder.table("sweep") + [{**row, "train_loss": math.nan} for row in _lost(folder, deaths, "sweep/")],
         reached=reached,
     )
 
@@ -226,7 +229,7 @@ def _ends(value: float, half: float) -> tuple[float, float]:
     return (-math.inf, math.inf) if math.isnan(half) else (value - half, value + half)
 
 
-def _lost_rates(folder: StudyFolder, deaths: list[str]) -> Rows:
-    """Learning rates of the sweep whose runs died."""
-    lost = [folder.run(name).settings() for name in deaths if name.startswith("sweep/")]
-    return [{"method": run["method"], "lr": run["lr"], "train_loss": float("nan")} for run in lost if run]
+def _lost(folder: StudyFolder, deaths: list[str], stage: str) -> Rows:
+    """What the runs of a stage that died trained with, as far as it is known."""
+    settings = (folder.run(name).settings() for name in deaths if name.startswith(stage))
+    return [dict(run) for run in settings if run]

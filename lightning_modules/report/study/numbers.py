@@ -50,7 +50,13 @@ def change_of(entry: Mapping[str, Any], measure: Measure, *, words: bool = False
     if not entry["pairs"]:
         return ""
     change = Mean(entry["change"], entry["change_low"], entry["change_high"])
-    return change_in_words(change, entry["effect"], measure, words=words)
+    fewer = over_pairs(entry["pairs"], entry["n"])
+    return change_in_words(change, entry["effect"], measure, words=words) + fewer
+
+
+def over_pairs(pairs: int, seeds: int) -> str:
+    """That a change rests on fewer seeds than the mean beside it, where the other method failed with some."""
+    return f" over {count(pairs, 'pair')}" if pairs < seeds else ""
 
 
 def change_in_words(change: Mean, effect: Effect, measure: Measure, *, words: bool) -> str:

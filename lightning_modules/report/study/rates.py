@@ -89,7 +89,8 @@ def _tuned(files: Files) -> dict[str, Any]:
 
 def at_the_edge(files: Files, method: str) -> str:
     """Which settings of a method's chosen trial are the lowest or the highest of its trials, and what to do."""
-    trials, chosen = _first_runs(files, method), _chosen_runs(files, method)
+    lost = [row for row in files.lost_trials if row["method"] == method]
+    trials, chosen = [*_first_runs(files, method), *lost], _chosen_runs(files, method)
     edges = []
     for name in files.settings[method] if chosen else ():
         values = {row[name] for row in trials if name in row}

@@ -89,7 +89,7 @@ def _slower(files: Files, method: str) -> list[str]:
         return []
     (reached, runs, costs), (base_reached, base_runs, base) = files.to_target(method), files.to_target(files.base)
     aimed, words = aim(files, files.target), []
-    if math.isinf(costs["step"]) or reached < base_reached:
+    if reached < base_reached:
         reference = f"with {files.label(files.base)} in {base_reached} of {base_runs}"
         words.append(f"{aimed} in {reached} of {runs} runs, {reference}")
     more = [

@@ -72,6 +72,8 @@ def short_table(files: Files) -> Table:
     rows = []
     for method in files.methods:
         name = f"{files.label(method)} (control)" if files.styles[method].control else files.label(method)
+        failed = f"\n{len(files.failed[method])} of {count(files.config['seeds'], 'seed')} failed"
+        name += failed if files.failed[method] else ""
         rows.append([name, *(_short_cell(files, entries.get((method, read_out)), score) for read_out in read_outs)])
     return {
         "title": f"{upper(score.header)}, mean over {count(files.config['seeds'], 'seed')}{against}",
@@ -84,8 +86,7 @@ def _short_cell(files: Files, entry: dict[str, Any] | None, measure: Measure) ->
     if entry is None:
         return MISSING
     mean, compared = mean_of(entry, measure, interval=False), entry["method"] != files.base and entry["pairs"]
-    words = [mean, standing(entry, measure)] if compared and mean != "diverged" else [mean]
-    return "\n".join(filter(None, [" ".join(words), seeds_of(entry)]))
+    return f"{mean} {standing(entry, measure)}" if compared and mean != "diverged" else mean
 
 
 def _shown_read_outs(files: Files) -> list[str]:

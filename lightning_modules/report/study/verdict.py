@@ -13,6 +13,7 @@ from lightning_modules.report.study.numbers import (
     change_in_words,
     change_of,
     mean_of,
+    over_pairs,
     seeds_of,
     standing,
     to_show,
@@ -172,7 +173,8 @@ def beside_averages(files: Files) -> list[str]:
     best = max(averages, key=lambda name: _rank(sign * mean_over_seeds([*averages[name].values()], effect).value))
 
     def against(values: Mapping[int, float], reference: Mapping[int, float]) -> str:
-        return change_in_words(paired_change(values, reference, effect).mean, effect, measure, words=True)
+        change = paired_change(values, reference, effect)
+        return change_in_words(change.mean, effect, measure, words=True) + over_pairs(change.pairs, len(values))
 
     average = f"{base}'s own {READ_OUTS[best]}"
     first = (

@@ -185,7 +185,10 @@ def _fallen_back(files: Files) -> str:
     fallen = [
         measure.label
         for measure in files.measures
-        if measure.effect == "ratio" and any(row.get(measure.column, 1) <= 0 for row in files.results)
+        if measure.effect == "ratio"
+        and any(
+            row.get(measure.column, 1) <= 0 for row in files.results if row["seed"] not in files.failed[row["method"]]
+        )
     ]
     return f" Not compared as a ratio, for a value is not above 0: {and_(fallen)}." if fallen else ""
 
@@ -271,8 +274,8 @@ def _lost(files: Files) -> str:
     failed = [f"{files.label(m)} {len(seeds)} of {files.config['seeds']}" for m, seeds in files.failed.items() if seeds]
     out = ", and are in no mean and no test" if any(entry["failed"] for entry in files.summary) else ""
     words = (
-        f" Runs that failed{out}: {', '.join(failed)} (died, or ended with a training loss that is not below that of "
-        "the first batch)."
+        f" Runs that failed{out}: {', '.join(failed)} (died, or ended with a training loss that is not below the "
+        "least of the first batches)."
         if failed
         else ""
     )

@@ -86,7 +86,14 @@ def runs_left(folder: StudyFolder, plan: Sequence[Run]) -> list[Run]:
         if not folder.run(run.name).finished
         and not (run.tunes and folder.settled)
         and not (run.stage == "tune" and folder.finalists(run.method))
+        and has_trial(folder, run)
     ]
+
+
+def has_trial(folder: StudyFolder, run: Run) -> bool:
+    """Whether there is something for a run to repeat: fewer trials than were planned for may have survived."""
+    finalists = folder.finalists(run.method) if run.stage == "again" else []
+    return not finalists or run.index // len(REPEAT_SEEDS) < len(finalists)
 
 
 def check_trials(study: Study, folder: StudyFolder) -> None:

@@ -410,8 +410,8 @@ def test_the_verdict_names_what_is_worse_and_what_is_cheaper(tmp_path):
         "Significantly worse in test accuracy: Bulk-SGD 80.1 % (-10.9 ± 2.2 points; p = "
     )
     assert report.verdict[1] == (
-        "Secondary, training loss against NSGD 0.3000: significantly worse with Bulk-SGD 0.5099 (1.70 times, 95 % 1.62 to "
-        "1.78)."
+        "Secondary, training loss against NSGD 0.3000: significantly worse with Bulk-SGD 0.5099 (1.70 times, 95 % 1.62 "
+        "to 1.78)."
     )
     assert report.verdict[2] == "A run of Bulk-SGD took as many seconds as NSGD."
 
@@ -516,13 +516,26 @@ def test_a_seed_that_diverged_is_counted_and_not_averaged(tmp_path, loss):
         "Significantly better in test accuracy: NSGD 95.1 % (4 of 5 seeds; 1 failed; +4.9 ± 0.1 points; p = "
     )
     assert report.verdict[1].startswith(
-        "Secondary, training loss against SGD 0.3020: significantly better with NSGD 0.1999 (4 of 5 seeds; 1 failed; 0.66 "
-        "times"
+        "Secondary, training loss against SGD 0.3020: significantly better with NSGD 0.1999 (4 of 5 seeds; 1 failed; "
+        "0.66 times"
     )
     assert report.short["NSGD"]["runs"] == "of 5 runs 1 diverged"
     assert report.shortfalls[1:] == []  # not better everywhere
     assert "Runs that failed, and are in no mean and no test: NSGD 1 of 5 (" in report.text
     assert "± 40" not in report.text
+
+
+def test_a_change_over_fewer_seeds_than_the_mean_says_so(tmp_path):
+    """Of SGD two of five seeds fail: the mean of NSGD is over five, its change from SGD over three pairs."""
+    sgd = [(0.5, 9.0), (0.6, 9.0), (0.95, 0.1), (0.96, 0.1), (0.95, 0.1)]
+    nsgd = [(0.70, 0.1), (0.72, 0.1), (0.951, 0.1), (0.962, 0.1), (0.953, 0.1)]
+    folder = write_study(tmp_path, {"sgd": sgd, "nsgd": nsgd}, start_loss=2.3)
+    report = Report(folder)
+    assert report.overview["rows"][1][1] == "85.7\n+0.2 ± 0.2 over 3 pairs n.s."
+    assert "+0.2 ± 0.2 points over 3 pairs" in report.summary[1]
+    lines = printed(folder, width=80).splitlines()
+    assert any(line.strip().startswith("2 of 5 seeds failed") for line in lines)
+    assert any(line.split() == ["NSGD", "85.7", "n.s."] for line in lines)
 
 
 def test_averages_are_held_against_the_runs_that_did_not_fail(tmp_path):
@@ -642,8 +655,8 @@ def test_the_cost_to_the_target_is_a_median_over_all_seeds(tmp_path):
         "(median 3 against 2)"
     )
     assert report.verdict[-1] == (
-        "To 90 % validation accuracy, NSGD needed 50 % more steps and, not clearly, 50 % more seconds (medians, against "
-        "SGD)."
+        "To 90 % validation accuracy, NSGD needed 50 % more steps and, not clearly, 50 % more seconds (medians, "
+        "against SGD)."
     )
     assert [row[3:] for row in report.overview["rows"]] == [
         ["2 s\n20 steps", "2 s\n8 steps"],
@@ -786,6 +799,17 @@ def test_a_best_value_at_the_edge_of_its_trials_is_said_in_page_and_terminal(tmp
     in_terminal = " ".join(printed(folder).split())
     assert in_terminal.count(" of its trials; widen ") == len(sentences)
     assert all(sentence in in_terminal for sentence in sentences)
+
+
+def test_beyond_a_trial_that_died_there_is_nothing_to_widen(tmp_path):
+    folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}, tune=3)
+    rows = [trial(method, i, (0.1, 0.2)[i], 0.1, seed=1000) for method in ("sgd", "nsgd") for i in range(2)]
+    with_trials(folder, rows, sgd={"lr": 0.2}, nsgd={"lr": 0.2})
+    assert [words.partition(":")[0] for words in edges(read_folder(folder))] == ["SGD", "NSGD"]
+    write_csv(folder / "deaths.csv", [{"run": "tuning/nsgd-2", "method": "nsgd", "seed": 1000}])
+    (folder / "tuning" / "nsgd-2").mkdir(parents=True)
+    (folder / "tuning" / "nsgd-2" / "run.yaml").write_text(yaml.safe_dump({"method": "nsgd", "lr": 0.4}))
+    assert [words.partition(":")[0] for words in edges(read_folder(folder))] == ["SGD"]
 
 
 def test_one_trial_has_no_edge(tmp_path):

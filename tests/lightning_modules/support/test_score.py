@@ -74,9 +74,18 @@ def test_a_run_failed_that_died_or_ended_no_better_than_it_began():
         {"method": "sgd", "seed": seed, "read_out": "last", "train_loss": loss, "start_loss": start}
         for seed, (loss, start) in losses.items()
     ]
-    assert failed_runs(rows, ["sgd", "nsgd"], range(6)) == {"sgd": {1, 2, 3, 5}, "nsgd": {*range(6)}}
+    assert failed_runs(rows, ["sgd", "nsgd"], range(6)) == {"sgd": {1, 2, 3, 4, 5}, "nsgd": {*range(6)}}
 
 
 def test_in_a_study_of_before_a_finite_loss_is_no_failure():
     rows = [{"method": "sgd", "seed": 0, "read_out": "last", "train_loss": 1e9}]
     assert failed_runs(rows, ["sgd"], [0]) == {"sgd": set()}
+
+
+def test_one_bar_holds_for_all_seeds():
+    """A run that began far above chance, 2.3, and ended there, has not learned."""
+    rows = [
+        {"method": "sgd", "seed": seed, "read_out": "last", "train_loss": loss, "start_loss": start}
+        for seed, loss, start in [(0, 0.1, 2.34), (1, 2.35, 3.04), (2, 0.2, math.nan)]
+    ]
+    assert failed_runs(rows, ["sgd"], range(3)) == {"sgd": {1}}
