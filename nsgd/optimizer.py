@@ -52,9 +52,11 @@ class NSGD(Damped, SGD):
         foreach: As in ``torch.optim.SGD``.
         differentiable: Refused: a damped step is not differentiable.
         fused: As in ``torch.optim.SGD``.
-        k: Number of directions. The default and that of ``gamma`` are from benchmarks/results/damping_rule.csv: 10 were
-            too few at twice the rate of SGD, 40 better still, and with momentum 0 no better than 0.1 (without it, 0
-            bore a rate at which one of two runs at 0.1 had a jump of the loss).
+        k: Number of directions, at most the entries of the parameters that train when the optimizer is made: more are
+            cut down to that, with a warning. The default and that of ``gamma`` are from
+            benchmarks/results/damping_rule.csv: 10 were too few at twice the rate of SGD, 40 better still, and with
+            momentum 0 no better than 0.1 (without it, 0 bore a rate at which one of two runs at 0.1 had a jump of the
+            loss).
         gamma: Factor on the step along directions of positive curvature: 0 is Bulk-SGD, 1 is SGD, above 1 the
             paper's "overshoot".
         refresh_every: For samples and products: steps between two refreshes, or "auto": as often as ``overhead`` pays.
@@ -88,7 +90,7 @@ class NSGD(Damped, SGD):
         seed: Draws the directions of solver "random".
 
     Raises:
-        ValueError: If an option is out of range, k exceeds the number of trainable parameters, or there are none.
+        ValueError: If an option is out of range, or no parameter trains.
     """
 
     def __init__(

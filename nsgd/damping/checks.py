@@ -9,7 +9,6 @@ from torch.optim import LBFGS
 
 from nsgd.curvature.vectors import check_params
 from nsgd.damping.state import SHARED, group_key
-from nsgd.directions.directions import check_size
 from nsgd.directions.shards import check_shards, is_sharded
 from nsgd.options import FROM_TRAINING, check_factors
 
@@ -57,6 +56,5 @@ def check_followed(optimizer: Damped, params: list[Tensor]) -> None:
             f"expected solver='differences' for sharded parameters, got {options.solver!r}: no process holds the "
             "vectors that the others need; leave it out, or train with DistributedDataParallel"
         )
-    check_size(options.k, params)
     if isinstance(optimizer, LBFGS) and any(p.dtype.itemsize < 4 for p in params):
         raise ValueError("expected float32 or float64 parameters for L-BFGS, got half precision; convert them first")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
 from nsgd.curvature.hessian import Closure, Losses
@@ -282,10 +283,19 @@ class Damped(Optimizer):
         return [group for group in self.param_groups if group[self._key("curvature")]]
 
     def _curvature_params(self) -> list[tuple[int, Tensor]]:
-        """The parameters that have directions, with the numbers of their groups."""
+        """The parameters that have directions, with the numbers of their groups; each once, none without a shape."""
         key = self._key("curvature")
         groups = enumerate(self.param_groups)
-        return [(i, p) for i, group in groups if group[key] for p in group["params"] if p.requires_grad]
+        members = [(i, p) for i, group in groups if group[key] for p in group["params"]]
+        found: dict[int, tuple[int, Tensor]] = {}
+        for i, p in members:
+            if p.requires_grad and not is_lazy(p):
+                found.setdefault(id(p), (i, p))
+        return list(found.values())
+
+    def _waits_for_shapes(self) -> bool:
+        """Whether parameters of lazy modules have no shape yet; then the first step arranges the directions."""
+        return any(is_lazy(p) for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters join the directions at the next refresh, or step."""
@@ -293,6 +303,8 @@ class Damped(Optimizer):
             check_group(self, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_directions" in self.__dict__:
+            if self._waits_for_shapes():
+                return
             try:
                 params = self._curvature_params()
                 check_params([p for _, p in params])
@@ -338,6 +350,8 @@ class Damped(Optimizer):
             for name, value in values.items():
                 group.setdefault(names[name], value)
             check_group(self, group)
+        if self._waits_for_shapes():
+            return
         params = self._curvature_params()
         check_followed(self, [p for _, p in params])
         self._directions.arrange(params)

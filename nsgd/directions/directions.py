@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,6 +97,8 @@ class Directions:
 
     def _rearrange(self, params: Sequence[tuple[int, Tensor]]) -> None:
         check_shards([p for _, p in params])
+        if not self.blocks:  # the first time
+            self.options = clamped(self.options, [p for _, p in params], depth=6)
         known = self.by_parameter()
         before = [(id(p), block.dtype) for block in self.blocks for p in block.params]
         rows = None
@@ -391,6 +394,19 @@ def _small_dtype(device: torch.device) -> torch.dtype:
 @full_precision
 def _products(one: Tensor, other: Tensor) -> Tensor:
     return one @ other.T
+
+
+def clamped(options: DampingOptions, params: Sequence[Tensor], depth: int) -> DampingOptions:
+    """The options with k at most the number of these parameters' entries; says so where that makes it less."""
+    size = max(1, sum(p.numel() for p in params))
+    if options.k <= size:
+        return options
+    warnings.warn(
+        f"k={options.k} is more than the {size} entries of the parameters that train, so k={size} is taken; pass that "
+        "or less",
+        stacklevel=depth,
+    )
+    return replace(options, k=size)
 
 
 def check_size(k: int, params: Sequence[Tensor]) -> None:

@@ -12,7 +12,6 @@ OUT_OF_RANGE = [
     ({"k": 0}, "expected k to be a whole number of at least 1, got 0"),
     ({"k": 2.0}, "expected k to be a whole number of at least 1, got 2.0"),
     ({"k": True}, "expected k to be a whole number"),
-    ({"k": 1000}, "expected k of at most 92, the number of trainable parameters, got 1000; pass k=92 or less"),
     ({"gamma": -0.1}, "expected gamma to be a finite number >= 0 .*got -0.1"),
     ({"gamma": float("nan")}, "expected gamma to be a finite number >= 0 .*got nan"),
     ({"gamma": "0.1"}, "expected gamma to be a finite number >= 0 .*got '0.1'"),
@@ -166,7 +165,7 @@ def test_damp_refuses_what_is_no_optimizer_or_damped_already():
             damp(optimizer)
 
 
-@pytest.mark.parametrize("options", [{"k": 1000}, {"gamma": -1.0}, {"no_such_option": 1}])
+@pytest.mark.parametrize("options", [{"k": 0}, {"gamma": -1.0}, {"no_such_option": 1}])
 def test_a_failing_damp_leaves_the_optimizer_as_it_was(training, options):
     run = training()
     optimizer = AdamW(run.model.parameters())

@@ -233,7 +233,6 @@ def test_a_copy_goes_the_same_way(training, copied):
         ({"decay": 0.0}, "expected no decay with solver='random'"),
         ({"seed": -1}, "expected seed to be a whole number of at least 0, got -1"),
         ({"seed": 1.5}, "expected seed to be a whole number of at least 0, got 1.5"),
-        ({"k": 93}, "expected k of at most 92"),
     ],
 )
 @pytest.mark.parametrize("way", ["nsgd", "damp"])
