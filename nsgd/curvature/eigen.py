@@ -22,7 +22,7 @@ from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian
 from nsgd.curvature.lanczos import lanczos
 from nsgd.curvature.low_rank import Which
 from nsgd.curvature.nystrom import nystrom
-from nsgd.curvature.vectors import check_params, random_unit, vector_dtype
+from nsgd.curvature.vectors import checked_params, random_unit, vector_dtype
 
 Solver = Literal["lanczos", "arpack", "nystrom"]
 
@@ -58,7 +58,8 @@ def top_eigenpairs(
     Args:
         loss_or_hvp: A loss with its graph; pairs of closure and sample count (see
             :func:`nsgd.curvature.hessian.loss_hessian`); or a callable from (P,) to (P,), the product itself.
-        params: The parameters. P is the number of their entries; dtype and device of the result follow them.
+        params: The parameters, each counted once. P is the number of their entries; dtype and device of the result
+            follow them.
         k: Number of pairs.
         which: "LA" for the largest eigenvalues, "SA" for the smallest, "LM" for the largest in absolute value.
             Whatever the choice, they are returned in descending order of their signed values.
@@ -83,10 +84,7 @@ def top_eigenpairs(
         ValueError: If an argument is out of range.
         FloatingPointError: If a product, or the loss, is NaN or infinite.
     """
-    if not isinstance(params, Iterable):
-        raise ValueError(f"expected parameters, got a {type(params).__name__}; pass model.parameters()")
-    params = list(params)
-    check_params(params)
+    params = checked_params(params)
     size = sum(p.numel() for p in params)
     _check(size, k=k, which=which, solver=solver, start=start, max_hvps=max_hvps, tol=tol)
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import RandomState, untouched
-from nsgd.curvature.vectors import check_params, flatten, is_finite, split, vector_dtype
+from nsgd.curvature.vectors import checked_params, flatten, is_finite, split, vector_dtype
 
 HVP = Callable[[Tensor], Tensor]
 Closure = Callable[[], Tensor]
@@ -65,8 +65,7 @@ def loss_hessian(
         FloatingPointError: If the loss or its gradient is NaN or infinite.
         RuntimeError: If an operation in the loss has no double backward; the message names the way out.
     """
-    params = list(params)
-    check_params(params)
+    params = checked_params(params)
     if isinstance(loss, Tensor):
         source = _kept(loss, params, scale)
     elif callable(loss):

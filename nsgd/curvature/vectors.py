@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from nsgd.curvature.guard import full_precision
 
 
-def check_params(params: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless there are real parameters of which at least one requires a gradient."""
-    if not all(isinstance(p, Tensor) for p in params):
+def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters as a list, each once, however often it is given.
+
+    Raises:
+        ValueError: Unless they are real parameters with a shape, of which at least one requires a gradient.
+    """
+    if not isinstance(params, Iterable) or isinstance(params, Tensor | str | bytes):
+        raise ValueError(f"expected parameters, got a {type(params).__name__}; pass model.parameters()")
+    found = list(params)
+    if not all(isinstance(p, Tensor) for p in found):
         raise ValueError("expected parameters, got something else among them; pass model.parameters()")
-    if not params:
+    if not found:
         raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
-    if not any(p.requires_grad for p in params):
-        raise ValueError(f"none of the {len(params)} parameters requires a gradient; unfreeze some: requires_grad_()")
-    if any(p.is_complex() for p in params):
+    if any(is_lazy(p) for p in found):
+        raise ValueError("got parameters of a lazy module, without a shape yet; run the model once before")
+    if not any(p.requires_grad for p in found):
+        raise ValueError(f"none of the {len(found)} parameters requires a gradient; unfreeze some: requires_grad_()")
+    if any(p.is_complex() for p in found):
         raise ValueError("got complex parameters; hold their real and imaginary parts as two real parameters")
+    return list({id(p): p for p in found}.values())
 
 
 def vector_dtype(params: Sequence[Tensor]) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import LBFGS
 
-from nsgd.curvature.vectors import check_params
+from nsgd.curvature.vectors import checked_params
 from nsgd.damping.state import SHARED, group_key
 from nsgd.directions.shards import check_shards, is_sharded
 from nsgd.options import FROM_TRAINING, check_factors
@@ -49,7 +49,7 @@ def check_followed(optimizer: Damped, params: list[Tensor]) -> None:
             f"none of the {count} parameters requires a gradient in a group with curvature=True; unfreeze some "
             "with requires_grad_()"
         )
-    check_params(params)
+    checked_params(params)
     check_shards(params)
     if options.solver not in FROM_TRAINING and any(map(is_sharded, params)):
         raise ValueError(

@@ -98,6 +98,9 @@ class Correction:
             return False
         if not all(_is_simple(group) for group in optimizer.param_groups):
             return False
+        listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if len(set(listed)) < len(listed):  # the base optimizer moves a parameter as often as it is listed
+            return False
         return all(p.grad is not None and p.grad.layout == torch.strided for p in params)
 
     def _correct(self, block: Block, there: list[bool], coefficients: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
 from nsgd.curvature.hessian import Closure, Losses
-from nsgd.curvature.vectors import check_params
+from nsgd.curvature.vectors import checked_params
 from nsgd.damping import state
 from nsgd.damping.checks import check_followed, check_group, check_group_factors
 from nsgd.damping.correction import Correction, at_rest
@@ -307,7 +307,7 @@ class Damped(Optimizer):
                 return
             try:
                 params = self._curvature_params()
-                check_params([p for _, p in params])
+                checked_params([p for _, p in params])
                 self._directions.arrange(params)
             except ValueError:  # no parameters that it can follow: as it was
                 self.param_groups.pop()

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, gradient_of
-from nsgd.curvature.vectors import split, vector_dtype
+from nsgd.curvature.vectors import checked_params, split, vector_dtype
 from nsgd.directions.one_dtype import OneDtype
 from nsgd.directions.passes import PassHook
 
@@ -131,7 +131,7 @@ def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 
             is not one of the module's.
         FloatingPointError: If a loss or a gradient is NaN or infinite.
     """
-    losses = checked_groups(losses)
+    losses, params = checked_groups(losses), checked_params(params)
     size = sum(p.numel() for p in params)
     with torch.inference_mode(False):  # what is written to
         rows = torch.empty(len(losses), size, dtype=vector_dtype(params), device=params[0].device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsgd.curvature.guard import RandomState, untouched
 from nsgd.curvature.hessian import Closure
-from nsgd.curvature.vectors import check_params, split
+from nsgd.curvature.vectors import checked_params, split
 
 
 @contextmanager
@@ -27,8 +27,7 @@ def moved(params: Iterable[Tensor], direction: Tensor, step: float) -> Iterator[
     Raises:
         ValueError: If the direction does not fit the parameters.
     """
-    params = list(params)
-    check_params(params)
+    params = checked_params(params)
     size = sum(p.numel() for p in params)
     if direction.shape != (size,):
         raise ValueError(
@@ -65,8 +64,7 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     Raises:
         ValueError: If the direction does not fit the parameters.
     """
-    params = list(params)
-    check_params(params)
+    params = checked_params(params)
     device = params[0].device
     random_state = RandomState(device)
     values = []

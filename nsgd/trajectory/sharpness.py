@@ -17,7 +17,7 @@ from torch import Tensor
 from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP, Closure, loss_hessian
-from nsgd.curvature.vectors import check_params, vector_dtype
+from nsgd.curvature.vectors import checked_params, vector_dtype
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch
 
@@ -186,8 +186,7 @@ def damped_sharpness(
 
 def random_direction(params: Iterable[Tensor], *, seed: int) -> Tensor:
     """A direction (P,) of length 1, uniform on the sphere, the paper's control."""
-    params = list(params)
-    check_params(params)
+    params = checked_params(params)
     generator = torch.Generator().manual_seed(seed)
     # Drawn on the CPU: the same direction whatever the device.
     vector = torch.randn(sum(p.numel() for p in params), generator=generator, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nsgd import sample_losses
 from nsgd.curvature.hessian import loss_hessian
-from nsgd.curvature.vectors import check_params
+from nsgd.curvature.vectors import checked_params
 
 
 def one(value=1.0):
@@ -49,7 +49,7 @@ def test_a_bad_loss_is_a_value_error_that_says_which(case):
 )
 def test_bad_parameters_are_a_value_error(params, message):
     with pytest.raises(ValueError, match=message):
-        check_params(params)
+        checked_params(params)
     with pytest.raises(ValueError, match=message), loss_hessian(one().sum(), iter(params)):
         pass
 
