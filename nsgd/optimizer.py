@@ -84,7 +84,7 @@ class NSGD(Damped, SGD):
             is damped.
         warmup_steps: Steps before the first difference is taken, or the first refresh.
         save_basis: Whether ``state_dict`` holds the directions, k times the parameters, and what differences need, up
-            to 12 times. Without them a resumed run begins its directions anew.
+            to 12 times, at every step in the same shapes. Without them a resumed run begins its directions anew.
         basis_dtype: Precision of the basis, float32 by default (float64 for parameters in float64). ``torch.bfloat16``
             halves its memory; on a CPU it is slower.
         seed: Draws the directions of solver "random".

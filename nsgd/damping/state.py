@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsgd.directions.kept import DIRECTIONS, FIRST_PASS, LAST, ROWS_OF, blank
 from nsgd.directions.schedule import Counts
 from nsgd.directions.shards import from_saved, same_everywhere, to_save
 from nsgd.options import PER_GROUP, DampingOptions, check_factors
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 # Options that one optimizer has once.
 SHARED = tuple(field.name for field in fields(DampingOptions) if field.name not in PER_GROUP)
 
+_IN_GROUP = ("nsgd_version", "nsgd_options", "nsgd_counts")  # of the first group
 _VERSION = 2  # 1, of release 0.1.0, had every option in every group and the counts beside them; it is read, not written
-_LIKE_PARAMETER = ("nsgd_last_gradient", "nsgd_first_pass")
-_OWN = ("directions", "nsgd_rows", *_LIKE_PARAMETER)  # by parameter
+_LIKE_PARAMETER = (LAST, FIRST_PASS)
+_OWN = (DIRECTIONS, ROWS_OF, *_LIKE_PARAMETER)  # by parameter
 
 _DAMAGED = "the checkpoint is damaged, so load another"
 _LISTS = ("weights", "eigenvalues", "damped")
@@ -47,6 +49,11 @@ def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
     """The base optimizer's state, with that of its directions: tensors by parameter, values in the first group."""
     directions = optimizer._directions
     counts, tensors = directions.saved()
+    if _is_announced(optimizer):
+        tensors = blank(directions.options, directions.blocks, whole=True)
+    if "rows" in counts:
+        places = {id(p): n for n, p in enumerate(_params(optimizer))}
+        counts["rows"]["absent"] = sorted(places[identity] for identity in counts["rows"]["absent"])
     options = asdict(directions.options)
     if options["basis_dtype"] is not None:
         options["basis_dtype"] = str(options["basis_dtype"]).removeprefix("torch.")
@@ -63,6 +70,38 @@ def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
             extra[i] = {**saved["state"].get(i, {}), **saved_tensors}
     saved["state"] = {**saved["state"], **extra}
     return saved
+
+
+def announce(optimizer: Damped) -> None:
+    """Name what a checkpoint would hold in the state and the groups of an optimizer that has made no step yet.
+
+    ``torch.distributed.checkpoint`` has a fresh optimizer step once at a rate of 0, and loads into it what it has then,
+    in ``state_dict()``, or, flattened, in ``state`` and ``param_groups``. Tensors are made in ``state_dict()`` alone.
+    """
+    directions = optimizer._directions
+    if not directions.is_new:
+        return
+    optimizer.param_groups[0].update(dict.fromkeys(_IN_GROUP))
+    names = blank(directions.options, directions.blocks, whole=False)
+    for p in _params(optimizer):
+        if id(p) in names:
+            optimizer.state[p].update(dict.fromkeys(names[id(p)], torch.empty(0)))
+
+
+def withdraw(optimizer: Damped) -> None:
+    """Take the names out again, before a step: many base optimizers take any state for their own."""
+    if _is_announced(optimizer):
+        for name in _IN_GROUP:
+            del optimizer.param_groups[0][name]
+        for p, entry in list(optimizer.state.items()):
+            for name in _OWN:
+                entry.pop(name, None)
+            if not entry:
+                del optimizer.state[p]
+
+
+def _is_announced(optimizer: Damped) -> bool:
+    return _IN_GROUP[0] in optimizer.param_groups[0]
 
 
 def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
@@ -99,7 +138,7 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
                 f"expected a checkpoint of format {_VERSION} or older, got {first['nsgd_version']!r}; update nsgd"
             )
         options, counts = _options(first.get("nsgd_options")), _counts(first.get("nsgd_counts"))
-        ours = {"nsgd_version", "nsgd_options", "nsgd_counts"}
+        ours = set(_IN_GROUP)
     elif "refreshed_at" in first:  # release 0.1.0
         options = _options({name: first[name] for name in (*SHARED, "gamma", "bulk_scale") if name in first})
         counts = {"weights": first.get("eigenvalues", []), **first}
@@ -144,7 +183,11 @@ def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, A
     tensors = {
         i: {name: from_saved(value, p) for name, value in entry.items()} for i, (p, entry) in saved_tensors.items()
     }
-    directions.load(loaded.counts, tensors)
+    counts = loaded.counts
+    if "absent" in counts.get("rows", {}):
+        params = _params(optimizer)
+        counts = {**counts, "rows": {**counts["rows"], "absent": [id(params[n]) for n in counts["rows"]["absent"]]}}
+    directions.load(counts, tensors)
 
 
 def _options(saved: Any) -> DampingOptions:

@@ -9,6 +9,7 @@ V holds the top k directions of the loss's Hessian, followed through training, a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import fields
@@ -50,9 +51,11 @@ class Damped(Optimizer):
         """
         for group in self._curvature_groups():
             check_group_factors(self, group)
+        state.withdraw(self)
         if all(at_rest(group) for group in self.param_groups):
             loss = self._base_step(closure)
             self._directions.end_step()
+            state.announce(self)
             return loss
         steps_as_sgd = self._base_code is SGD.step and type(self)._init_group is SGD._init_group  # type: ignore[attr-defined]
         with ExitStack() as guards:
@@ -323,6 +326,8 @@ class Damped(Optimizer):
         All options become those of the checkpoint, as the learning rate does: k, gamma and solver too.
         """
         loaded = state.unpacked(self, state_dict)
+        if loaded.options is None and self._directions.rank:
+            warnings.warn("the checkpoint has no directions: those of this optimizer begin anew", stacklevel=2)
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(loaded.plain)
         state.take_over(self, loaded, before)

@@ -166,18 +166,24 @@ class Differences:
             "known": bool(self._known),
             "patience": self.passes.patience,
             "likeness": self.passes.likeness.tolist(),
+            "first_pass": bool(self.passes.first),
+            # Parameters without a gradient in the last step, by their identities.
+            "absent": [
+                id(p)
+                for block, there in zip(blocks, self._present, strict=True)
+                for p, is_there in zip(block.params, there, strict=True)
+                if not is_there
+            ],
         }
         tensors: dict[int, dict[str, Tensor]] = {}
-        kept = zip(blocks, self.rows, self._last, self._present, strict=True)
-        for b, (block, rows, last, present) in enumerate(kept):
+        for b, (block, rows, last) in enumerate(zip(blocks, self.rows, self._last, strict=True)):
             for i, p in enumerate(block.params):
-                if present[i]:
-                    tensors[id(p)] = {"nsgd_last_gradient": block.view(last, i).clone()}
+                entry = tensors[id(p)] = {"nsgd_last_gradient": block.view(last, i).clone()}
                 if self.passes.first:
-                    first = block.view(self.passes.first[b], i).clone()
-                    tensors.setdefault(id(p), {})["nsgd_first_pass"] = first
+                    entry["nsgd_first_pass"] = block.view(self.passes.first[b], i).clone()
                 if self.pending:
-                    tensors.setdefault(id(p), {})["nsgd_rows"] = block.view(rows[: self.pending], i).clone()
+                    entry["nsgd_rows"] = block.view(rows, i).clone()
+                    entry["nsgd_rows"][self.pending :] = 0
         return values, tensors
 
     def load(self, blocks: Sequence[Block], values: dict[str, Any], tensors: dict[int, dict[str, Tensor]]) -> None:
@@ -188,15 +194,17 @@ class Differences:
         self.mass.fill_(values["mass"])
         self.usual.fill_(values["usual"])
         self._known.fill_(values["known"])
-        self.passes.load(blocks, values["patience"], values["likeness"], tensors)
+        held = tensors if values.get("first_pass", True) else {}
+        self.passes.load(blocks, values["patience"], values["likeness"], held)
+        absent = values.get("absent", [])
         for block, rows, last, present in zip(blocks, self.rows, self._last, self._present, strict=True):
             for i, p in enumerate(block.params):
                 entry = tensors.get(id(p), {})
                 if "nsgd_last_gradient" in entry:
                     block.view(last, i).copy_(entry["nsgd_last_gradient"])
-                    present[i] = True
+                    present[i] = id(p) not in absent
                 if "nsgd_rows" in entry:
-                    block.view(rows[: self.pending], i).copy_(entry["nsgd_rows"])
+                    block.view(rows[: self.pending], i).copy_(entry["nsgd_rows"][: self.pending])
 
     @property
     def fold_due(self) -> bool:

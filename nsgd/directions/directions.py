@@ -17,6 +17,7 @@ from nsgd.curvature.vectors import split, vector_dtype
 from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of
+from nsgd.directions.kept import DIRECTIONS, blank, filled
 from nsgd.directions.pace import Pace, settled_interval
 from nsgd.directions.processes import (
     world,
@@ -321,6 +322,12 @@ class Directions:
 
     # -- copies and checkpoints ------------------------------------------------------------------------------
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been done yet that a checkpoint would have to hold."""
+        begun = self.differences is not None and self.differences.begun
+        return not (self.counts.steps or self.rank or begun)
+
     def __getstate__(self) -> dict[str, Any]:
         self.learn_outcome()
         return {**self.__dict__, "_key": (), "alarm": Alarm(self.alarm.is_on())}  # identities are of this process
@@ -339,14 +346,15 @@ class Directions:
             "alarm": self.alarm.is_on(),
             "mean_square": float(self.last_step.get("mean_square", math.nan)),
         }
-        tensors: dict[int, dict[str, Tensor]] = {}
-        if self.options.save_basis:
-            tensors = {identity: {"directions": block} for identity, block in self.by_parameter().items()}
-            if self.differences is not None and self.differences.begun:
-                more, rows = self.differences.saved(self.blocks)
-                values["rows"] = more
-                for identity, entries in rows.items():
-                    tensors.setdefault(identity, {}).update(entries)
+        if self.is_new or not self.options.save_basis:
+            return values, {}
+        tensors = blank(self.options, self.blocks, whole=False)
+        for identity, rows in self.by_parameter().items():
+            tensors[identity][DIRECTIONS] = filled(rows, self.options.k)
+        if self.differences is not None and self.differences.begun:
+            values["rows"], entries = self.differences.saved(self.blocks)
+            for identity, entry in entries.items():
+                tensors[identity].update(entry)
         return values, tensors
 
     @torch.inference_mode(False)
@@ -361,7 +369,8 @@ class Directions:
         self.pace = Pace()
         self.alarm = Alarm(bool(values.get("alarm", False)))
         self.complete = True
-        known = {identity: entry["directions"] for identity, entry in tensors.items() if "directions" in entry}
+        count = len(values.get("weights", []))  # what is saved beyond is zero
+        known = {identity: entry[DIRECTIONS][:count] for identity, entry in tensors.items() if DIRECTIONS in entry}
         looks_twice = self.options.solver == "auto" and self.counts.refreshes > 0  # where a checkpoint does not say
         training = values.get("differences", self.options.solver in FROM_TRAINING and not looks_twice)
         if self.differences is not None:
@@ -372,7 +381,7 @@ class Directions:
         mean_square = values.get("mean_square", math.nan)
         if not math.isnan(mean_square):
             self.last_step["mean_square"] = torch.tensor(mean_square, dtype=torch.float64)
-        if known:
+        if known and count:
             self.weights = torch.tensor(values["weights"], dtype=torch.float64)
             self.damped = None if values["damped"] is None else torch.tensor(values["damped"], dtype=torch.bool)
             self.eigenvalues = list(values["eigenvalues"])
