@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsgd.damping.damage import DAMAGED, check_shape, check_tensors, checked_counts
+from nsgd.directions.directions import clamped
 from nsgd.directions.kept import DIRECTIONS, FIRST_PASS, LAST, ROWS_OF, blank
-from nsgd.directions.schedule import Counts
 from nsgd.directions.shards import from_saved, same_everywhere, to_save
 from nsgd.options import PER_GROUP, DampingOptions, check_factors
 
@@ -23,12 +24,7 @@ SHARED = tuple(field.name for field in fields(DampingOptions) if field.name not 
 
 _IN_GROUP = ("nsgd_version", "nsgd_options", "nsgd_counts")  # of the first group
 _VERSION = 2  # 1, of release 0.1.0, had every option in every group and the counts beside them; it is read, not written
-_LIKE_PARAMETER = (LAST, FIRST_PASS)
-_OWN = (DIRECTIONS, ROWS_OF, *_LIKE_PARAMETER)  # by parameter
-
-_DAMAGED = "the checkpoint is damaged, so load another"
-_LISTS = ("weights", "eigenvalues", "damped")
-_NUMBERS = (*(field.name for field in fields(Counts)), "averaged", "trace", "overlap", "mean_square")
+_OWN = (DIRECTIONS, ROWS_OF, LAST, FIRST_PASS)  # by parameter
 
 
 class Loaded(NamedTuple):
@@ -51,8 +47,9 @@ def packed(optimizer: Damped, saved: dict[str, Any]) -> dict[str, Any]:
     counts, tensors = directions.saved()
     if _is_announced(optimizer):
         tensors = blank(directions.options, directions.blocks, whole=True)
+    places = {id(p): n for n, p in enumerate(_params(optimizer))}
+    counts["followed"] = sorted(places[identity] for identity, entry in tensors.items() if DIRECTIONS in entry)
     if "rows" in counts:
-        places = {id(p): n for n, p in enumerate(_params(optimizer))}
         counts["rows"]["absent"] = sorted(places[identity] for identity in counts["rows"]["absent"])
     options = asdict(directions.options)
     if options["basis_dtype"] is not None:
@@ -111,6 +108,7 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
         ValueError: If its options are out of range or unknown, its counts are damaged, or its directions are of another
             model.
     """
+    check_shape(state_dict)
     state: dict[Any, Any] = {}
     tensors: dict[Any, dict[str, Tensor]] = {}
     for i, entry in state_dict["state"].items():
@@ -122,14 +120,6 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
             if not entry:
                 continue
         state[i] = entry
-    for i, p in zip(_numbers(state_dict), _params(optimizer), strict=False):  # torch says which numbers do not fit
-        for name, value in tensors.get(i, {}).items():
-            shape = value.shape if name in _LIKE_PARAMETER else value.shape[1:]
-            if shape != p.shape:
-                raise ValueError(
-                    f"expected {name} for a parameter of shape {tuple(p.shape)}, got {tuple(shape)}; the checkpoint is "
-                    "of another model"
-                )
     groups = state_dict["param_groups"]
     first = groups[0] if groups else {}
     if "nsgd_version" in first:
@@ -137,7 +127,8 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
             raise ValueError(
                 f"expected a checkpoint of format {_VERSION} or older, got {first['nsgd_version']!r}; update nsgd"
             )
-        options, counts = _options(first.get("nsgd_options")), _counts(first.get("nsgd_counts"))
+        options = _options(first.get("nsgd_options"))
+        counts = checked_counts(first.get("nsgd_counts"), len(_params(optimizer)))
         ours = set(_IN_GROUP)
     elif "refreshed_at" in first:  # release 0.1.0
         options = _options({name: first[name] for name in (*SHARED, "gamma", "bulk_scale") if name in first})
@@ -146,6 +137,11 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
         ours = {*SHARED, *_COUNTS_0_1}
     else:
         options, counts, ours = None, {}, set()
+    # torch says which numbers do not fit.
+    numbered = zip(_numbers(state_dict), _params(optimizer), strict=False)
+    check_tensors(((tensors.get(i, {}), p) for i, p in numbered), counts)
+    if options is not None and (params := [p for _, p in optimizer._curvature_params()]):
+        options = clamped(options, params, depth=4)
     groups = [{name: value for name, value in group.items() if name not in ours} for group in groups]
     for group, now in zip(groups, optimizer.param_groups, strict=False):
         factors = (group_key(optimizer, name) for name in ("gamma", "bulk_scale"))
@@ -193,7 +189,7 @@ def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, A
 def _options(saved: Any) -> DampingOptions:
     known = {*SHARED, "gamma", "bulk_scale"}
     if not isinstance(saved, Mapping):
-        raise ValueError(f"expected nsgd_options of the checkpoint to be a mapping, got {saved!r}; {_DAMAGED}")
+        raise ValueError(f"expected nsgd_options of the checkpoint to be a mapping, got {saved!r}; {DAMAGED}")
     if unknown := [name for name in saved if name not in known]:
         raise ValueError(
             f"expected nsgd_options of the checkpoint to be among {', '.join(sorted(known))}, got "
@@ -203,32 +199,6 @@ def _options(saved: Any) -> DampingOptions:
     if isinstance(options.get("basis_dtype"), str):
         options["basis_dtype"] = getattr(torch, options["basis_dtype"], options["basis_dtype"])
     return DampingOptions(**options)
-
-
-def _counts(written: Any) -> dict[str, Any]:
-    """The counts of a checkpoint, from their JSON text."""
-    try:
-        counts = json.loads(written)
-    except (TypeError, ValueError):  # no text, or no JSON
-        counts = None
-    if not isinstance(counts, dict):
-        raise ValueError(f"expected nsgd_counts of the checkpoint to be a JSON object, got {written!r:.60}; {_DAMAGED}")
-    for name in _LISTS:
-        values = counts.get(name)
-        if not ((isinstance(values, list) and all(map(_is_number, values))) or (name == "damped" and values is None)):
-            raise ValueError(
-                f"expected {name} in nsgd_counts of the checkpoint to be a list of numbers, got {values!r}; {_DAMAGED}"
-            )
-    for name in _NUMBERS:
-        if not _is_number(counts.get(name, 0)):
-            raise ValueError(
-                f"expected {name} in nsgd_counts of the checkpoint to be a number, got {counts[name]!r}; {_DAMAGED}"
-            )
-    return counts
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:

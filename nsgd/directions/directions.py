@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.guard import full_precision
+from nsgd.curvature.small import inverse_root
 from nsgd.curvature.vectors import split, vector_dtype
 from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
 from nsgd.directions.flat import Block, as_rows, blocks_of
 from nsgd.directions.kept import DIRECTIONS, blank, filled
+from nsgd.directions.mixing import inner_products, mix
 from nsgd.directions.pace import Pace, settled_interval
 from nsgd.directions.processes import (
     world,
@@ -101,16 +103,19 @@ class Directions:
         if not self.blocks:  # the first time
             self.options = clamped(self.options, [p for _, p in params], depth=6)
         known = self.by_parameter()
-        before = [(id(p), block.dtype) for block in self.blocks for p in block.params]
+        before = [(id(p), block.dtype, block.device) for block in self.blocks for p in block.params]
         rows = None
         if self.differences is not None and self.differences.begun:
             rows = self.differences.saved(self.blocks)
         self.blocks = blocks_of(params, self.options.basis_dtype)
         self._fill(known)
         self._move()
+        changed = [(id(p), block.dtype, block.device) for block in self.blocks for p in block.params] != before
+        if changed and self.rank:
+            self._orthonormalise()
         if self.differences is not None and rows is not None:
             self.differences.load(self.blocks, *rows)
-            if [(id(p), block.dtype) for block in self.blocks for p in block.params] != before:
+            if changed:
                 self.differences.folds = 0  # what is left of the vectors is not orthonormal
 
     def _fill(self, known: dict[int, Tensor]) -> None:
@@ -122,6 +127,14 @@ class Directions:
                     block.view(block.basis, i).copy_(known[id(p)])
                 elif self.rank:
                     self.complete = False
+
+    def _orthonormalise(self) -> None:
+        """Take the orthonormal basis that is closest, after a change that left one only nearly so."""
+        none = [block.basis[:0] for block in self.blocks]
+        gram = inner_products(self.blocks, none, self.weights, whole=True)
+        mixing = inverse_root(gram)
+        for block, rows in zip(self.blocks, none, strict=True):
+            mix(block, rows, mixing, mixing.isfinite().all())
 
     def by_parameter(self) -> dict[int, Tensor]:
         """The directions along each parameter, (r, *shape), by its identity; empty where there are none."""
@@ -387,6 +400,9 @@ class Directions:
             self.eigenvalues = list(values["eigenvalues"])
             self.last_overlap = torch.tensor(values["overlap"], dtype=torch.float64)
             self._fill(known)
+            if {rows.dtype for rows in known.values()} != {block.basis_dtype for block in self.blocks}:
+                self._move()
+                self._orthonormalise()
         elif self.differences is None:
             self.counts.attempted_at = -1  # the next step refreshes
         self._move()

@@ -205,6 +205,23 @@ def test_a_checkpoint_of_other_parameters_is_refused_and_changes_nothing(trainin
         ("nsgd_counts", {"steps": "many"}, "steps in nsgd_counts of the checkpoint to be a number, got 'many'"),
         ("nsgd_counts", {"weights": [1.0, "x"]}, "weights in nsgd_counts of the checkpoint to be a list of numbers"),
         ("nsgd_counts", {"overlap": None}, "overlap in nsgd_counts of the checkpoint to be a number, got None"),
+        (
+            "nsgd_counts",
+            {"weights": [1.0, float("nan")]},
+            "weights in nsgd_counts of the checkpoint to be a list of num",
+        ),
+        ("nsgd_counts", {"weights": [1.0] * 4}, "expected 4 directions along parameter 0 in the checkpoint, got 3"),
+        (
+            "nsgd_counts",
+            {"steps": -3},
+            "steps in nsgd_counts of the checkpoint to be a whole number of at least 0, got -3",
+        ),
+        ("nsgd_counts", {"steps": 2.5}, "to be a whole number of at least 0, got 2.5"),
+        ("nsgd_counts", {"cost_gradients": -1.0}, "to be a number of at least 0, got -1.0"),
+        ("nsgd_counts", {"refreshed_at": -2}, "to be a whole number of at least -1, got -2"),
+        ("nsgd_counts", {"followed": [0, 9]}, "followed in nsgd_counts .*places below 4, .*got .0, 9."),
+        ("nsgd_counts", {"rows": [1]}, "rows in nsgd_counts of the checkpoint to be an object"),
+        ("nsgd_counts", {"rows": {}}, "rows.recorded in nsgd_counts .*to be a whole number from 0 to inf, got None"),
         ("nsgd_options", None, "nsgd_options of the checkpoint to be a mapping, got None"),
         ("nsgd_options", {"k": 3, "gama": 0.1}, "nsgd_options of the checkpoint to be among .*gamma.*, got gama; "),
         ("nsgd_options", {"k": -3}, "k to be a whole number of at least 1, got -3"),
@@ -243,3 +260,86 @@ def test_adam_starts_its_state_afresh_beside_a_loaded_basis(training):
     again.load_state_dict(through_a_file(optimizer.state_dict()))
     train(twin, again, 0, 1)
     assert again.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda s: s["state"][0]["directions"].fill_(float("nan")), "expected finite directions in the checkpoint"),
+        (
+            lambda s: s["state"][1].pop("directions"),
+            "expected directions along parameter 1 in the checkpoint, got none",
+        ),
+        (lambda s: s["state"].pop(2), "expected directions along parameter 2 in the checkpoint, got none"),
+        (
+            lambda s: s["state"][0].update(directions=3),
+            "expected directions of the checkpoint to be real numbers, got int",
+        ),
+        (lambda s: s["state"][0].update(directions=s["state"][0]["directions"][:1]), "expected 3 directions along par"),
+        (lambda s: s["state"][0].update(nsgd_rows=torch.ones(9, dtype=torch.int64)), "real numbers, got torch.int64"),
+        (lambda s: s["state"][0].update(directions=torch.ones(3, 5)), "for a parameter of shape .8, 6., got .5,."),
+        (lambda s: s.pop("state"), "with state and param_groups, got one with param_groups"),
+        (lambda s: s.clear(), "with state and param_groups, got one with nothing"),
+        (lambda s: s.update(param_groups=[3]), "with state and param_groups"),
+        (None, "expected an optimizer's state_dict.., got a int"),
+    ],
+)
+@pytest.mark.parametrize("maker", ["nsgd_without_momentum", "adamw"])
+def test_damaged_directions_are_refused_in_one_sentence_and_change_nothing(training, basis_of, maker, harm, message):
+    run = training()
+    optimizer = MAKERS[maker](run.model.parameters(), k=3)
+    for i in range(13):
+        optimizer.zero_grad()
+        run.loss(i).backward()
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(saved)
+    if harm is not None:
+        harm(saved)
+    with pytest.raises(ValueError, match=message) as error:
+        optimizer.load_state_dict(3 if harm is None else saved)
+    assert "\n" not in str(error.value)
+    after = optimizer.state_dict()
+    assert str(after["param_groups"]) == str(before["param_groups"])
+    for number, entry in before["state"].items():
+        assert all(torch.equal(after["state"][number][name], tensor) for name, tensor in entry.items())
+
+
+def test_a_checkpoint_of_more_directions_than_the_model_has_is_cut_down_with_a_warning(training):
+    run = training()
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3)
+    train(run, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["nsgd_options"]["k"] = 10**6
+    with pytest.warns(UserWarning, match="k=1000000 is more than the 92 entries") as said:
+        optimizer.load_state_dict(saved)
+    assert said[0].filename == __file__
+    assert optimizer.options.k == 92
+
+
+@pytest.mark.parametrize("solver", ["differences", "gradients", "lanczos"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_basis_is_orthonormal_in_the_precision_that_it_has_now(training, basis_of, solver, dtype, error):
+    """In memory and on loading: float32 vectors are orthonormal to 1e-7, in float64 to 1e-15."""
+    run, twin = (training(torch.float64 if dtype == torch.float32 else torch.float32) for _ in range(2))
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, solver=solver, refresh_every=1)
+    for i in range(12):
+        optimizer.zero_grad()
+        loss = run.loss(i)
+        if solver == "gradients":
+            optimizer.refresh_if_due([(lambda i=i: run.loss(i), 16) for i in range(4)])
+        elif solver == "lanczos":
+            optimizer.refresh_if_due(loss)
+        loss.backward()
+        optimizer.step()
+    saved = through_a_file(optimizer.state_dict())
+    run.model.to(dtype)
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.step()  # without gradients: it only takes note of the change
+    twin.model.to(dtype)
+    other = NSGD(twin.model.parameters(), lr=0.1, k=3, solver=solver)
+    other.load_state_dict(saved)
+    for vectors in (basis_of(optimizer), basis_of(other)):
+        assert vectors.dtype == dtype
+        gram = vectors.double() @ vectors.double().T
+        torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64), rtol=0, atol=error)
