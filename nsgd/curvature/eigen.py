@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nsgd.curvature.arpack import arpack
 from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian
-from nsgd.curvature.lanczos import lanczos
+from nsgd.curvature.lanczos import lanczos, rounding
 from nsgd.curvature.low_rank import Which
 from nsgd.curvature.nystrom import nystrom
-from nsgd.curvature.vectors import checked_params, random_unit, vector_dtype
+from nsgd.curvature.vectors import IN_RANGE, checked_params, length, random_unit, vector_dtype
 
 Solver = Literal["lanczos", "arpack", "nystrom"]
 
@@ -70,7 +70,8 @@ def top_eigenpairs(
             Default: the gradient where a loss is given, otherwise a vector drawn from ``seed``.
         max_hvps: Products allowed; when they are used up the best pairs so far are returned with
             ``converged=False``. Default: 6k + 40 for Lanczos, no limit for ARPACK; Nyström takes one for each row.
-        tol: Residuals at most ``tol * |lambda_1|`` count as converged (|lambda_1|: the largest of the k).
+        tol: Residuals at most ``tol * |lambda_1|`` count as converged (|lambda_1|: the largest of the k), and those that
+            are rounding beside the largest product seen.
         seed: Seeds every random vector; the global random state is not used.
         scale: What the loss was multiplied by; taken out of the eigenvalues.
         repeated: Lanczos only: after convergence, spend 10 products or more on making sure that no copy of a
@@ -104,6 +105,7 @@ def top_eigenpairs(
         if solver == "nystrom" and start is not None:
             block = start.to(device=params[0].device, dtype=vector_dtype(params))
             values, vectors = nystrom(hvp, block, k=k, which=which)
+            values = values * hvp.unit
             cost = math.nan if hessian is None else hessian.cost(hvp.count)
             residuals = torch.full_like(vectors[:, 0], math.nan)
             return Eigenpairs(values.to(vectors), vectors, residuals, hvp.count, cost, False)
@@ -120,8 +122,10 @@ def top_eigenpairs(
                 hvp, origin, k=k, which=which, max_hvps=max_hvps, tol=tol, generator=generator
             )
         cost = math.nan if hessian is None else hessian.cost(hvp.count)
-    residuals = residuals.to(vectors)
-    converged = bool((residuals <= tol * values.abs().max()).all())
+    # Where all of the k are nearly zero, residuals cannot be less than rounding of the products.
+    enough = max(tol * float(values.abs().max()), rounding(vectors.dtype) * hvp.largest)
+    converged = bool((residuals <= enough).all())
+    values, residuals = values * hvp.unit, (residuals * hvp.unit).to(vectors)
     return Eigenpairs(values.to(vectors), vectors, residuals, hvp.count, cost, converged)
 
 
@@ -149,11 +153,16 @@ def _scaled(hvp: HVP, scale: float) -> HVP:
 
 
 class _Counted:
-    """A product that counts its calls and refuses NaN and infinity."""
+    """A product that counts its calls and refuses NaN and infinity.
+
+    Its results are in units that float32 can square: 1, or the size of the first that is not zero, if that is far off.
+    """
 
     def __init__(self, hvp: HVP) -> None:
         self.hvp = hvp
         self.count = 0
+        self.unit = 1.0  # a power of two, so that nothing is rounded
+        self.largest = 0.0  # length of a product so far
 
     def __call__(self, vector: Tensor) -> Tensor:
         self.count += 1
@@ -164,7 +173,11 @@ class _Counted:
             raise FloatingPointError(
                 f"Hessian-vector product {self.count} is NaN or infinite; no eigenpairs can be taken"
             )
-        return result.detach()
+        size = length(result)
+        if size and not self.largest and not IN_RANGE[0] < size < IN_RANGE[1]:
+            self.unit = 2.0 ** max(-126, min(126, math.frexp(size)[1]))
+        self.largest = max(self.largest, size / self.unit)
+        return result.detach() / self.unit if self.unit != 1 else result.detach()
 
 
 def _start_vector(
@@ -177,7 +190,7 @@ def _start_vector(
         vector = hessian.gradient
     else:
         vector = torch.zeros(sum(p.numel() for p in params)).to(like)
-    norm = float(torch.linalg.vector_norm(vector))
+    norm = length(vector)
     if norm > 0 and math.isfinite(norm):
         return vector / norm
     return random_unit(vector, generator)

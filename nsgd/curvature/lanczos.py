@@ -8,11 +8,16 @@ from torch import Tensor
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP
 from nsgd.curvature.low_rank import Which, leading_indices
-from nsgd.curvature.vectors import matmul, random_unit
+from nsgd.curvature.vectors import length, matmul, random_unit
 
 # Products spent on a fresh random vector after convergence, in search of further copies of a repeated eigenvalue:
 # a Krylov space holds only one vector of each eigenspace. Ten tell an outlier from a bulk of any size in practice.
 _PROBE = 10
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What residuals are rounding below, as a share of the largest eigenvalue seen."""
+    return 10 * torch.finfo(dtype).eps
 
 
 @full_precision
@@ -26,8 +31,7 @@ def _orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _new_unit(vector: Tensor, basis: Tensor) -> Tensor:
     rest, _ = _orthogonalised(vector, basis)
-    norm: Tensor = torch.linalg.vector_norm(rest)
-    return rest / norm
+    return rest / length(rest)
 
 
 def lanczos(
@@ -53,7 +57,7 @@ def lanczos(
         k: Number of pairs.
         which: The end of the spectrum, as in :func:`nsgd.top_eigenpairs`.
         limit: Products allowed, at least k and at most P.
-        tol: Residuals at most ``tol * |lambda_1|`` count as converged.
+        tol: Residuals at most ``tol * |lambda_1|``, or rounding of the products, count as converged.
         generator: Draws the vectors that further chains start from.
         repeated: Whether to look for further copies of repeated eigenvalues.
 
@@ -73,7 +77,7 @@ def lanczos(
         basis[j] = vector
         rest, column = _orthogonalised(hvp(vector), basis[: j + 1])
         projected[j, : j + 1] = projected[: j + 1, j] = column.double().cpu()
-        beta = float(torch.linalg.vector_norm(rest))
+        beta = length(rest)
         ritz, coordinates = torch.linalg.eigh(projected[: j + 1, : j + 1])
         full = j + 1 == limit
         chosen = leading_indices(ritz, min(k, j + 1), which)
@@ -83,11 +87,12 @@ def lanczos(
         residuals = shares.sum(0)  # (k,)
         # Below this, what is left of the product is rounding: the space is invariant.
         closed = beta <= 100 * torch.finfo(start.dtype).eps * float(ritz.abs().max())
-        converged = j + 1 >= k and bool((residuals <= tol * values.abs().max()).all())
+        enough = max(tol * float(values.abs().max()), rounding(start.dtype) * float(ritz.abs().max()))
+        converged = j + 1 >= k and bool((residuals <= enough).all())
         if full:
             break
         if converged and (probing_from is not None or not (repeated or closed)):
-            unchanged = len(settled) == k and bool(((values - settled).abs() <= tol * values.abs().max()).all())
+            unchanged = len(settled) == k and bool(((values - settled).abs() <= enough).all())
             if probing_from is None or (unchanged and j + 1 - probing_from >= _PROBE):
                 break
             restart = closed or not unchanged

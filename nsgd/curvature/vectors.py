@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -64,6 +65,19 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; waits for the device."""
     # The sum takes a fraction of the time and no memory; it may overflow where the entries do not.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+# Between these, float32 holds the squares of the entries of a vector of this length, to the last digit.
+IN_RANGE = (1e-12, 1e12)
+
+
+def length(vector: Tensor) -> float:
+    """Length of a vector (P,), also where float32 would not hold the squares of its entries; waits for the device."""
+    norm = float(torch.linalg.vector_norm(vector))
+    if IN_RANGE[0] < norm < IN_RANGE[1]:
+        return norm
+    largest = float(vector.abs().max()) if len(vector) else 0.0
+    return largest * float(torch.linalg.vector_norm(vector / largest)) if 0 < largest < math.inf else largest
 
 
 def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -121,9 +121,18 @@ def stationary_variance(*, lr: float, curvature: float | Tensor, noise: float | 
 
     Returns:
         The variance, shaped like the curvature; infinite where lr h >= 2, which is unstable.
+
+    Raises:
+        ValueError: If the rate or a curvature is not positive, or a noise negative.
     """
-    pace = lr * torch.as_tensor(curvature, dtype=torch.float64)
-    return torch.where(pace < 2, pace * torch.as_tensor(noise, dtype=torch.float64) / (2 - pace), math.inf)
+    h, spread = (torch.as_tensor(value, dtype=torch.float64) for value in (curvature, noise))
+    if not lr > 0 or not bool((h > 0).all()) or not bool((spread >= 0).all()):
+        raise ValueError(
+            f"expected lr and curvature above 0 and noise of at least 0, got {lr}, {h.tolist()} and {spread.tolist()}; "
+            "elsewhere there is no stationary state"
+        )
+    pace = lr * h
+    return torch.where(pace < 2, pace * spread / (2 - pace), math.inf)
 
 
 def variance_ratio(weights: Tensor, *, lr: float, curvature: float | Tensor) -> Tensor:

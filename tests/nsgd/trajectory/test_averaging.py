@@ -174,3 +174,13 @@ def test_the_loss_between_two_points_is_exact_on_a_quadratic():
 def test_what_is_out_of_range_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": 0.0}, {"lr": -0.1}, {"curvature": -1.0}, {"curvature": 0.0}, {"noise": -1.0}]
+)
+def test_without_a_stationary_state_there_is_no_variance(options):
+    with pytest.raises(ValueError, match="expected lr and curvature above 0 and noise of at least 0"):
+        stationary_variance(**{"lr": 0.1, "curvature": 1.0, **options})
+    with pytest.raises(ValueError, match="there is no stationary state"):
+        squared_distance(2, lr=0.1, curvatures=torch.tensor([1.0, -1.0]))
