@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Literal, TypeGuard, get_args
+from numbers import Real
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
+from nsgd.curvature.checks import plain, shown, whole_number
 from nsgd.curvature.low_rank import Which
 
 # Where directions come from; "auto" goes by what the optimizer is given.
@@ -46,17 +47,20 @@ class DampingOptions:
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("refresh_every", 1), ("warmup_steps", 0), ("seed", 0)):
             value = getattr(self, name)
-            if name == "refresh_every" and value == "auto":
+            if name == "refresh_every" and isinstance(value, str) and value == "auto":
                 continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                kind = "'auto' or a whole number" if name == "refresh_every" else "a whole number"
-                raise ValueError(f"expected {name} to be {kind} of at least {least}, got {value!r}")
-            self._set(name, int(value))
+            kind = "'auto' or a whole number" if name == "refresh_every" else "a whole number"
+            most = 2**63 - 1 if name == "seed" else None  # what a generator takes
+            self._set(name, whole_number(name, value, least=least, most=most, kind=kind))
+        for name in ("gamma", "bulk_scale", "overhead", "decay", "step_decay", "save_basis"):
+            self._set(name, plain(getattr(self, name)))
+        if not isinstance(self.save_basis, bool):
+            raise ValueError(f"expected save_basis to be True or False, got {shown(self.save_basis)}")
         check_factors(self.gamma, self.bulk_scale)
         if not _is_number(self.overhead) or not 0 < self.overhead < math.inf:
             raise ValueError(
                 "expected overhead to be a number above 0, the share of training that refreshes may cost, got "
-                f"{self.overhead!r}"
+                f"{shown(self.overhead)}"
             )
         for name in ("gamma", "bulk_scale", "overhead"):
             self._set(name, float(getattr(self, name)))
@@ -66,11 +70,12 @@ class DampingOptions:
                 continue
             if not _is_number(value) or not 0 <= value < 1:
                 default = "; None is the default" if name == "decay" else ""
-                raise ValueError(f"expected {name} to be a number >= 0 and below 1, got {value!r}{default}")
+                raise ValueError(f"expected {name} to be a number >= 0 and below 1, got {shown(value)}{default}")
             self._set(name, float(value))
         for name, choices in (("which", get_args(Which)), ("solver", get_args(Estimator))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {shown(value)}")
         if self.solver == "random" and self.decay is not None:
             raise ValueError(
                 f"expected no decay with solver='random', whose directions are not averaged, got {self.decay!r}; leave "
@@ -82,17 +87,20 @@ class DampingOptions:
                 "there are none; its average forgets by step_decay a step"
             )
         dtype = self.basis_dtype
-        if dtype is not None and dtype not in _BASIS_DTYPES:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _BASIS_DTYPES):
             raise ValueError(
                 "expected basis_dtype to be torch.bfloat16, float16, float32 or float64, or None for the parameters' "
-                f"own (float32 at least), got {dtype!r}"
+                f"own (float32 at least), got {shown(dtype)}"
             )
 
-    def _set(self, name: str, value: float) -> None:
+    def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # a plain number, whichever library it came from, as files can hold
 
 
 _BASIS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+_MOST = 1e6  # a factor on a step that float32 bears
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -103,4 +111,8 @@ def check_factors(gamma: object, bulk_scale: object) -> None:
     """Raise a ValueError unless both are factors that a step can have."""
     for name, value in (("gamma", gamma), ("bulk_scale", bulk_scale)):
         if not _is_number(value) or not 0 <= value < math.inf:
-            raise ValueError(f"expected {name} to be a finite number >= 0 (1 leaves the step as it is), got {value!r}")
+            raise ValueError(
+                f"expected {name} to be a finite number >= 0 (1 leaves the step as it is), got {shown(value)}"
+            )
+        if value > _MOST:
+            raise ValueError(f"expected {name} of at most {_MOST:g}, more than which no step can bear, got {value}")

@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nsgd.curvature.arpack import arpack
+from nsgd.curvature.checks import is_real, plain, shown, whole_number
 from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian
 from nsgd.curvature.lanczos import lanczos, rounding
 from nsgd.curvature.low_rank import Which
@@ -70,8 +71,8 @@ def top_eigenpairs(
             Default: the gradient where a loss is given, otherwise a vector drawn from ``seed``.
         max_hvps: Products allowed; when they are used up the best pairs so far are returned with
             ``converged=False``. Default: 6k + 40 for Lanczos, no limit for ARPACK; Nyström takes one for each row.
-        tol: Residuals at most ``tol * |lambda_1|`` count as converged (|lambda_1|: the largest of the k), and those that
-            are rounding beside the largest product seen.
+        tol: Residuals at most ``tol * |lambda_1|`` count as converged (|lambda_1|: the largest of the k), and those
+            that are rounding beside the largest product seen.
         seed: Seeds every random vector; the global random state is not used.
         scale: What the loss was multiplied by; taken out of the eigenvalues.
         repeated: Lanczos only: after convergence, spend 10 products or more on making sure that no copy of a
@@ -87,7 +88,9 @@ def top_eigenpairs(
     """
     params = checked_params(params)
     size = sum(p.numel() for p in params)
-    _check(size, k=k, which=which, solver=solver, start=start, max_hvps=max_hvps, tol=tol)
+    k, max_hvps, tol, scale = plain(k), plain(max_hvps), plain(tol), plain(scale)
+    seed = whole_number("seed", seed, least=0, most=2**63 - 1)
+    _check(size, k=k, which=which, solver=solver, start=start, max_hvps=max_hvps, tol=tol, scale=scale)
     with ExitStack() as stack:
         hessian: LossHessian | None = None
         if isinstance(loss_or_hvp, Tensor | Sequence):
@@ -129,18 +132,22 @@ def top_eigenpairs(
     return Eigenpairs(values.to(vectors), vectors, residuals, hvp.count, cost, converged)
 
 
-def _check(
-    size: int, *, k: int, which: str, solver: str, start: Tensor | None, max_hvps: int | None, tol: float
-) -> None:
-    if not isinstance(k, int) or not 1 <= k <= size:
-        raise ValueError(f"expected k to be a whole number from 1 to the number of parameters, {size}, got {k}")
+def _check(size: int, *, k: Any, which: Any, solver: Any, start: Any, max_hvps: Any, tol: Any, scale: Any) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
+        raise ValueError(f"expected k to be a whole number from 1 to the number of parameters, {size}, got {shown(k)}")
     for name, value, kind in (("which", which, Which), ("solver", solver, Solver)):
-        if value not in get_args(kind):
-            raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {value!r}")
-    if max_hvps is not None and max_hvps < k:
-        raise ValueError(f"expected max_hvps of at least k = {k} (twice that for good directions), got {max_hvps}")
-    if not tol >= 0:
-        raise ValueError(f"expected tol >= 0, got {tol}")
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {shown(value)}")
+    if max_hvps is not None and (not isinstance(max_hvps, int) or isinstance(max_hvps, bool) or max_hvps < k):
+        raise ValueError(
+            f"expected max_hvps of at least k = {k} (twice that for good directions), got {shown(max_hvps)}"
+        )
+    if not is_real(tol) or not tol >= 0:
+        raise ValueError(f"expected tol >= 0, got {shown(tol)}")
+    if not is_real(scale) or scale == 0 or not math.isfinite(scale):
+        raise ValueError(f"expected scale to be a finite number other than 0, got {shown(scale)}")
+    if start is not None and (not isinstance(start, Tensor) or not start.is_floating_point()):
+        raise ValueError(f"expected start to be a tensor of real numbers, got {shown(start)}")
     if solver == "nystrom" and (start is None or start.ndim != 2 or len(start) < k):
         got = "none" if start is None else f"one of shape {tuple(start.shape)}"
         raise ValueError(f"solver='nystrom' expected a block of {k} rows or more as start, ({k}, {size}), got {got}")

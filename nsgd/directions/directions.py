@@ -29,7 +29,7 @@ from nsgd.directions.schedule import Counts, refresh_due
 from nsgd.directions.shards import check_shards, parts_of
 from nsgd.options import FROM_TRAINING, DampingOptions
 
-_SILENCE = 100  # steps without a refresh, where directions come from nothing else, before that is said
+_SILENCE = 10  # steps without a refresh, where directions come from nothing else, before that is said
 
 NOT_FINITE = "the loss is NaN or infinite, or its gradient is; no curvature can be taken there"
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import whole_number
 from nsgd.directions.samples import check_batch
 
 
@@ -41,8 +42,7 @@ def backward_in_chunks(
             loss is no scalar, which is seen before the first backward pass.
     """
     samples = check_batch(loss, tensors)
-    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
-        raise ValueError(f"expected chunks to be a whole number of at least 1, got {chunks!r}")
+    chunks = whole_number("chunks", chunks, least=1)
     most = min(chunks, samples)
     equal = [count for count in range(2, most + 1) if samples % count == 0]
     parts = [tensor.tensor_split(equal[-1] if equal else most) for tensor in tensors]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from symmetric_operators import OUTLIERS, SOLVERS, rotated, zeros
@@ -65,3 +66,34 @@ def test_parameters_that_cannot_train_are_a_value_error():
         top_eigenpairs(lambda v: v, [], k=1)
     with pytest.raises(ValueError, match="none of the 1 parameters requires a gradient"):
         top_eigenpairs(lambda v: v, [torch.zeros(3)], k=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": True}, "expected k to be a whole number from 1 to .*, got True"),
+        ({"scale": 0.0}, "expected scale to be a finite number other than 0, got 0.0"),
+        ({"scale": float("nan")}, "expected scale to be a finite number other than 0, got nan"),
+        ({"seed": None}, "expected seed to be a whole number of at least 0, got None"),
+        ({"start": [1.0]}, "expected start to be a tensor of real numbers, got .1.0"),
+        ({"tol": "x"}, "expected tol >= 0, got 'x'"),
+        ({"max_hvps": 2.5}, "expected max_hvps of at least k"),
+    ],
+)
+def test_options_of_another_kind_are_one_sentence(options, message):
+    w = torch.nn.Parameter(torch.ones(5))
+    with pytest.raises(ValueError, match=message):
+        top_eigenpairs(w.square().sum(), [w], **{"k": 2, **options})
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    w = torch.nn.Parameter(torch.arange(1.0, 6.0))
+    given = {
+        "k": np.int64(2),
+        "seed": np.int64(3),
+        "max_hvps": torch.tensor(20),
+        "tol": np.float32(1e-3),
+        "scale": 2 * torch.ones(()),
+    }
+    pairs = top_eigenpairs((w**4).sum() * 2, [w], **given)
+    assert pairs.eigenvalues.tolist() == pytest.approx([300.0, 192.0], rel=1e-4)  # 12 w^2

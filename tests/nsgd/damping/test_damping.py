@@ -309,11 +309,8 @@ def test_a_basis_that_is_not_finite_does_not_poison_the_parameters(training, fla
     run = training()
     optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.1)
     optimizer.backward(value := run.loss(0), curvature=value)
-    state = optimizer.state_dict()
-    for value in (float("nan"), float("inf")):
-        bad = copy.deepcopy(state)
-        bad["state"][0]["directions"][1].view(-1)[2] = value
-        optimizer.load_state_dict(bad)
+    for value in (float("nan"), float("inf")):  # a checkpoint with such a basis is refused
+        optimizer._directions.blocks[0].basis[1, 2] = value
         before = flat(run.model.parameters())
         optimizer.step()
         assert torch.isfinite(flat(run.model.parameters())).all()

@@ -28,6 +28,12 @@ OUT_OF_RANGE = [
     ({"decay": 1.0}, "expected decay to be a number >= 0 and below 1, got 1.0"),
     ({"decay": -0.1}, "expected decay to be a number >= 0 and below 1, got -0.1"),
     ({"warmup_steps": -1}, "expected warmup_steps to be a whole number of at least 0, got -1"),
+    ({"gamma": 1e300}, "expected gamma of at most 1e.06, more than which no step can bear, got 1e.300"),
+    ({"save_basis": "x"}, "expected save_basis to be True or False, got 'x'"),
+    ({"seed": 10**30}, "expected seed of at most 9223372036854775807, got 10000"),
+    ({"k": torch.ones(3)}, "expected k to be a whole number of at least 1, got a Tensor of shape"),
+    ({"gamma": np.ones(2)}, "expected gamma to be a finite number >= 0 .*got a ndarray of shape"),
+    ({"solver": ["auto"]}, "expected solver to be one of auto, .*got ..auto"),
     ({"which": "BE"}, "expected which to be one of LA, LM, SA, got 'BE'"),
     (
         {"solver": "power"},
@@ -57,6 +63,19 @@ def test_numbers_of_other_libraries_are_numbers_and_a_checkpoint_with_them_loads
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert optimizer.param_groups[0]["gamma"] == 0.25
+
+
+def test_tensors_without_dimensions_are_numbers(training):
+    run = training()
+    given = {"k": torch.tensor(3), "gamma": torch.tensor(0.5), "seed": np.array(2), "save_basis": np.True_}
+    options = NSGD(run.model.parameters(), lr=0.1, **given).options
+    assert (options.k, options.gamma, options.seed, options.save_basis) == (3, 0.5, 2, True)
+    assert [type(getattr(options, name)) for name in given] == [int, float, int, bool]
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=3)
+    assert optimizer.refresh(2 * run.loss(0), torch.tensor(2.0), batch_fraction=np.float32(0.5))
+    other = NSGD(run.model.parameters(), lr=0.1, k=3)
+    other.refresh(run.loss(0))
+    assert optimizer.eigenvalues == pytest.approx(other.eigenvalues, rel=1e-4)
 
 
 @pytest.mark.parametrize("value", ["0.1", -1.0, float("nan"), None])
@@ -92,10 +111,10 @@ def test_a_loop_that_never_refreshes_where_the_solver_wants_it_is_told_once(solv
     p = nn.Parameter(torch.ones(30))
     optimizer = NSGD([p], lr=0.01, solver=solver, warmup_steps=3)
     p.grad = torch.ones(30)
-    for _ in range(102):
+    for _ in range(12):
         optimizer.step()
     with pytest.warns(
-        UserWarning, match=f"100 steps with solver='{solver}' and no refresh .* take solver='auto'"
+        UserWarning, match=f"10 steps with solver='{solver}' and no refresh .* take solver='auto'"
     ) as said:
         optimizer.step()
     for _ in range(200):
