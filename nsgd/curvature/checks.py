@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def plain(value: Any) -> Any:
@@ -47,9 +53,75 @@ def above_zero(name: str, value: Any) -> float:
     return float(number)
 
 
+def check_vectors(size: int | None = None, **vectors: Tensor) -> None:
+    """Raise a ValueError unless these are vectors of one length: the size, or that of the first."""
+    for name, vector in vectors.items():
+        if vector.ndim != 1 or (size is not None and len(vector) != size):
+            wanted = "of one dimension" if size is None else f"of shape ({size},)"
+            raise ValueError(f"expected {name} to be a tensor {wanted}, got one of shape {tuple(vector.shape)}")
+        size = len(vector)
+
+
 def shown(value: Any) -> str:
     """What was got, in a few words of one line."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def of_their_kind(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Check what a function is given by its annotations, at the entry: numbers, real tensors, callables.
+
+    Numbers of any library become Python's own. Ranges and shapes are the function's to check.
+    """
+    signature = inspect.signature(function)
+    kinds = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
+
+    @wraps(function)
+    def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}: {error}") from None
+        for name, value in given.arguments.items():
+            given.arguments[name] = _of_kind(name, value, kinds[name])
+        return function(*given.args, **given.kwargs)
+
+    return checked
+
+
+_LARGEST = int(np.finfo(np.float64).max)
+
+_WORDS = {
+    "float": "a number",
+    "int": "a whole number",
+    "Tensor": "a tensor of real numbers",
+    "Sequence[float]": "a sequence of numbers",
+    "Closure": "a function that computes the loss",
+    "HVP": "a function from (P,) to (P,)",
+    "None": "None",
+}
+
+
+def _of_kind(name: str, value: Any, annotation: str) -> Any:
+    kinds = annotation.split(" | ")
+    if not set(kinds) <= set(_WORDS):
+        return value
+    if "Tensor" not in kinds or not isinstance(value, Tensor):
+        value = plain(value)
+    if "float" in kinds and "int" not in kinds and type(value) is int and abs(value) < _LARGEST:
+        value = float(value)  # a tensor takes no whole number of more than 64 bits
+    fits = {
+        "float": is_real(value),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "Tensor": isinstance(value, Tensor) and not value.is_complex(),
+        "Sequence[float]": isinstance(value, Sequence | np.ndarray) and all(is_real(plain(item)) for item in value),
+        "Closure": callable(value),
+        "HVP": callable(value),
+        "None": value is None,
+    }
+    if not any(fits[kind] for kind in kinds):
+        words = " or ".join(_WORDS[kind] for kind in kinds)
+        raise ValueError(f"expected {name} to be {words}, got {shown(value)}")
+    return value

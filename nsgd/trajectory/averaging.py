@@ -17,7 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import of_their_kind
 
+
+@of_their_kind
 def ema_weights(steps: int, *, decay: float) -> Tensor:
     """Weights (steps + 1,) of the exponential moving average that starts at theta_0: decay^T on it.
 
@@ -36,6 +39,7 @@ def ema_weights(steps: int, *, decay: float) -> Tensor:
     return weights
 
 
+@of_their_kind
 def swa_weights(steps: int, *, window: int) -> Tensor:
     """Weights (steps + 1,) of the plain mean of the last ``window`` iterates, theta_T among them.
 
@@ -52,6 +56,7 @@ def swa_weights(steps: int, *, window: int) -> Tensor:
     return weights
 
 
+@of_their_kind
 def two_point_weights(steps: int, *, spacing: int) -> Tensor:
     """Weights (steps + 1,) of the mean of theta_T and theta_{T - spacing}.
 
@@ -66,6 +71,7 @@ def two_point_weights(steps: int, *, spacing: int) -> Tensor:
     return weights
 
 
+@of_their_kind
 def tail_sums(weights: Tensor) -> Tensor:
     """Share of each gradient in an average of iterates, (T,): W_t = sum of w_k over k > t.
 
@@ -79,6 +85,7 @@ def tail_sums(weights: Tensor) -> Tensor:
     return weights.flip(0).cumsum(0).flip(0)[1:]
 
 
+@of_their_kind
 def equivalent_schedule(weights: Tensor, *, lr: float, curvature: float | Tensor) -> Tensor:
     """Learning rates under which the last iterate of SGD is the average of SGD at a constant rate, on a quadratic.
 
@@ -111,6 +118,7 @@ def equivalent_schedule(weights: Tensor, *, lr: float, curvature: float | Tensor
     return rates
 
 
+@of_their_kind
 def stationary_variance(*, lr: float, curvature: float | Tensor, noise: float | Tensor = 1.0) -> Tensor:
     """Variance of the last iterate of SGD at a constant rate along a direction: lr h s^2 / (2 - lr h).
 
@@ -135,6 +143,7 @@ def stationary_variance(*, lr: float, curvature: float | Tensor, noise: float | 
     return torch.where(pace < 2, pace * spread / (2 - pace), math.inf)
 
 
+@of_their_kind
 def variance_ratio(weights: Tensor, *, lr: float, curvature: float | Tensor) -> Tensor:
     """Stationary variance of an average of iterates, as a share of that of the last one: sum_ij w_i w_j rho^|i - j|.
 
@@ -155,6 +164,7 @@ def variance_ratio(weights: Tensor, *, lr: float, curvature: float | Tensor) -> 
     return total
 
 
+@of_their_kind
 def squared_distance(spacing: int | Tensor, *, lr: float, curvatures: Tensor, noise: float | Tensor = 1.0) -> Tensor:
     """Expected squared distance of two iterates at stationarity: sum_i 2 v_i (1 - rho_i^spacing), v_i their variances.
 
@@ -173,6 +183,7 @@ def squared_distance(spacing: int | Tensor, *, lr: float, curvatures: Tensor, no
     return total
 
 
+@of_their_kind
 def two_point_loss(losses: Sequence[float] | Tensor, *, curvature: float | Tensor) -> Tensor:
     """Loss at the mean of two points: (L_a + L_b) / 2 - d^T H d / 8, exact for a quadratic.
 

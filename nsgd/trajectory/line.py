@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import check_vectors, of_their_kind
 from nsgd.curvature.guard import RandomState, untouched
 from nsgd.curvature.hessian import Closure
 from nsgd.curvature.vectors import checked_params, split
 
 
+@of_their_kind
 @contextmanager
 def moved(params: Iterable[Tensor], direction: Tensor, step: float) -> Iterator[None]:
     """Hold parameters at ``params + step * direction``; on leaving they are what they were, to the bit.
@@ -48,6 +50,7 @@ def moved(params: Iterable[Tensor], direction: Tensor, step: float) -> Iterator[
                 p.copy_(start)
 
 
+@of_their_kind
 def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, steps: Sequence[float]) -> Tensor:
     """Losses at ``params + step * direction`` for each step, (n,) float64 on the CPU.
 
@@ -66,6 +69,8 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     """
     params = checked_params(params)
     device = params[0].device
+    if len(steps) == 0:
+        raise ValueError("expected one step or more to go along the direction, got none")
     random_state = RandomState(device)
     values = []
     for step in steps:
@@ -75,6 +80,7 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     return torch.stack(values)
 
 
+@of_their_kind
 def vertex(positions: Tensor, losses: Tensor) -> tuple[float, float]:
     """Position and value of the vertex of the parabola through the three lowest points.
 
@@ -87,6 +93,7 @@ def vertex(positions: Tensor, losses: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: If there are fewer than three points.
     """
+    check_vectors(positions=positions)
     if len(positions) < 3 or positions.shape != losses.shape:
         raise ValueError(
             f"expected three points or more, a loss for each position, got shapes {tuple(positions.shape)} and "

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nsgd.curvature.checks import of_their_kind
+
 
 @dataclass(frozen=True)
 class OwnBatch:
@@ -30,7 +32,11 @@ class OwnBatch:
     @property
     def best_loss(self) -> float:
         """The loss there, l - |g|^4 / (2 g^T H g)."""
-        return self.loss - self.squared_gradient**2 / (2 * self.curvature) if self.curvature > 0 else -math.inf
+        return (
+            self.loss - self.squared_gradient * self.squared_gradient / (2 * self.curvature)
+            if self.curvature > 0
+            else -math.inf
+        )
 
     @property
     def sharpness(self) -> float:
@@ -43,6 +49,7 @@ class OwnBatch:
         return self.loss - rates * self.squared_gradient + rates**2 * (self.curvature / 2)
 
 
+@of_their_kind
 def r_squared(measured: Tensor, predicted: Tensor) -> float:
     """Share of the variance of measured losses (n,) that a prediction explains; NaN where they do not vary."""
     measured, predicted = measured.double(), predicted.double()
@@ -50,6 +57,7 @@ def r_squared(measured: Tensor, predicted: Tensor) -> float:
     return float(1 - (measured - predicted).square().sum() / total) if total > 0 else math.nan
 
 
+@of_their_kind
 def held_out_loss(rates: Tensor, *, curvature: float, variance: float, noise: float) -> Tensor:
     """Mean loss of an unseen batch after one step at each rate, (n,), along a direction of the model.
 
@@ -65,6 +73,7 @@ def held_out_loss(rates: Tensor, *, curvature: float, variance: float, noise: fl
     return curvature / 2 * ((1 - pace) ** 2 * variance + pace**2 * noise + noise)
 
 
+@of_their_kind
 def held_out_rate(*, curvature: float, variance: float, noise: float) -> float:
     """Best rate for an unseen batch, z^2 / (z^2 + s^2) / h; it breaks even at twice that.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import check_vectors, of_their_kind
 from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP, Closure, loss_hessian
@@ -26,22 +27,28 @@ MULTIPLES = (1 / 4, 1 / 3, 1 / 2, 1.0, 2.0, 3.0, 4.0)
 OFFSETS = (-16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
+@of_their_kind
 def root_sum_square(eigenvalues: Tensor) -> float:
     """Root of the sum of squares of the top eigenvalues; of the top 50 it is the paper's Frobenius norm."""
     return float(torch.linalg.vector_norm(eigenvalues.double()))
 
 
+@of_their_kind
 @full_precision
 def alignment(gradient: Tensor, directions: Tensor) -> Tensor:
     """Cosines of a gradient (P,) with orthonormal directions (k, P); NaN without a gradient. Shape (k,), float64.
 
     The root of the sum of their squares is the share of the gradient, in norm, that lies in the span.
     """
+    check_vectors(gradient=gradient)
+    if directions.ndim != 2 or directions.shape[1] != len(gradient):
+        raise ValueError(f"expected directions of shape (k, {len(gradient)}), got {tuple(directions.shape)}")
     length: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
     inside: Tensor = directions @ gradient
     return inside.double().cpu() / length.cpu()
 
 
+@of_their_kind
 def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor, OwnBatch]:
     """A batch's gradient (P,), and its loss along it: a gradient and a product, worth three gradients.
 
@@ -62,6 +69,7 @@ def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor,
     return gradient, OwnBatch(float(values[0]), float(torch.dot(gradient, gradient)), float(curvature))
 
 
+@of_their_kind
 def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]) -> float:
     """Mean over batches of g^T H_B g / |g|^2, the batch's own curvature along its own gradient.
 
@@ -74,6 +82,7 @@ def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]
     return sum(values) / len(values)
 
 
+@of_their_kind
 def cross_section(
     loss: Closure, params: Iterable[Tensor], direction: Tensor, *, scale: float, offsets: Sequence[float] = OFFSETS
 ) -> Tensor:
@@ -89,6 +98,7 @@ def cross_section(
     return losses_along(loss, params, direction, [offset * scale for offset in offsets])
 
 
+@of_their_kind
 def step_losses(
     loss: Closure,
     params: Iterable[Tensor],
@@ -110,10 +120,12 @@ def step_losses(
         direction: Of length 1, (P,): the step is -a lr (g . e) e. None for the whole step.
         multiples: a, (n,).
     """
+    check_vectors(gradient=gradient, direction=gradient if direction is None else direction)
     move = gradient if direction is None else torch.dot(gradient, direction) * direction
     return losses_along(loss, params, -lr * move, multiples)
 
 
+@of_their_kind
 def best_multiple(*, lr: float, eigenvalue: float, slope: float, second_moment: float) -> float:
     """The a at which :func:`step_losses` is least in the mean over batches, along an eigenvector of a quadratic.
 
@@ -131,9 +143,10 @@ def best_multiple(*, lr: float, eigenvalue: float, slope: float, second_moment: 
         second_moment: E<g, e>^2 over batches.
     """
     bend = lr * eigenvalue * second_moment
-    return slope**2 / bend if bend > 0 else math.inf
+    return slope * slope / bend if bend > 0 else math.inf
 
 
+@of_their_kind
 def stability_limit(*, lr: float, momentum: float = 0.0, gamma: float = 1.0, sine: float = 0.0) -> float:
     """Curvature up to which steps are stable, (2 + 2 momentum) / (lr (gamma + (1 - gamma) sin^2 phi)).
 
@@ -147,10 +160,11 @@ def stability_limit(*, lr: float, momentum: float = 0.0, gamma: float = 1.0, sin
         gamma: Factor on the step along the directions.
         sine: sin(phi), the part of the true direction outside of the basis.
     """
-    factor = lr * (gamma + (1 - gamma) * sine**2)
+    factor = lr * (gamma + (1 - gamma) * sine * sine)
     return (2 + 2 * momentum) / factor if factor > 0 else math.inf
 
 
+@of_their_kind
 def damped_sharpness(
     hvp: HVP,
     params: Iterable[Tensor],
@@ -184,6 +198,7 @@ def damped_sharpness(
     return top_eigenpairs(lambda v: root(hvp(root(v))), params, k=1, **options)
 
 
+@of_their_kind
 def random_direction(params: Iterable[Tensor], *, seed: int) -> Tensor:
     """A direction (P,) of length 1, uniform on the sphere, the paper's control."""
     params = checked_params(params)

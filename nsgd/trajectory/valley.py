@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import check_vectors, of_their_kind
 from nsgd.trajectory.line import vertex
 
 
@@ -31,6 +32,7 @@ class Segment:
     barrier: float  # how far an inner point lies above both ends; 0 where none does
 
 
+@of_their_kind
 def segment(alphas: Tensor, losses: Tensor) -> Segment:
     """Findings about the valley from the losses along one step.
 
@@ -41,6 +43,7 @@ def segment(alphas: Tensor, losses: Tensor) -> Segment:
     Raises:
         ValueError: If the alphas are not such.
     """
+    check_vectors(alphas=alphas, losses=losses)
     if len(alphas) < 3 or float(alphas[0]) != 0 or float(alphas[-1]) != 1 or not bool((alphas.diff() > 0).all()):
         raise ValueError(f"expected alphas ascending from 0 to 1, three or more, got {alphas.tolist()}")
     alphas, losses = alphas.double().cpu(), losses.double().cpu()
@@ -58,6 +61,7 @@ def segment(alphas: Tensor, losses: Tensor) -> Segment:
     )
 
 
+@of_their_kind
 def predicted_position(slope: float, curvature: float) -> float:
     """The place of the floor on a quadratic: alpha* = -grad L . d / (d^T H d), d the step taken; NaN on a concave one.
 
@@ -71,6 +75,7 @@ def predicted_position(slope: float, curvature: float) -> float:
     return -slope / curvature if curvature > 0 else math.nan
 
 
+@of_their_kind
 def predicted_height(slope: float, curvature: float) -> float:
     """Height above the floor on a quadratic: (c / 4) (alpha*^2 + (1 - alpha*)^2), c = d^T H d; NaN on a concave one.
 
@@ -79,9 +84,10 @@ def predicted_height(slope: float, curvature: float) -> float:
         curvature: d^T H d.
     """
     best = predicted_position(slope, curvature)
-    return curvature / 4 * (best**2 + (1 - best) ** 2)
+    return curvature / 4 * (best * best + (1 - best) * (1 - best))
 
 
+@of_their_kind
 def floor_barriers(floors: Tensor) -> Tensor:
     """Heights of the barriers along the floor, (m,): how far each rise climbs before the floor falls again.
 
@@ -90,6 +96,7 @@ def floor_barriers(floors: Tensor) -> Tensor:
     Args:
         floors: Losses of consecutive floors, (T,).
     """
+    check_vectors(floors=floors)
     rises, bottom, top = [], math.inf, math.inf
     for value in floors.tolist():
         if value < top:
@@ -99,10 +106,12 @@ def floor_barriers(floors: Tensor) -> Tensor:
     return torch.tensor([rise for rise in rises if rise > 0], dtype=torch.float64)
 
 
+@of_their_kind
 def cosine(one: Tensor, other: Tensor) -> float:
     """Cosine of the angle between two vectors, such as consecutive gradients; NaN where one is 0.
 
     Its mean depends on the batch size as well: noise hides the direction. The floor's position does not.
     """
+    check_vectors(one=one, other=other)
     lengths = torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)
     return float(torch.dot(one, other) / lengths) if lengths > 0 else math.nan
