@@ -104,20 +104,16 @@ class ReadOuts(pl.Callback):
         if name not in self.available:
             raise ValueError(f"expected a read-out among {', '.join(self.available)}, got {name!r}")
         params = list(module.parameters())
-        last = [p.detach().clone() for p in params]
         with untouched(module, device=module.device):
-            try:
-                if name != "last":
-                    values = self._averages[name]
-                    if name == "two-point":
-                        values = [(a + b.to(a)) / 2 for a, b in zip(values, last, strict=True)]
-                    _assign(params, values)
-                module.eval()
-                if calibration is not None:
-                    _recalibrate(module, calibration, self._training)
-                yield module
-            finally:
-                _assign(params, last)
+            if name != "last":
+                values = self._averages[name]
+                if name == "two-point":
+                    values = [(a + p.detach().to(a)) / 2 for a, p in zip(values, params, strict=True)]
+                _assign(params, values)
+            module.eval()
+            if calibration is not None:
+                _recalibrate(module, calibration, self._training)
+            yield module
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""

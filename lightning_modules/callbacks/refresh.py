@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.callbacks.curvature_batches import CurvatureBatches, Parts, columns_of
 from lightning_modules.data.cutting import batch_size_of
 from lightning_modules.models.batch_loss import batch_loss, batch_losses
+from nsgd.curvature.copies import fresh_batch
 from nsgd.damping.step import Damped
 from nsgd.directions.processes import alike
 from nsgd.directions.samples import SampleLosses, check_chunk_size
@@ -26,9 +27,10 @@ class RefreshDirections(pl.Callback):
     For directions from single samples or from products. By themselves, without this callback, NSGD and damped
     optimizers take theirs from the gradients that training leaves.
 
-    Training itself stays bit-identical: buffers, random state, metrics and logged values see one forward pass. To the
-    module's loggers, at most once in ``log_every_n_steps`` of the trainer, go the largest weight of the directions and
-    the sum of all (``nsgd/weight_1``, ``nsgd/weight_sum``), the same of the eigenvalues where products found some
+    Training itself stays bit-identical: batch, parameters, buffers, attributes, random state, metrics and logged values
+    see one forward pass; what ``on_train_batch_start`` of the module does to a batch is not repeated. To the module's
+    loggers, at most once in ``log_every_n_steps`` of the trainer, go the largest weight of the directions and the sum
+    of all (``nsgd/weight_1``, ``nsgd/weight_sum``), the same of the eigenvalues where products found some
     (``nsgd/lambda_1``, ``nsgd/lambda_sum``), ``nsgd/overlap`` with the last basis, ``nsgd/alignment`` of the last step
     with it, and ``nsgd/hvps`` and ``nsgd/cost_gradients`` so far; and, there and in the progress bar,
     ``nsgd/cost_per_step``, the gradients that refreshes have cost for each step. Those of several damped optimizers go
@@ -56,7 +58,8 @@ class RefreshDirections(pl.Callback):
             memory.
 
     Raises:
-        ValueError: If an option is out of range; when training starts, if no optimizer is damped.
+        ValueError: If an option is out of range; when training starts, if no optimizer is damped; in training, if the
+            loss of a batch is to be computed again that cannot be copied.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class RefreshDirections(pl.Callback):
         self._batches = CurvatureBatches(samples, group_size, source, seed)
         self.optimizer, self.chunk_size = optimizer, chunk_size
         self._batch: Any = None
+        self._copied: Any = None  # before the training_step had it: a copy, or why there is none
         self._batch_idx = 0
         self._full_size = 1  # samples in the largest batch so far: the last of an epoch may be short
         self._logged: dict[int, int] = {}  # optimizer to the step that it was last logged at
@@ -101,14 +105,21 @@ class RefreshDirections(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the running batch."""
-        self._batch, self._batch_idx = batch, batch_idx
+        """Note the running batch, with a copy where a refresh may come: the training_step may consume it."""
+        self._batch, self._batch_idx, self._copied = batch, batch_idx, None
+        # Manual optimization may step, and so be due for a refresh, within the batch.
+        due = (o for o in self._candidates(trainer) if isinstance(o, Damped))
+        if any(o.refresh_due or not pl_module.automatic_optimization for o in due):
+            try:
+                self._copied = fresh_batch(batch)
+            except ValueError as error:  # of no matter, unless its loss is computed again
+                self._copied = error
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the batch go, and tell the progress bar what refreshes have cost for each step so far."""
-        self._batch = None
+        self._batch = self._copied = None
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Damped) and optimizer.refreshes and not optimizer.from_training_gradients:
                 # Not by module.log, whose results are the module's own: in callback_metrics, and reset with them.
@@ -140,11 +151,14 @@ class RefreshDirections(pl.Callback):
         accumulate = trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else float(scaler.get_scale())
-        parts = self._batches.parts(trainer, module, optimizer, self._batch, self._tell_once)
+        batch = self._batch if isinstance(self._copied, ValueError) else self._copied
+        parts = self._batches.parts(trainer, module, optimizer, batch, self._tell_once)
         in_groups = parts is not None and len(parts) > 1 and optimizer.options.solver in ("auto", "gradients")
         if not alike(-1 if parts is None else in_groups, module.device) or parts is None:
             return
-        size = batch_size_of(self._batch) or 1
+        if parts and isinstance(self._copied, ValueError) and self._batches.source == "batch":
+            raise self._copied
+        size = batch_size_of(batch) or 1
         self._full_size = max(self._full_size, size)
         if parts:
             fraction = sum(n for _, n in parts) / (self._full_size * accumulate)
@@ -163,7 +177,8 @@ class RefreshDirections(pl.Callback):
             return options["scale"] * loss_of(batch, self._batch_idx)
 
         if len(parts) == 1:
-            return optimizer.refresh(partial(scaled, partial(batch_loss, module), parts[0][0]), **options)
+            with batch_losses(module) as loss_of:
+                return optimizer.refresh(partial(scaled, loss_of, parts[0][0]), **options)
         if optimizer.options.solver not in ("auto", "gradients"):
             # A product needs the same loss every time.
             pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]

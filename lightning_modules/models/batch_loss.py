@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import random
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import Tensor
 
+from nsgd.curvature.copies import fresh_batch
 from nsgd.curvature.guard import untouched
 
 
@@ -30,14 +27,16 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
     """A function from a batch and its index to its training loss; on leaving, nothing is left behind.
 
     The loss is ``module.curvature_loss(batch)``, or ``(batch, batch_idx)``, where the module defines that, else its
-    ``training_step``; all under :func:`unnoticed` and the trainer's precision.
+    ``training_step``; all under :func:`unnoticed` and the trainer's precision. Each call has a copy of its batch, which
+    it may consume.
 
     Args:
         module: Any LightningModule. One with manual optimization needs ``curvature_loss``, since its
             ``training_step`` would take optimizer steps. Batches have to be on its device already.
 
     Raises:
-        ValueError: If the module optimizes manually without ``curvature_loss``, or no loss comes back.
+        ValueError: If the module optimizes manually without ``curvature_loss``; from the function, if a batch cannot be
+            copied, or no loss comes back.
     """
     curvature_loss = getattr(module, "curvature_loss", None)
     if curvature_loss is None and not module.automatic_optimization:
@@ -48,6 +47,7 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
     trainer = module._trainer
 
     def loss_of(batch: Any, batch_idx: int) -> Tensor:
+        batch = fresh_batch(batch)
         with nullcontext() if trainer is None else trainer.precision_plugin.train_step_context():
             if curvature_loss is None:
                 output = run_step(module.training_step, batch, batch_idx)
@@ -65,10 +65,10 @@ def batch_losses(module: pl.LightningModule) -> Iterator[Callable[[Any, int], Te
 def unnoticed(module: pl.LightningModule) -> Iterator[None]:
     """Steps of a module that leave nothing behind: ``log`` and loggers are muted inside.
 
-    Buffers, modes, random state, metric states and the module's own attributes (counters, lists of outputs) are as
-    before afterwards.
+    Parameters' values, buffers, modes, random state, metric states and the module's own attributes (counters, lists of
+    outputs) are as before afterwards.
     """
-    guards = (torch.inference_mode(False), torch.enable_grad(), _shelved(module), _no_loggers(module._trainer))
+    guards = (torch.inference_mode(False), torch.enable_grad(), _no_loggers(module._trainer))
     with ExitStack() as stack:
         for guard in (*guards, untouched(module, device=module.device)):
             stack.enter_context(guard)
@@ -114,50 +114,3 @@ def _no_loggers(trainer: pl.Trainer | None) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-@contextmanager
-def _shelved(root: nn.Module) -> Iterator[None]:
-    """Put every module's attributes back afterwards; inside, tensors, containers and plain objects are copies."""
-    attributes_of_modules = [(module, dict(vars(module))) for module in root.modules()]
-    try:
-        for module, attributes in attributes_of_modules:
-            vars(module).update({name: _copied(value) for name, value in attributes.items()})
-        yield
-    finally:
-        for module, attributes in attributes_of_modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if _is_own(value):
-        same = object.__new__(type(value))
-        same.__dict__.update({name: _container(inner) for name, inner in vars(value).items()})
-        return same
-    return _container(value)
-
-
-def _is_own(value: Any) -> bool:
-    """Whether an attribute is a plain object of the user's, such as a meter that sums up losses."""
-    cls: Any = type(value)
-    foreign = cls.__module__.split(".")[0] in ("torch", "torchmetrics", "pytorch_lightning", "lightning", "builtins")
-    plain = cls.__new__ is object.__new__ and hasattr(value, "__dict__") and not hasattr(cls, "__slots__")
-    return plain and not foreign and not callable(value) and not isinstance(value, nn.Module | type)
-
-
-def _container(value: Any) -> Any:
-    """A copy of a Python container and of those inside, and of a generator; everything else is itself."""
-    if type(value) is list:
-        return [_container(item) for item in value]
-    if type(value) in (dict, defaultdict, OrderedDict):
-        copied = copy.copy(value)
-        copied.update((key, _container(item)) for key, item in value.items())
-        return copied
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    if isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
-        return copy.deepcopy(value)
-    return copy.copy(value) if type(value) in (set, deque) else value

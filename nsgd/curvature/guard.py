@@ -1,9 +1,9 @@
-"""Evaluate a loss and leave no trace: buffers, modes and random state are as found; compute outside autocast."""
+"""Evaluate a loss and leave no trace: modules and random state are as found; compute outside autocast."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -11,6 +11,9 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nsgd.curvature.copies import copied_attributes
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -18,48 +21,112 @@ Result = TypeVar("Result")
 
 @contextmanager
 def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Leave buffers, train/eval modes and random state (torch, Python, NumPy) as found, also after an exception.
+    """Leave modules and random state (torch, Python, NumPy) as found, also after an exception.
 
-    Inside, modules work on copies of their buffers: the originals are never written, so a graph that was recorded
-    earlier still finds them unchanged. Covers the modules given, and any other from its first forward pass on.
+    Of modules that is: values of parameters, buffers, train/eval modes, and attributes, such as a hidden state, a
+    counter, or a weight that pruning computes. Inside, modules work on copies of their buffers and attributes: the
+    originals are never written, so a graph that was recorded earlier still finds them unchanged. Covers the modules
+    given, and any other from its first forward pass on. Costs a copy of their parameters and buffers.
 
     Args:
         modules: Modules to guard from the start, with their children.
         device: An accelerator whose random state is kept as well as the CPU's.
     """
-    seen: dict[nn.Module, tuple[bool, set[str]]] = {}  # mode and names of the buffers
-    originals: list[tuple[nn.Module, str, Tensor]] = []
-    copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
-
-    def guard(module: nn.Module) -> None:
-        for m in module.modules():
-            if m in seen:
-                continue
-            buffers = list(m.named_buffers(recurse=False, remove_duplicate=False))
-            seen[m] = m.training, {name for name, _ in buffers}
-            for name, buffer in buffers:
-                originals.append((m, name, buffer))
-                setattr(m, name, copies.setdefault(id(buffer), buffer.detach().clone()))
+    found = _Found()
 
     def on_forward(module: nn.Module, _: Any) -> None:
-        if module not in seen:
-            guard(module)
+        found.note(module)
 
     random_state = RandomState(device)
     hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
     try:
         for module in modules:
-            guard(module)
+            found.note(module)
         yield
     finally:
         hook.remove()
-        for m, name, buffer in originals:
-            setattr(m, name, buffer)
-        for m, (mode, names) in seen.items():
-            m.training = mode
-            for name in [name for name, _ in m.named_buffers(recurse=False) if name not in names]:
-                delattr(m, name)  # registered by the forward pass
+        found.restore()
         random_state.restore()
+
+
+class _Found:
+    """Modules as they were when they were noted."""
+
+    def __init__(self) -> None:
+        # By identity: a metric's hash changes with its states.
+        self._modes: dict[int, tuple[nn.Module, bool]] = {}
+        self._attributes: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []  # original and copy
+        self._parameters: dict[Tensor, tuple[Tensor, Tensor]] = {}  # its data, and a copy of that
+        self._versions = ExitStack()
+        self._copies: dict[int, Any] = {}  # a buffer shared by two modules stays shared
+
+    def note(self, root: nn.Module) -> None:
+        """Note a module and its children, if they have not been yet."""
+        if id(root) in self._modes:
+            return
+        whole = []
+        for m in root.modules():
+            if id(m) in self._modes:
+                continue
+            self._modes[id(m)] = m, m.training
+            buffers = list(m.named_buffers(recurse=False, remove_duplicate=False))
+            for _, buffer in buffers:
+                self._copies.setdefault(id(buffer), buffer.detach().clone())
+            if _is_whole(m):
+                whole.append(m)
+                self._attributes[id(m)] = m, dict(vars(m))
+                vars(m).update(copied_attributes(m, self._copies))
+            for name, buffer in buffers:
+                own = self._copies[id(buffer)]
+                self._buffers.append((m, name, buffer, own))
+                setattr(m, name, own)
+        self._note_parameters([p for m in whole for p in m._parameters.values()])
+
+    def _note_parameters(self, params: Iterable[Tensor | None]) -> None:
+        # Those that other libraries hold shards of change their data in a forward pass, and know why.
+        known = (p for p in params if p is not None and p not in self._parameters)
+        ordered = list(dict.fromkeys(p for p in known if _is_plain(p)))
+        if not ordered:
+            return
+        # In a vectorised pass the parameters themselves are not part of it.
+        with torch.no_grad(), torch._C._DisableFuncTorch():
+            data = [p.data for p in ordered]
+            copies = [torch.empty_like(values) for values in data]
+            torch._foreach_copy_(copies, data)
+        self._parameters.update(zip(ordered, zip(data, copies, strict=True), strict=True))
+        # A graph that was recorded earlier asks by its version whether a parameter is what it was: it will be.
+        self._versions.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(ordered)))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for m, attributes in self._attributes.values():
+            vars(m).clear()
+            vars(m).update(attributes)
+        for m, name, buffer, own in self._buffers:
+            # Elsewhere whoever has replaced the tensors of a module for a while puts them back.
+            if id(m) in self._attributes or getattr(m, name, None) is own:
+                setattr(m, name, buffer)
+        for m, mode in self._modes.values():
+            m.training = mode
+        if self._parameters:
+            with torch.no_grad():
+                for p, (data, _) in self._parameters.items():
+                    p.data = data  # in case it was given another
+                kept, copies = zip(*self._parameters.values(), strict=True)
+                torch._foreach_copy_(list(kept), list(copies))
+        self._versions.close()
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether all that a module holds is its own: nothing sharded, not made yet, or lent for a functional call."""
+    if type(module).__module__.startswith("torch.distributed") or isinstance(module, torch.jit.ScriptModule):
+        return False
+    return all(p is None or (isinstance(p, nn.Parameter) and not is_lazy(p)) for p in module._parameters.values())
+
+
+def _is_plain(p: Tensor) -> bool:
+    return p.layout == torch.strided and not type(p).__module__.startswith("torch.distributed") and not p.is_meta
 
 
 def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.overrides import TorchFunctionMode
 
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, gradient_of
@@ -21,6 +22,7 @@ from nsgd.curvature.vectors import checked_params, split, vector_dtype
 from nsgd.directions.one_dtype import OneDtype
 from nsgd.directions.passes import PassHook
 
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _MOST_AT_ONCE = 1 << 28  # entries of the gradients that are computed at once: 1 GiB in float32
 
 
@@ -53,7 +55,7 @@ class SampleLosses(list[tuple[Closure, int]]):
         self.chunk_size = chunk_size
 
         def pair(parts: tuple[Tensor, ...]) -> tuple[Closure, int]:
-            return lambda: loss(*parts), len(parts[0])
+            return lambda: loss(*(part.clone() for part in parts)), len(parts[0])  # which it may change
 
         super().__init__(
             pair(parts) for parts in zip(*(torch.split(tensor, group_size) for tensor in tensors), strict=True)
@@ -72,7 +74,8 @@ def sample_losses(
     ``sample_losses(lambda x, y: loss_fn(model(x), y), x, y, module=model)``; no loss is computed yet.
 
     Args:
-        loss: Mean loss of the samples that it is given.
+        loss: Mean loss of the samples that it is given. What it changes in them, and in the modules that it runs, is as
+            found afterwards; what it changes elsewhere, before any module has run, is so for ``module`` alone.
         tensors: What it is given, cut along the first dimension; one row a sample.
         group_size: Samples in a group. One is best; BatchNorm needs some.
         module: The network that the loss runs, with the parameters that are optimized. Then the gradients of all groups
@@ -117,8 +120,8 @@ def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 
     """Second moment of the gradients of groups of samples, as weights (m,) that sum to 1 and vectors (m, P).
 
     No product, and no graph of second order: it costs one gradient of the samples. The smaller the groups, the less it
-    is drawn to the mean gradient, which need not be sharp. Buffers, modes and random state stay as found, ``.grad``
-    too. Groups whose loss is NaN, such as a sentence without a label, are left out where two or more others are there.
+    is drawn to the mean gradient, which need not be sharp. Modules and random state stay as found, ``.grad`` too.
+    Groups whose loss is NaN, such as a sentence without a label, are left out where two or more others are there.
 
     Args:
         losses: Pairs of closure and sample count, one for each of two or more groups, as :func:`sample_losses` makes
@@ -237,8 +240,9 @@ def _at_once(
     parts = [tensor[: whole * size].reshape(whole, size, *tensor.shape[1:]) for tensor in losses.tensors]
 
     def value(trained: dict[str, Tensor], buffers: dict[str, Tensor], *part: Tensor) -> Tensor:
-        with forward, OneDtype():
-            loss: Tensor = functional_call(network, {**trained, **others, **buffers}, part)
+        own = tuple(tensor.clone() for tensor in part)  # which the loss may change
+        with forward, OneDtype(), _NoNewData():
+            loss: Tensor = functional_call(network, {**trained, **others, **buffers}, own)
         if loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}; reduce it, as with .mean()")
         return loss.reshape(())
@@ -289,6 +293,17 @@ def _check_reached(values: Tensor, params: Sequence[Tensor]) -> None:
             "the loss reaches parameters by references outside of the module, such as a list for a penalty; "
             "leave module out"
         )
+
+
+class _NoNewData(TorchFunctionMode):
+    """Inside, no tensor is given other data: where that is one of many at once it outlives them, and torch crashes."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[Any], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func == _SET_DATA:
+            raise RuntimeError("the forward pass gives a tensor other data, by `tensor.data = `")
+        return func(*args, **(kwargs or {}))
 
 
 class _Loss(nn.Module):

@@ -75,7 +75,7 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     values = []
     for step in steps:
         random_state.restore()
-        with untouched(device=device), moved(params, direction, step):  # spectral norm changes with every pass
+        with moved(params, direction, step), untouched(device=device):  # spectral norm changes with every pass
             values.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
     return torch.stack(values)
 
