@@ -24,6 +24,15 @@ HVP = Callable[[Tensor], Tensor]
 Closure = Callable[[], Tensor]
 Losses = Sequence[tuple[Closure, int]]
 
+NO_GRAPH = (
+    "the loss has no graph (it does not require a gradient); pass it as the model computed it, not detached and not "
+    "under torch.no_grad()"
+)
+NOT_REACHED = (
+    "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the loss of that "
+    "model"
+)
+
 
 @dataclass(frozen=True)
 class LossHessian:
@@ -147,10 +156,7 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = 
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"expected a scalar loss tensor, got {got}; reduce it, for example with .mean()")
     if not loss.requires_grad:
-        raise ValueError(
-            "the loss has no graph (it does not require a gradient); pass it as the model computed it, not detached "
-            "and not under torch.no_grad()"
-        )
+        raise ValueError(NO_GRAPH)
     trainable = [p for p in params if p.requires_grad]
     with _explained():
         derivatives = iter(
@@ -158,10 +164,7 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = 
         )
     grads = [next(derivatives) if p.requires_grad else None for p in params]
     if all(g is None for g in grads):
-        raise ValueError(
-            "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the "
-            "loss of that model"
-        )
+        raise ValueError(NOT_REACHED)
     if any(g is not None and g.layout != torch.strided for g in grads):
         raise ValueError("expected dense gradients, got a sparse one; build the embedding with sparse=False")
     return grads

@@ -17,7 +17,15 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
 from nsgd.curvature.guard import untouched
-from nsgd.curvature.hessian import Closure, Losses, check_finite, checked_pairs, gradient_of
+from nsgd.curvature.hessian import (
+    NO_GRAPH,
+    NOT_REACHED,
+    Closure,
+    Losses,
+    check_finite,
+    checked_pairs,
+    gradient_of,
+)
 from nsgd.curvature.vectors import checked_params, split, vector_dtype
 from nsgd.directions.one_dtype import OneDtype
 from nsgd.directions.passes import PassHook
@@ -245,6 +253,7 @@ def _at_once(
             loss: Tensor = functional_call(network, {**trained, **others, **buffers}, own)
         if loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}; reduce it, as with .mean()")
+        reached.append(loss.requires_grad)  # with respect to what is trained here, and nothing else
         return loss.reshape(())
 
     with torch.inference_mode(False), torch.enable_grad(), untouched(network, device=params[0].device):
@@ -257,6 +266,7 @@ def _at_once(
         dims = (None, *[0] * (1 + len(parts)))
         run = vmap(grad_and_value(value), in_dims=dims, randomness="different")
         values = []
+        reached: list[bool] = []
         step = losses.chunk_size or max(1, _MOST_AT_ONCE // max(1, most))
         for start in range(0, whole, step):
             chunk = slice(start, min(start + step, whole))
@@ -274,6 +284,8 @@ def _at_once(
                         "module out, and they are taken one by one"
                     ) from error
             _check_reached(part, params)
+            if not any(reached):
+                raise ValueError(NOT_REACHED if part.requires_grad else NO_GRAPH)
             values.append(part.detach())
             _write(rows, chunk, [grads[names[p]] if p.requires_grad else None for p in params])
             del grads, part  # before the next chunk takes as much

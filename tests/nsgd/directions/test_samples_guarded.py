@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
-from nsgd import backward_in_chunks, sample_losses
+from nsgd import NSGD, backward_in_chunks, sample_losses
 from nsgd.directions.samples import gradient_moment
 
 # -- nothing left behind --------------------------------------------------------------------------------------
@@ -206,3 +206,27 @@ def test_what_vmap_cannot_run_is_an_error_and_leaves_everything_as_found():
     assert "\n" not in str(met.value)
     assert_untouched(case.model, before)
     same_random_states(states)
+
+
+@pytest.mark.parametrize("solver", ["gradients", "auto"])
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [("a copy", "reaches none of the parameters"), ("detached", "has no graph"), ("no_grad", "has no graph")],
+)
+def test_a_loss_that_does_not_reach_the_module_is_the_error_that_it_is_without(solver, of, message):
+    net, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
+    other = copy.deepcopy(net)
+
+    def loss(x, y):
+        with torch.set_grad_enabled(of != "no_grad"):
+            value = F.cross_entropy((other if of == "a copy" else net)(x), y)
+        return value.detach() if of == "detached" else value
+
+    said = []
+    for module in (net, None):
+        optimizer = NSGD(net.parameters(), lr=0.1, k=2, solver=solver)
+        with pytest.raises(ValueError, match=message) as error:
+            optimizer.refresh(sample_losses(loss, x, y, module=module))
+        said.append(str(error.value))
+        assert optimizer.refreshes == 0
+    assert said[0] == said[1]
