@@ -45,26 +45,29 @@ class ReadOuts(pl.Callback):
         self.apart: Callable[[], AbstractContextManager[None]] = nullcontext  # around what gathering takes
         self._averages: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
-        self._seen = 0  # optimizer steps
+        self._seen = 0  # steps of all optimizers
+        self._batches = 0  # after which there were new ones
         self._training: list[bool] | None = None  # modes of all modules in the last of them
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the weights in after every optimizer step."""
-        step = trainer.global_step
-        if step == self._seen:
+        """Take the weights in after every batch in which an optimizer has stepped."""
+        if trainer.global_step == self._seen:
             return
-        self._seen = step
+        self._seen = trainer.global_step
+        self._batches += 1
         self._training = [m.training for m in pl_module.modules()]
         with self.apart(), evaluation_weights(trainer.optimizers):
-            self._gather(trainer, pl_module, step)
+            self._gather(trainer, pl_module, self._batches)
 
     def _gather(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         # Without a warm-up a short run would read out its initial weights.
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         self._update("ema", pl_module, get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
         total = trainer.estimated_stepping_batches
+        if trainer.max_steps > 0:  # which counts the steps of each optimizer, of several in a batch
+            total = min(total, trainer.max_steps * step / self._seen)
         if not 0 < total < math.inf:  # a run of unknown length has no last share
             return
         if step > total * (1 - self.swa_share):
@@ -117,12 +120,13 @@ class ReadOuts(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""
-        return {"averages": self._averages, "counts": self._counts, "seen": self._seen}
+        return {"averages": self._averages, "counts": self._counts, "seen": self._seen, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with saved averages."""
         self._averages, self._counts = state_dict["averages"], state_dict["counts"]
         self._seen = state_dict["seen"]
+        self._batches = state_dict.get("batches", self._seen)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move loaded averages to the module's device."""

@@ -67,6 +67,43 @@ def test_averages_equal_plain_loops_over_the_weights(make_trainer, options, step
     assert torch.equal(read(read_outs, "last", module), weights[-1])
 
 
+class TwoOptimizers(pl.LightningModule):
+    """Steps both in each batch, as a GAN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.one, self.other = nn.Linear(6, 1), nn.Linear(6, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, net in zip(self.optimizers(), (self.one, self.other), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(net(batch[0]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.one, self.other)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_epochs": 4}, {"max_epochs": -1, "max_steps": 40}, {"max_epochs": 9, "max_steps": 40}], ids=str
+)
+def test_averages_of_several_optimizers_run_over_batches_and_not_over_steps(make_trainer, options):
+    weights: list[Tensor] = []
+
+    class Each(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            weights.append(flat(pl_module))
+
+    read_outs, module = ReadOuts(), TwoOptimizers()
+    make_trainer(callbacks=[read_outs, Each()], **options).fit(module, loader(samples=80))
+    assert len(weights) == 20
+    swa, two = torch.stack(weights[15:]).mean(0), (weights[17] + weights[19]) / 2  # a quarter, and a tenth, of 20
+    assert torch.allclose(read(read_outs, "swa", module), swa, atol=1e-6)  # running updates against one sum
+    assert torch.allclose(read(read_outs, "two-point", module), two, atol=1e-6)
+
+
 def test_training_is_bit_identical_with_and_without(make_trainer, random_state):
     found = []
     for callbacks in ([], [ReadOuts()]):
