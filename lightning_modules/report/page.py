@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lightning_modules.support.whole_files import write_bytes, write_text
 
 if TYPE_CHECKING:  # matplotlib takes a second, which reading a report's words does without
     from matplotlib.axes import Axes
@@ -102,8 +105,11 @@ def write_page(
             pictures.append([])
             for number, (name, (figure, words)) in enumerate(of.items()):
                 lay_out(figure)
-                figure.savefig(path.parent / f"{name}.png", dpi=120)
-                figure.savefig(path.parent / f"{name}.pdf", metadata={"CreationDate": None})
+                kinds: dict[str, dict[str, Any]] = {"png": {"dpi": 120}, "pdf": {"metadata": {"CreationDate": None}}}
+                for kind, options in kinds.items():
+                    picture = BytesIO()
+                    figure.savefig(picture, format=kind, **options)
+                    write_bytes(path.parent / f"{name}.{kind}", picture.getvalue())
                 heading = name.replace("-", " ").capitalize()
                 drawn = draw(figure, heading, f"figure-{part}-{number}")
                 drawings += [panel.drawing for panel in drawn.panels]
@@ -123,7 +129,7 @@ def write_page(
         links=links or {},
         appendix=appendix or {},
     )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-import yaml
-
-from lightning_modules.support.files import Rows, read_csv, write_csv, write_yaml, write_yaml_once
+from lightning_modules.support.files import Rows, read_yaml, write_csv, write_yaml, write_yaml_once
 from lightning_modules.support.import_paths import public_path
+from lightning_modules.support.run_folder import RunFolder, make_folder, mapping, rows
+from lightning_modules.support.whole_files import remove_left_overs
 
 Stage = Literal["tune", "again", "study", "sweep"]
 Document = Literal["config", "methods", "settled", "environment", "landscape"]
@@ -25,67 +25,6 @@ Table = Literal["results", "times", "summary", "tuning", "sweep", "target", "tar
 
 _DOCUMENTS = get_args(Document)
 _FOLDERS: dict[Stage, str] = {"tune": "tuning", "again": "tuning-again", "study": "runs", "sweep": "sweep"}
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of one run of a study.
-
-    Attributes:
-        path: Where it lies.
-    """
-
-    path: Path
-
-    @property
-    def failure(self) -> Path:
-        """File of what a run that died had to say."""
-        return self.path / "failed.txt"
-
-    @property
-    def finished(self) -> bool:
-        """Whether there are results, which are written last."""
-        path = self.path / "results.csv"
-        return path.exists() and len(read_csv(path)) > 0
-
-    @property
-    def died(self) -> bool:
-        """Whether the run was tried in vain."""
-        return self.failure.exists()
-
-    def begin(self, settings: Mapping[str, Any], *, measurements: Iterable[str] = ()) -> None:
-        """Make the folder, take away what an interrupted run left, and write the settings of this one.
-
-        Args:
-            settings: What the run trains with.
-            measurements: Names of the tables that a run may measure.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        for path in (*(self.path / f"{name}.csv" for name in measurements), self.failure):
-            path.unlink(missing_ok=True)
-        write_yaml(self.path / "run.yaml", settings)
-
-    def end(self, steps: Rows, results: Rows) -> None:
-        """Write the rows of its steps and, last, its results."""
-        write_csv(self.path / "metrics.csv", steps)
-        write_csv(self.path / "results.csv", results)
-
-    def fail(self, words: str) -> None:
-        """Write down why the run died."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.failure.write_text(words)
-
-    def settings(self) -> dict[str, Any]:
-        """Settings that the run trained with; empty where it never began."""
-        return _mapping(self.path / "run.yaml")
-
-    def steps(self) -> Rows:
-        """One row for each optimizer step; none where they were not kept."""
-        return _rows(self.path / "metrics.csv")
-
-    def results(self) -> Rows:
-        """One row for each read-out; none before the run has ended."""
-        return _rows(self.path / "results.csv")
 
 
 @dataclass(frozen=True)
@@ -108,12 +47,22 @@ class StudyFolder:
         return RunFolder(self.path / name)
 
     def document(self, name: Document) -> dict[str, Any]:
-        """Options by name; empty where there are none."""
-        return _mapping(self.file(name))
+        """Options by name; empty where there are none.
+
+        Raises:
+            ValueError: If the file is cut, or of another kind.
+        """
+        values = mapping(self.file(name))
+        if name == "settled" and values and not {"settings", "target"} <= values.keys():
+            raise ValueError(
+                f"expected {self.file(name)} to hold settings and target, got {', '.join(values)}, as of a file "
+                "that is cut; put it back as it was, or choose another folder with --out"
+            )
+        return values
 
     def table(self, name: Table) -> Rows:
         """Rows of a table; none where there is no such table."""
-        return _rows(self.file(name))
+        return rows(self.file(name))
 
     def write_table(self, name: Table, rows: Rows) -> None:
         """Write a table; of no rows there is none."""
@@ -133,7 +82,7 @@ class StudyFolder:
 
     def refresh_every(self, method: str) -> int | None:
         """Steps between two refreshes that a rehearsal of a method found; None before it."""
-        every: int | None = _mapping(self._rehearsal(method)).get("refresh_every")
+        every: int | None = mapping(self._rehearsal(method)).get("refresh_every")
         return every
 
     def keep_refresh_every(self, method: str, every: int) -> None:
@@ -142,7 +91,7 @@ class StudyFolder:
 
     def finalists(self, method: str) -> list[int]:
         """Trials of a method that run again, the best first; none before that is decided."""
-        trials: list[int] = _mapping(self._finalists(method)).get("trials", [])
+        trials: list[int] = mapping(self._finalists(method)).get("trials", [])
         return trials
 
     def keep_finalists(self, method: str, trials: Iterable[int]) -> None:
@@ -181,19 +130,17 @@ class StudyFolder:
             raise _no_study(out)
         for name, values in documents.items():
             if self.file(name).exists():
-                _same(out, {**_flat(unsaid.get(name, {})), **_flat(_read_mapping(out, self.file(name)))}, values)
+                _same(out, {**_flat(unsaid.get(name, {})), **_flat(read_yaml(self.file(name)))}, values)
         if self.file("environment").exists():
-            environment = _read_mapping(out, self.file("environment"))
-            _same(out, environment.get("packages", {}), versions)
+            environment = read_yaml(self.file("environment"))
+            _same(out, environment.get("packages") or {}, versions)
             if (began := environment.get("device", "cpu")) != device:  # all were on the CPU before there was a choice
                 raise ValueError(
                     f"{out} was begun on {began}, and this is {device}, where numbers and seconds differ; give "
                     f"--accelerator {'cpu' if began == 'cpu' else 'for that device'}, or another folder with --out"
                 )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{out} cannot be made ({error.strerror}); choose another folder with --out") from error
+        make_folder(out)
+        remove_left_overs(out)
         machine = {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
@@ -216,15 +163,6 @@ def run_name(stage: Stage, method: str, index: int) -> str:
         index: Its trial, repeat, seed, or point of the sweep.
     """
     return f"{_FOLDERS[stage]}/{method}-{index}"
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
-    return values
-
-
-def _rows(path: Path) -> Rows:
-    return read_csv(path) if path.exists() else []
 
 
 def check_series(out: Path, studies: Collection[str]) -> None:
@@ -262,16 +200,6 @@ def _no_study(out: Path) -> ValueError:
 
 def _another_study(out: Path, changes: str = "") -> ValueError:
     return ValueError(f"{out} holds another study{changes}; choose another folder with --out, or remove it")
-
-
-def _read_mapping(out: Path, path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, dict):
-        raise _no_study(out)
-    return values
 
 
 def _same(out: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

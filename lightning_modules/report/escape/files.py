@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightning_modules.support.files import Rows, read_csv
+from lightning_modules.support.files import Rows, read_csv, read_yaml
 
 FEWEST = 20  # arrivals for a time to be drawn and fitted
 
@@ -33,7 +31,7 @@ class Files:
 def read_folder(folder: Path) -> Files:
     """Read a finished run of the command."""
     config, landscape, environment = (
-        yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("config", "landscape", "environment")
+        read_yaml(folder / f"{name}.yaml") for name in ("config", "landscape", "environment")
     )
     way = folder / "potential.csv"
     return Files(config, landscape, environment, read_csv(folder / "escape.csv"), read_csv(way) if way.exists() else [])

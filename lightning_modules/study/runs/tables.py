@@ -8,7 +8,8 @@ from lightning_modules.study.options import Study
 from lightning_modules.study.runs.plan import Run, tuning_rows
 from lightning_modules.study.statistics import summarise, times_to_target
 from lightning_modules.support.files import Rows
-from lightning_modules.support.study_folder import RunFolder, StudyFolder
+from lightning_modules.support.run_folder import RunFolder
+from lightning_modules.support.study_folder import StudyFolder
 
 
 def write_tables(study: Study, folder: StudyFolder, plan: Sequence[Run]) -> list[str]:

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from lightning_modules.study.runs.launch import LAST_WORDS, ending
+from lightning_modules.support.whole_files import no_room
 
 OnStep = Callable[[int, int, float], None]  # number of the run, steps done, their last loss
 Make = Callable[[int, Callable[[int, float], None]], None]  # makes the run of a number, and calls with steps and loss
@@ -136,7 +137,11 @@ class _Worker:
         return self._process.poll() is None
 
     def make(self, number: int, on_step: OnStep) -> tuple[bool, str | None]:
-        """Have a run made; returns whether the worker lives on, and what was said if the run died."""
+        """Have a run made; returns whether the worker lives on, and what was said if the run died.
+
+        Raises:
+            OSError: If there is no room on a disk, which is no run's fault.
+        """
         try:
             _pipe(self._process.stdin).write(f"{number}\n")
             _pipe(self._process.stdin).flush()
@@ -150,6 +155,8 @@ class _Worker:
                 continue
             if step is None:
                 self._printed = ""
+                if loss is not None:  # no room: of no run's making, and the others would meet it too
+                    raise OSError(*loss)
                 return True, words
             on_step(number, step, loss)
         return False, self._ending()
@@ -212,12 +219,13 @@ def serve(make: Make) -> None:
     threading.Thread(target=_hear, args=(read, numbers), daemon=True).start()
     while True:
         number = numbers.get()
+        words, full = None, None
         try:
             make(number, _Teller(write))
-            words = None
-        except Exception:  # whatever it was, the other runs go on; the study says it, and never counts it a success
+        except Exception as error:  # whatever it was, the other runs go on; the study says it, and never counts it
             words = traceback.format_exc()[-LAST_WORDS:]
-        _tell(write, None, None, words)
+            full = no_room(error)
+        _tell(write, None, full and (full.errno, full.strerror, full.filename), words)
 
 
 def _hear(read: int, numbers: SimpleQueue[int]) -> None:

@@ -161,3 +161,10 @@ time.sleep(0.5)
         assert sorted(first) == ["a", "a", "b", "b"]
         assert dict(pool.make(range(4, 8))) == dict.fromkeys(range(4, 8))
     assert sorted((tmp_path / str(n)).read_text() for n in range(4, 8)) == ["a", "a", "b", "b"]
+
+
+def test_no_room_on_a_disk_is_no_runs_fault_and_ends_the_study():
+    body = "raise OSError(28, 'No space left on device', 'runs/sgd-0/metrics.csv')"
+    with workers(body) as pool, pytest.raises(OSError, match="No space left on device") as caught:
+        list(pool.make([1, 2, 3]))
+    assert (caught.value.errno, caught.value.filename) == (28, "runs/sgd-0/metrics.csv")

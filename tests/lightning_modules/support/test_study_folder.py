@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_modules.support.study_folder import RunFolder, StudyFolder, run_name
+from lightning_modules.support.run_folder import RunFolder
+from lightning_modules.support.study_folder import StudyFolder, run_name
 
 DIGITS = Path(__file__).parents[3] / "benchmarks" / "results" / "digits"
 
@@ -87,3 +88,42 @@ def test_a_table_without_rows_is_no_file(tmp_path):
     assert folder.table("deaths") == [{"run": "runs/sgd-0"}]
     folder.write_table("deaths", [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["results", "metrics"])
+def test_a_run_whose_rows_are_missing_is_named_and_not_finished(tmp_path, name):
+    run = StudyFolder(tmp_path).run("runs/sgd-0")
+    run.begin({"lr": 0.1})
+    rows = [{"step": i, "loss": 0.5} for i in range(3)]
+    run.end(rows, rows)
+    assert run.settings() == {"lr": 0.1}
+    assert run.finished
+    path = run.path / f"{name}.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(
+        ValueError, match=rf"^expected 3 rows in {path}, got 1, .*; .* or remove {run.path}, and the same"
+    ):
+        run.finished if name == "results" else run.steps()
+
+
+@pytest.mark.parametrize("text", ["settings:\n  sgd:\n    lr: 0.1\n", "settings:\n  sgd:\n    lr: 0.", ""])
+def test_settings_that_are_cut_are_named(tmp_path, text):
+    (tmp_path / "settled.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"^expected {tmp_path / 'settled.yaml'} to hold .*, as of a file|that is cut"):
+        StudyFolder(tmp_path).document("settled")
+
+
+def test_the_next_start_removes_what_a_killed_one_was_writing(tmp_path):
+    left = tmp_path / f"config.yaml.{'0123456789abcdef' * 2}.partial"
+    left.write_text("epochs:")
+    StudyFolder(tmp_path).claim({"config": {"epochs": 1}}, packages=["nsgd"])
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "environment.yaml"}
+
+
+def test_a_file_where_a_runs_folder_should_be_is_named(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sgd-0").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"runs/sgd-0 cannot be made \(File exists\); choose another folder with --out"
+    ):
+        StudyFolder(tmp_path).run("runs/sgd-0").begin({})

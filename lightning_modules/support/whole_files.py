@@ -1,0 +1,126 @@
+"""Files that are there whole or not at all, also after a loss of power, a full disk or a kill."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where what is left over stays
+    fcntl = None  # type: ignore[assignment]
+
+_LEFT_OVER = re.compile(r".+\.[0-9a-f]+\.partial")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whatever the locale."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, in place of one that is there, and make the folder of it.
+
+    Raises:
+        OSError: Of the path, if it cannot be written; what was there stays.
+    """
+    with _partial(path, content) as partial:
+        partial.replace(path)
+
+
+def write_bytes_once(path: Path, content: bytes) -> None:
+    """The same, but that a file which is there already stays: of several processes the first one's.
+
+    Raises:
+        OSError: Of the path, if it cannot be written.
+    """
+    with _partial(path, content) as partial:
+        try:
+            path.hardlink_to(partial)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links: the last one wins
+            partial.replace(path)
+
+
+@contextmanager
+def _partial(path: Path, content: bytes) -> Iterator[Path]:
+    """A file beside the one to write, with a name of its own: several processes may write the same one."""
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, number = _locked(path)
+        try:
+            with os.fdopen(number, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(number)
+            yield partial
+            _keep(path.parent)
+        finally:
+            os.close(number)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> tuple[Path, int]:
+    """A new file that is locked while this process lives, so that no other takes it for left over."""
+    while True:
+        partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks, where what is left over stays
+                fcntl.flock(number, fcntl.LOCK_EX)
+        if partial.exists():
+            return partial, number
+        os.close(number)  # taken away before it was locked
+
+
+def _keep(folder: Path) -> None:
+    """Have the names of a folder reach the disk, where the system lets them."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system that cannot: the file itself is safe
+                os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder and those below it, but nothing that is still written."""
+    if fcntl is None:
+        return
+    for path in folder.rglob("*.partial"):
+        if not _LEFT_OVER.fullmatch(path.name):
+            continue
+        try:
+            number = os.open(path, os.O_RDONLY)
+        except OSError:  # gone, or not ours to open
+            continue
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except OSError:  # it is being written, or not ours to remove
+            pass
+        finally:
+            os.close(number)
+
+
+def no_room(error: BaseException | None) -> OSError | None:
+    """What says that a disk is full or fails, of an error and what it came from: a run has no part in that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing file" in str(error):
+            return OSError(errno.ENOSPC, str(error))
+        error = error.__cause__ or error.__context__
+    return None
