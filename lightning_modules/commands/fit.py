@@ -19,6 +19,7 @@ from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurem
 from lightning_modules.callbacks.predictions import WritePredictions
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.callbacks.write_averages import WriteAverages
+from lightning_modules.commands.checkpoint import CheckCheckpoint, check_path
 from lightning_modules.commands.from_data import OWN_DATA, is_called, link_to_data, model_class, own_model, path_of
 from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
 from lightning_modules.commands.parsing.given_options import given_options
@@ -37,6 +38,7 @@ _LOADERS = {
     "test": "test_dataloader",
     "predict": "predict_dataloader",
 }
+_ABOVE_ZERO = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
 _DAMP_OPTIONS = [field.name for field in fields(DampingOptions)]
 
 
@@ -103,11 +105,7 @@ class _Commands(LightningCLI):
         name_publicly(self.config)
 
     def before_instantiate_classes(self) -> None:
-        path = self._chosen("ckpt_path")
-        if not path and self.subcommand != "fit":
-            raise ValueError(f"expected --ckpt_path, the checkpoint to {self.subcommand}, got none")
-        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
-            raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
+        check_path(self._chosen("ckpt_path"), str(self.subcommand))
         model = self._chosen("model").class_path
         if "model" not in self.given and not is_called(Classifier, model):  # of the checkpoint
             raise ValueError(
@@ -117,6 +115,12 @@ class _Commands(LightningCLI):
         unknown = [name for name in self._chosen("damp") or {} if name not in _DAMP_OPTIONS]
         if unknown:
             raise ValueError(f"expected options of --damp among {', '.join(_DAMP_OPTIONS)}, got {', '.join(unknown)}")
+        for name in _ABOVE_ZERO:  # by which Lightning divides
+            if self._chosen("trainer").get(name) == 0:
+                raise ValueError(f"expected --trainer.{name} above 0, got 0; leave it out for its default")
+        clip = self._chosen("trainer").get("gradient_clip_val")
+        if clip is not None and clip < 0:  # it would turn the gradients round
+            raise ValueError(f"expected --trainer.gradient_clip_val of at least 0, got {clip}; give another")
 
     def instantiate_classes(self) -> None:
         try:
@@ -138,9 +142,12 @@ class _Commands(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         try:
-            return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"bad --trainer options: {' '.join(str(error).split())}") from error
+        check = CheckCheckpoint(self._chosen("ckpt_path"), str(self.subcommand))
+        trainer.callbacks.insert(0, check)  # type: ignore[attr-defined]  # set by its connector
+        return trainer
 
     def before_fit(self) -> None:
         names = [name.strip() for name in self._chosen("measure").split(",") if name.strip()]

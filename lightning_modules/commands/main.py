@@ -7,7 +7,6 @@ import select
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from lightning_modules.commands.failures import sentence_on
 from lightning_modules.commands.parsing import short_help
 from lightning_modules.support.nearest import did_you_mean
 
@@ -44,8 +44,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Its words; by default those that the program was started with.
 
     Returns:
-        The exit code: 0; 1 if a run of a study died twice; 2 for bad input, said in one sentence; 130 if interrupted;
-        143 after SIGTERM; 141 if nobody reads what is printed any more. A fault raises, which ends Python with 1.
+        The exit code: 0; 2 for bad input, and 1 where the machine or a user's class failed, said in one sentence; 1 if
+        a run of a study died twice; 130 if interrupted; 143 after SIGTERM; 141 if nobody reads what is printed any
+        more. A fault of ours raises, which ends Python with 1.
     """
     argv = list(sys.argv[1:] if args is None else args)
     path = list(sys.path)
@@ -73,11 +74,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"nsgd: interrupted{again}", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        sentence = _sentence_on(error)
-        if sentence is None:
+        said = sentence_on(error)
+        if said is None:
             raise
+        sentence, code = said
         print(f"nsgd: {' '.join(sentence.split())}", file=sys.stderr)
-        return 2
+        return code
     finally:
         sys.path[:] = path
 
@@ -166,51 +168,3 @@ def _nobody_reads() -> bool:
     if closed:  # Python itself flushes at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     return closed
-
-
-def _sentence_on(error: Exception) -> str | None:
-    """One sentence on bad input; None for a fault."""
-    exceptions = sys.modules.get("lightning_fabric.utilities.exceptions")  # not there, it was not raised
-    if exceptions is not None and isinstance(error, exceptions.MisconfigurationException):
-        return str(error)
-    if _is_no_checkpoint(error):
-        return (
-            "expected --ckpt_path to be a checkpoint of nsgd fit, got a file that cannot be read as one "
-            f"({type(error).__name__}): it is damaged, or of another kind; give another"
-        )
-    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
-        return (
-            "the checkpoint is of another network or data set; give the options that it was trained with, for example "
-            "--config lightning_logs/version_0/config.yaml"
-        )
-    raised_in = _raised_in(error)
-    if isinstance(error, ValueError) and raised_in.parts[-3:-1] == ("torch", "optim"):  # such as "Invalid ...: -1.0"
-        return f"the optimizer refuses an option: {error}; give another value"
-    return None if (ours := _ours(error)) is None else str(ours)
-
-
-def _is_no_checkpoint(error: Exception) -> bool:
-    """Whether torch cannot read the file of a checkpoint, or Lightning finds in it no weights or no dictionary."""
-    frames = traceback.extract_tb(error.__traceback__)
-    torch_reads = any(Path(frame.filename).parts[-2:] == ("torch", "serialization.py") for frame in frames)
-    return torch_reads or bool(frames and frames[-1].name in ("_parse_ckpt_path", "load_model_state_dict"))
-
-
-def _raised_in(error: BaseException) -> Path:
-    """The file that an exception comes from; none for one that was made and never raised, as some causes are."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename) if frames else Path()
-
-
-def _ours(error: BaseException | None) -> ValueError | None:
-    """The error that the project itself raised to say what is wrong with its input, however wrapped."""
-    import nsgd
-
-    packages = (Path(__file__).parents[1], Path(nsgd.__file__).parent)
-    while isinstance(error, Exception):
-        raised_in = _raised_in(error)
-        stripped = raised_in == Path()  # libraries that try again drop the frames of what they met
-        if isinstance(error, ValueError) and (stripped or any(raised_in.is_relative_to(p) for p in packages)):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

@@ -29,7 +29,8 @@ class Classifier(Stages):
         sizes: Sizes in place of the network's own, by name, such as {"hidden": [32, 32]} of mlp.
 
     Raises:
-        ValueError: If the network or a size is unknown, or the images do not fit the network.
+        ValueError: If the network or a size is unknown, or the images do not fit the network; in training, if a batch
+            is of another kind.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Classifier(Stages):
         super().__init__()
         input_shape = tuple(input_shape)
         self.save_hyperparameters()
-        self.lr = lr
+        self.lr, self._shape = lr, input_shape
         self.net = make_net(net, input_shape, num_classes, sizes)
         self.loss = nn.CrossEntropyLoss()
         self.accuracy = nn.ModuleDict(
@@ -58,13 +59,13 @@ class Classifier(Stages):
 
     def curvature_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch and nothing else: what refreshes and measurements take, in place of a step."""
-        images, labels = batch
+        images, labels = self._checked(batch)
         loss: Tensor = self.loss(self(images), labels)
         return loss
 
     def evaluate(self, batch: Batch, stage: Split) -> Tensor:
         """The mean loss of the batch, logged with its accuracy."""
-        images, labels = batch
+        images, labels = self._checked(batch)
         logits = self(images)
         loss: Tensor = self.loss(logits, labels)
         accuracy: Any = self.accuracy[f"on_{stage}"]
@@ -79,3 +80,22 @@ class Classifier(Stages):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities (B, classes)."""
         return torch.softmax(self(batch[0]), dim=1)
+
+    def _checked(self, batch: Any) -> Batch:
+        """Images and labels of a batch, by their shapes and kinds alone: no value is looked at.
+
+        Raises:
+            ValueError: If it is another kind of batch.
+        """
+        expected = f"expected batches of images (B, {', '.join(map(str, self._shape))}) and labels (B,)"
+        mend = "give --data whose batches are (images, labels), or a --model that takes these"
+        pair = isinstance(batch, list | tuple) and len(batch) == 2
+        if not pair or not all(isinstance(part, Tensor) for part in batch):
+            raise ValueError(f"{expected}, got a {type(batch).__name__}{'' if pair else ' that is no pair'}; {mend}")
+        images, labels = batch
+        if images.shape[1:] != self._shape or labels.shape != images.shape[:1]:
+            raise ValueError(f"{expected}, got images {tuple(images.shape)}, labels {tuple(labels.shape)}; {mend}")
+        if labels.is_floating_point():
+            kind = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"expected labels (B,) that are whole numbers, got {kind}; {mend}")
+        return images, labels

@@ -72,6 +72,11 @@ def _no_option(
     kind = given.get(key)
     if kind is None:
         return f"expected --{key} CLASS before an option of it, got --{key}.{name}; name the class"
+    if name == "class_path":
+        return (
+            f"expected the options of {_last(kind)} in init_args, got them beside class_path; write {key} as "
+            f"{{class_path: {kind}, init_args: {{OPTION: VALUE}}}}"
+        )
     known = [option.lstrip("-") for option in _options(parser)]
     mend = did_you_mean(name, known, f"--{key}.") or f"{command} --{key}.help {kind} lists them"
     return f"expected an option of {_last(kind)}, got --{key}.{name}; {mend}"
@@ -94,7 +99,7 @@ def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapp
     unknown = [word for word in re.findall(r"[\w-]+", str(value)) if word not in choices] if choices else []
     near = did_you_mean(*((unknown[0], choices) if unknown else (_last(value), known_classes(kind))))
     if not takes_only_classes(kind):
-        return f"expected --{key} to be {described(kind)}, got {value!r}; {near or _way(key, kind, command)}"
+        return f"expected --{key} to be {described(kind)}, got {value!r}; {near or _way(key, kind, value, command)}"
     if "." in str(value):
         return f"expected --{key} to be {described(kind)}, got {value!r}, which is none"
     return (
@@ -113,10 +118,11 @@ def _value(key: str, given: Mapping[str, Any]) -> Any:
     return values.get(name) if isinstance(values, Mapping) else None
 
 
-def _way(key: str, kind: Any, command: str) -> str:
+def _way(key: str, kind: Any, value: Any, command: str) -> str:
     """Advice on how a value is given, where it is no word."""
     if described(kind).startswith("a list"):
-        return "write a list as '[one,two]'"
+        one_or_more = str(value) if re.fullmatch(r"[\w.,: +-]+", str(value)) else "one,two"
+        return f"write a list as '[{one_or_more}]'"
     return (
         f"give its options as --{key}.OPTION VALUE" if described(kind) == "a mapping" else f"{command} --help says more"
     )

@@ -17,7 +17,7 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
         of_files: First parts of the names that count in config files; empty for all.
 
     Raises:
-        ValueError: If a config file is no YAML.
+        ValueError: If a config file is no YAML, or no mapping.
     """
     options: dict[str, Any] = {}
     for word, following in zip(argv, [*argv[1:], None], strict=True):
@@ -35,10 +35,13 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a config in YAML, got {path}: {' '.join(str(error).split())}") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        what = "which is empty" if config is None else f"a {type(config).__name__}"
+        raise ValueError(f"expected a config of options, a line NAME: VALUE for each, got {path}, {what}; write some")
+    return config
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

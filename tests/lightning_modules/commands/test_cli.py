@@ -18,6 +18,7 @@ import yaml
 
 from lightning_modules import Digits
 from lightning_modules.commands.main import main
+from lightning_modules.study.runs import tables
 from lightning_modules.support.files import read_csv
 
 TINY = [
@@ -374,7 +375,7 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd.solver", "power"], "'auto', 'differences', 'gradients', 'lanczos', 'arpack'"),
         (["--nsgd.samples", "0"], "expected samples of at least 1"),
         (["--methods", "[sgd,adam]"], "got 'adam'; did you mean adamw?"),
-        (["--methods", "sgd,nsgd"], "got 'sgd,nsgd'; write a list as '[one,two]'"),
+        (["--methods", "sgd,nsgd"], "got 'sgd,nsgd'; write a list as '[sgd,nsgd]'"),
         (
             ["--settings", "{sgd: {lr: fast}}"],
             "expected --settings to be a mapping of names to mappings of names to",
@@ -545,7 +546,10 @@ def test_an_unknown_command_is_one_sentence(capsys, here, args, mend):
 def test_a_fault_of_a_library_is_not_passed_off_as_bad_input(monkeypatch):
     """It keeps its traceback, for a bug report."""
 
-    monkeypatch.setattr("lightning_modules.study.runs.tables.summarise", lambda *_: np.array([1, 2]).reshape(3))
+    broken = eval(
+        compile("lambda *_: np.array([1, 2]).reshape(3)", tables.__file__, "eval"), {"np": np}
+    )  # a line of ours
+    monkeypatch.setattr(tables, "summarise", broken)
     with pytest.raises(ValueError, match="reshape"):
         main(["compare", *TINY])
 
