@@ -13,6 +13,7 @@ from rich.console import Console
 from lightning_modules.commands.from_data import FROM_DATA, OWN_DATA, link_to_data, model_class, own_model
 from lightning_modules.commands.parsing.given_options import given_options
 from lightning_modules.commands.parsing.parser import Parser, parse
+from lightning_modules.commands.sigterm import watched
 from lightning_modules.data.characters import Characters
 from lightning_modules.data.images import ImageData
 from lightning_modules.report.study.report import print_table, write_report
@@ -65,7 +66,7 @@ def _compare(argv: list[str]) -> int:
     argv = _with_study(argv)
     parsed, study = _study(parser, argv)
     if parsed.worker:
-        serve_runs(study, parsed.out)
+        serve_runs(study, parsed.out, watched)
         return 0
     console = Console()
 
@@ -74,10 +75,10 @@ def _compare(argv: list[str]) -> int:
 
     with progress_bar(console) as update:
         if parsed.run is not None:
-            name = run_one(study, parsed.out, parsed.run, update)
+            name = run_one(study, parsed.out, parsed.run, watched(update))
             say(f"{parsed.out / name} is finished; without --run the same command makes the others, and the report")
             return 0
-        died = run_study(study, parsed.out, update, jobs=parsed.jobs, launcher=parsed.launcher, say=say)
+        died = run_study(study, parsed.out, watched(update), jobs=parsed.jobs, launcher=parsed.launcher, say=say)
     report = write_report(parsed.out)
     print_table(parsed.out, console)
     console.print(f"Report: {report}", soft_wrap=True)

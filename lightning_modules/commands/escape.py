@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lightning_modules.commands.parsing.parser import Parser, parse
+from lightning_modules.commands.sigterm import watched
 from lightning_modules.report.escape.report import print_escape, write_escape
 from lightning_modules.study.escape import EscapeStudy, run_escape
 from lightning_modules.support.progress import progress_bar
@@ -27,7 +28,7 @@ def run_escape_command(argv: list[str]) -> int:
     study = EscapeStudy(**{field.name: parsed[field.name] for field in fields(EscapeStudy)})
     console = Console()
     with progress_bar(console) as update:
-        run_escape(study, parsed.out, update)
+        run_escape(study, parsed.out, watched(update))
     report = write_escape(parsed.out)
     print_escape(parsed.out, console)
     console.print(f"Report: {report}", soft_wrap=True)

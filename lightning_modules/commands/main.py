@@ -6,16 +6,14 @@ import os
 import select
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from lightning_modules.commands.failures import sentence_on
 from lightning_modules.commands.parsing import short_help
+from lightning_modules.commands.sigterm import CODE, Terminated, raising_at_sigterm
 from lightning_modules.support.nearest import did_you_mean
 
 HELP = """usage: nsgd COMMAND [options]
@@ -31,10 +29,6 @@ NSGD, Nudged SGD: SGD that steps less along the sharpest directions of the loss.
 
 nsgd COMMAND --help shows the options of a command, nsgd --version the version, and
 nsgd --print-completion SHELL what bash or zsh sources to complete all of them."""
-
-
-class _Terminated(SystemExit):
-    """Raised by SIGTERM: whatever is under way is closed as after any other exit, and the runs of a study end."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -53,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))  # for module files of the user's
     again = "; the same command keeps the finished runs and goes on" if argv[:1] in (["compare"], ["escape"]) else ""
     try:
-        with _raising_at_sigterm():
+        with raising_at_sigterm():
             code = _run(argv)
             sys.stdout.flush()
             return code
@@ -61,9 +55,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if not _nobody_reads():
             raise
         return 128 + signal.SIGPIPE
-    except _Terminated:
+    except Terminated:
         print(f"nsgd: ended by SIGTERM{again}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        return CODE
     except _Missing as error:
         print(f"nsgd: {error}", file=sys.stderr)
         return 2
@@ -136,24 +130,6 @@ def _importing() -> Iterator[None]:
             f"expected the extra lightning, which the commands need, got no package {package}; install it in the "
             "folder of the sources with: pip install '.[lightning]'"
         ) from error
-
-
-@contextmanager
-def _raising_at_sigterm() -> Iterator[None]:
-    """Have SIGTERM raise, where Python would end at once and leave the processes that it started."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one does not disturb the end
-        raise _Terminated(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _nobody_reads() -> bool:

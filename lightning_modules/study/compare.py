@@ -33,7 +33,7 @@ from lightning_modules.study.runs.plan import (
 )
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.runs.tables import write_tables
-from lightning_modules.study.runs.train import make_run, predicted_seconds, rehearse_method
+from lightning_modules.study.runs.train import OnStep, make_run, predicted_seconds, rehearse_method
 from lightning_modules.study.runs.workers import Workers, serve
 from lightning_modules.support.as_found import as_found
 from lightning_modules.support.progress import Update
@@ -151,15 +151,20 @@ def run_study(
     return write_tables(study, folder, plan)
 
 
-def serve_runs(study: Study, out: Path) -> None:
+def serve_runs(study: Study, out: Path, watched: Callable[[OnStep], OnStep] = lambda on_step: on_step) -> None:
     """Make the runs of a study whose numbers come on standard input, as one of several workers; see ``workers``.
+
+    Args:
+        study: The study.
+        out: Its folder.
+        watched: Makes, of what is called after each step, what may also end the process there.
 
     Raises:
         ValueError: If the folder holds another study.
     """
     subject, folder, plan = Subject(study), StudyFolder(out), plan_runs(study)
     _claim_folder(subject, folder)
-    serve(lambda number, on_step: make_run(subject, folder, plan[number], on_step))
+    serve(lambda number, on_step: make_run(subject, folder, plan[number], watched(on_step)))
 
 
 @contextmanager

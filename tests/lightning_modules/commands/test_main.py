@@ -10,10 +10,12 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_modules.commands import compare, escape
 from lightning_modules.commands.main import main
 from lightning_modules.study.runs.workers import Workers
+from lightning_modules.support.files import read_csv
 
 NSGD = [sys.executable, "-m", "lightning_modules"]
 
@@ -45,6 +47,72 @@ def test_a_signal_ends_a_study_with_its_code_and_one_line(capsys, monkeypatch, s
     assert main(["escape"]) == code
     assert capsys.readouterr().err == f"nsgd: {said}; the same command keeps the finished runs and goes on\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Dropping:
+    """An exception in a destructor is dropped, and SIGTERM may come there as anywhere."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("then", ["goes on", "returns", "raises", "exits"])
+def test_a_signal_that_python_drops_ends_a_command_at_its_next_step_or_at_its_end(capsys, monkeypatch, then):
+    seen: list[str] = []
+
+    def run(study: Any, out: Any, progress: Any) -> None:
+        def made() -> None:
+            Dropping()
+
+        made()
+        seen.append("dropped")
+        if then == "goes on":
+            progress("a step", 1, 2, None)
+            seen.append("went on")
+        if then == "raises":
+            raise AssertionError
+        if then == "exits":
+            raise SystemExit(0)  # as Lightning's loop does
+
+    monkeypatch.setattr(escape, "run_escape", run)
+    monkeypatch.setattr(escape, "write_escape", lambda out: seen.append("reported"))
+    monkeypatch.setattr(escape, "print_escape", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["escape"]) == 143
+    assert seen == ["dropped"] + (["reported"] if then == "returns" else [])
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "nsgd: ended by SIGTERM; the same command keeps the finished runs and goes on"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert main(["--version"]) == 0  # the next one knows nothing of it
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_that_a_dropped_signal_ends_is_unfinished_and_the_same_command_goes_on(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "--data.limit", "300", "--data.batch_size", "50", "--epochs", "2", "--seeds", "1"]
+    command += ["--lr", "0.2", "--methods", "[sgd,sgd-momentum]"]
+    assert main([*command, "--out", "whole"]) == 0
+    step = torch.optim.SGD.step
+    steps: list[int] = []
+
+    def stepping(self: Any, closure: Any = None) -> Any:
+        steps.append(0)
+        if len(steps) == at:
+            Dropping()
+        return step(self, closure)
+
+    for at, finished in ((20, 0), (27, 1)):  # of 2 x 8 timed ones, and 8 of each run
+        steps.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.SGD, "step", stepping)
+            assert main([*command, "--out", f"cut-{at}"]) == 143
+        assert len(steps) == at, "it went on"
+        out = tmp_path / f"cut-{at}"
+        assert len(list(out.rglob("runs/*/results.csv"))) == finished
+        assert list(out.rglob("failed.txt")) == []
+        assert main([*command, "--out", str(out)]) == 0
+        assert read_csv(out / "results.csv") == read_csv(tmp_path / "whole" / "results.csv")
 
 
 def test_the_processes_of_a_study_end_with_it(capsys, monkeypatch):
