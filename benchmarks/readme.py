@@ -1,6 +1,6 @@
-"""Write what README.md and benchmarks/README.md take from the files in benchmarks/results, between their markers.
+"""Write the tables of README.md, nsgd/README.md and benchmarks/README.md between their markers.
 
-python benchmarks/readme.py            # rewrites both
+python benchmarks/readme.py            # rewrites them
 python benchmarks/readme.py --smoke    # fails if one is not what these files say
 """
 
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -23,10 +24,11 @@ from lightning_modules.support.score import TRAIN_LOSS, Measure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT / "tests" / "nsgd"))  # the cases of models
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def markdown(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
+    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -104,10 +106,26 @@ def short() -> str:
     return f"{markdown(header, body)}\n\nMedians over seeds; from `benchmarks/results/time_to_target.csv`."
 
 
+def models() -> str:
+    """What works with which source, from the cases that tests/nsgd/test_models.py runs; equal rows are put together."""
+    cases = importlib.import_module("model_cases")
+    together: dict[tuple[str, ...], list[str]] = {}
+    for case in cases.CASES:
+        cells = []
+        for source in cases.SOURCES:
+            way = case.refused.get(source)
+            cells.append(f"no: {way.out}" if way else getattr(case.said.get(source), "out", "") or "yes")
+        together.setdefault(tuple(cells), []).append(case.name)
+    header = ["model or precision", "training gradients", "samples, `module=`", "samples, one by one", "products"]
+    rows = [["; ".join(names), *cells] for cells, names in together.items()]
+    return f"{markdown(header, rows, '---')}\n\nFrom `tests/nsgd/model_cases.py`; each entry is a test, on the CPU."
+
+
 # What each document shows.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "short": short}
 }
+TABLES["nsgd/README.md"] = {"models": models}
 TABLES["benchmarks/README.md"] = {
     "digits": digits,
     "time_to_target": benchmark("time_to_target", "Medians over paired seeds, as many as the counts say."),
@@ -141,7 +159,7 @@ def main() -> None:
         if not args.smoke:
             (ROOT / document).write_text(wanted, encoding="utf-8")
         elif wanted != found:
-            raise SystemExit(f"{document} does not match benchmarks/results; run python benchmarks/readme.py")
+            raise SystemExit(f"{document} is not what its tables are made from; run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":

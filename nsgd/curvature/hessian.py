@@ -32,6 +32,7 @@ NOT_REACHED = (
     "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the loss of that "
     "model"
 )
+SPARSE = "expected dense gradients, got a sparse one; build the embedding with sparse=False"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = 
     if not loss.requires_grad:
         raise ValueError(NO_GRAPH)
     trainable = [p for p in params if p.requires_grad]
-    with _explained():
+    with _explained("Hessian-vector product" if create_graph else "gradient"):
         derivatives = iter(
             torch.autograd.grad(loss, trainable, create_graph=create_graph, retain_graph=True, allow_unused=True)
         )
@@ -166,7 +167,7 @@ def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = 
     if all(g is None for g in grads):
         raise ValueError(NOT_REACHED)
     if any(g is not None and g.layout != torch.strided for g in grads):
-        raise ValueError("expected dense gradients, got a sparse one; build the embedding with sparse=False")
+        raise ValueError(SPARSE)
     return grads
 
 
@@ -179,7 +180,7 @@ def _product(grads: list[Tensor | None], params: list[Tensor], vector: Tensor) -
     if not pairs:
         return torch.zeros_like(vector)
     trainable = [p for p in params if p.requires_grad]
-    with _explained():
+    with _explained("Hessian-vector product"):
         derivatives = iter(
             torch.autograd.grad(
                 [g for g, _ in pairs], trainable, [v.to(g) for g, v in pairs], retain_graph=True, allow_unused=True
@@ -196,6 +197,11 @@ def check_finite(loss: Tensor, gradient: Tensor) -> None:
 
 
 _CAUSES = (
+    (
+        ("use_reentrant",),
+        "checkpointing with use_reentrant=True cannot be differentiated by torch.autograd.grad; pass "
+        "use_reentrant=False to it",
+    ),
     (
         ("attention",),
         "fused attention has no double backward; run the forward pass under "
@@ -229,14 +235,12 @@ _CAUSES = (
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Say which operation cannot be differentiated twice, and what to do, where torch's message does not."""
+def _explained(wanted: str) -> Iterator[None]:
+    """Say which operation cannot be differentiated so, and what to do, where torch's message does not."""
     try:
         yield
     except RuntimeError as error:
         for words, advice in _CAUSES:
             if any(word in str(error).lower() for word in words):
-                raise RuntimeError(
-                    f"no Hessian-vector product: {advice} (torch: {str(error).splitlines()[0]})"
-                ) from error
+                raise RuntimeError(f"no {wanted}: {advice} (torch: {str(error).splitlines()[0]})") from error
         raise

@@ -172,6 +172,7 @@ class Directions:
             return
         if not self.differences.begun:
             self.differences.arrange(self.blocks)
+            self._say_sparse()
         self.differences.record(self.blocks, scale, skipped)
         if not self.differences.fold_due:
             return
@@ -184,6 +185,17 @@ class Directions:
         self.last_overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
         self.counts.refreshes += 1
         self.counts.refreshed_at = self.counts.steps
+
+    def _say_sparse(self) -> None:
+        """Say once which parameters get no directions, since their gradients are sparse."""
+        count = sum(p.grad is not None and p.grad.is_sparse for block in self.blocks for p in block.params)
+        if count:
+            self.warn_once(
+                "sparse",
+                f"parameters with sparse gradients ({count}) train under the base optimizer alone; build the embedding "
+                "with sparse=False, and they have their part of the directions",
+                depth=8,
+            )
 
     def end_step(self) -> None:
         """Called when a step has been made, or left out."""

@@ -20,6 +20,7 @@ from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import (
     NO_GRAPH,
     NOT_REACHED,
+    SPARSE,
     Closure,
     Losses,
     check_finite,
@@ -279,6 +280,8 @@ def _at_once(
                     raise
                 except RuntimeError as error:
                     reason = str(error).strip().splitlines()[0]
+                    if "Sparse" in reason:  # also one by one
+                        raise ValueError(SPARSE) from error
                     raise RuntimeError(
                         f"the gradients of samples cannot be taken at once, by torch.func.vmap ({reason}); leave "
                         "module out, and they are taken one by one"

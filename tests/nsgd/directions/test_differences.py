@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -134,18 +135,25 @@ def test_a_gradient_that_is_not_finite_leaves_its_row_out_and_no_more(unclipped,
     torch.testing.assert_close(given.moment(), sum(outer) / sum(weights), rtol=0, atol=1e-10)
 
 
-def test_sparse_gradients_pass_by():
+def test_sparse_gradients_pass_by_and_are_said_once():
     table, head = nn.Embedding(20, 6, sparse=True), nn.Linear(6, 3)
     optimizer = damp(SGD([*table.parameters(), *head.parameters()], lr=0.1), k=3, gamma=0.0)
+    said = []
     for i in range(20):
         optimizer.zero_grad()
         words = torch.arange(i, i + 8) % 20
         nn.functional.cross_entropy(head(table(words)), words % 3).backward()
         before, gradient = table.weight.detach().clone(), table.weight.grad.to_dense()
-        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said += caught
         torch.testing.assert_close(table.weight.detach(), before - 0.1 * gradient)
     assert len(optimizer.weights) == 3
     assert torch.equal(optimizer.directions([table.weight]), torch.zeros(3, 120))
+    (once,) = said
+    assert "sparse gradients (1)" in str(once.message)
+    assert once.filename == __file__  # the line of the user's step
 
 
 def test_frozen_parameters_join_when_they_train(training):
