@@ -17,7 +17,7 @@ from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
 from nsgd.directions.sample_average import Past, cleaned, fold
-from nsgd.directions.samples import checked_groups, write_gradients
+from nsgd.directions.samples import checked_groups, say_smaller, write_gradients
 from nsgd.directions.shards import is_sharded
 from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
 from nsgd.options import Estimator
@@ -108,7 +108,9 @@ def _follow_samples(
         views = [
             b.view(row, i) for b, row in zip(directions.blocks, local_rows, strict=True) for i in range(len(b.params))
         ]
+        at_once = getattr(groups, "chunk_size", None)
         losses, counted = write_gradients(groups, params, views, scale=scale, forward=counter)
+        say_smaller(groups, at_once, lambda sentence: directions.warn_once("memory", sentence, depth=9))
     size, samples = sum(block.size for block in directions.blocks), int(counted.sum())
     if counter is not None:
         directions.counts.sample_flops = mean(sample_flops(counter, samples, size), home)

@@ -93,7 +93,8 @@ def sample_losses(
             network that vmap cannot run (GRU, ``.item()`` in the forward pass).
         chunk_size: Groups that are computed at once, with ``module``: what their activations and gradients may take of
             memory, beside the row of gradients that each group leaves. None is as many as have gradients of 1 GiB, and
-            one at least. The gradients do not depend on it, but for which random numbers each group draws.
+            one at least. The gradients do not depend on it, but for which random numbers each group draws. Where that
+            is more than memory holds, it is halved, and said.
 
     Raises:
         ValueError: If there are no tensors or no samples, lengths differ, ``group_size`` or ``chunk_size`` is no count,
@@ -147,7 +148,9 @@ def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 
     size = sum(p.numel() for p in params)
     with torch.inference_mode(False):  # what is written to
         rows = torch.empty(len(losses), size, dtype=vector_dtype(params), device=params[0].device)
+    found = getattr(losses, "chunk_size", None)
     values, counts = write_gradients(losses, params, split(rows, params), scale=scale)
+    say_smaller(losses, found, lambda sentence: warnings.warn(sentence, stacklevel=4))
     known = ~values.isnan()
     if not known.all() and known.sum() > 1:  # the mean over no label at all, where a sample has none
         values, rows, counts = values[known], rows[known.to(rows.device)], counts[known.cpu()]
@@ -266,19 +269,23 @@ def _at_once(
         buffers = {name: b for name, b in network.named_buffers() if b.numel() <= most}
         dims = (None, *[0] * (1 + len(parts)))
         run = vmap(grad_and_value(value), in_dims=dims, randomness="different")
-        values = []
+        values: list[Tensor] = []
         reached: list[bool] = []
-        step = losses.chunk_size or max(1, _MOST_AT_ONCE // max(1, most))
-        for start in range(0, whole, step):
+        step = min(whole, losses.chunk_size or max(1, _MOST_AT_ONCE // max(1, most)))
+        start = 0
+        while start < whole:
             chunk = slice(start, min(start + step, whole))
             own_buffers = {name: b.repeat(chunk.stop - start, *[1] * b.ndim) for name, b in buffers.items()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")  # still faster than one by one
                 try:
                     grads, part = run(trained, own_buffers, *(tensor[chunk] for tensor in parts))
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:
+                    if _is_out_of_memory(error):
+                        if step == 1:
+                            raise
+                        losses.chunk_size = step = (step + 1) // 2
+                        continue
                     reason = str(error).strip().splitlines()[0]
                     if "Sparse" in reason:  # also one by one
                         raise ValueError(SPARSE) from error
@@ -292,10 +299,33 @@ def _at_once(
             values.append(part.detach())
             _write(rows, chunk, [grads[names[p]] if p.requires_grad else None for p in params])
             del grads, part  # before the next chunk takes as much
+            start = chunk.stop
         if whole < len(losses):
             last = _one_by_one(losses[whole:], params, [row[whole:] for row in rows], forward)
             values.append(last.to(values[0]) if values else last)
     return torch.cat(values)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory is what was missing; not every device has torch's own error for that."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def say_smaller(losses: Losses, found: int | None, say: Callable[[str], None]) -> None:
+    """Say it, where memory was too small for as many groups at once as were wanted.
+
+    Args:
+        losses: Whose gradients have been computed.
+        found: Their ``chunk_size`` before.
+        say: Is given a sentence.
+    """
+    now = getattr(losses, "chunk_size", None)
+    if now != found:
+        say(
+            f"out of memory with more groups of samples at once, {now} of {len(losses)} were taken at a time, with the "
+            f"same result; pass chunk_size={now} to sample_losses, or fewer samples"
+        )
 
 
 def _check_reached(values: Tensor, params: Sequence[Tensor]) -> None:

@@ -38,6 +38,76 @@ def test_so_many_groups_are_computed_at_once(monkeypatch, groups_at_once):
     assert groups_at_once == [4, 4, 2, 10, 3, 3, 3, 1, *[1] * 10]
 
 
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Memory for the gradients of three samples at once, and an error for more, which can be chosen."""
+    tried, run = [], samples.vmap
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
+
+    def small(function, **options):
+        def inner(*args):
+            tried.append(len(args[-1]))
+            torch.rand(3)  # draws are made before it is noticed
+            if tried[-1] > 3:
+                raise errors[0]
+            return run(function, **options)(*args)
+
+        return inner
+
+    monkeypatch.setattr(samples, "vmap", small)
+    return tried, errors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("MPS backend out of memory"),
+    ],
+)
+def test_where_memory_ends_fewer_are_taken_at_once_with_the_same_result(little_memory, error):
+    tried, errors = little_memory
+    errors[0] = error
+    case = Case("batch_norm_eval")
+    with pytest.warns(
+        UserWarning, match=r"^out of memory with more groups .* 3 of 10 were taken .*chunk_size=3"
+    ) as said:
+        found = gradient_moment(case.losses(), case.params)
+    assert said[0].filename == __file__
+    assert tried == [10, 5, 3, 3, 3, 1]
+    assert_equal(found, gradient_moment(case.losses(False), case.params), 1e-12)
+
+
+def test_too_little_memory_is_said_once_by_an_optimizer(little_memory):
+    case = Case("mlp", dtype=torch.float32)
+    optimizer = NSGD(case.params, lr=0.1, k=3, solver="gradients", refresh_every=1)
+    with pytest.warns(UserWarning, match="out of memory") as said:
+        assert all(optimizer.refresh(case.losses()) for _ in range(4))
+    assert [warning.filename for warning in said] == [__file__]
+    assert optimizer.refreshes == 4
+    assert len(optimizer.weights) == 3
+
+
+def test_no_memory_for_a_single_group_is_torchs_error_and_leaves_everything_as_found(monkeypatch):
+    def none(function, **options):
+        def inner(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return inner
+
+    monkeypatch.setattr(samples, "vmap", none)
+    case = Case("batch_norm")
+    found, random_state = [t.clone() for t in case.model.state_dict().values()], torch.get_rng_state()
+    optimizer = NSGD(case.params, lr=0.1, k=3, solver="gradients")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        optimizer.refresh(case.losses(group_size=2))
+    assert all(torch.equal(a, b) for a, b in zip(found, case.model.state_dict().values(), strict=True))
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert optimizer.refreshes == 0
+    assert all(p.grad is None for p in case.params)
+
+
 def peak_memory(action):
     """Bytes that torch held at most on the CPU, beyond those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
