@@ -110,6 +110,7 @@ def spoiled(value: float) -> Any:
 def test_a_step_that_is_left_out_leaves_no_trace(request, record_property, source, where, value, span):
     """GradScaler leaves a step out whose gradients are not finite; the loss is refreshed from as well."""
     for at in steps_of(request, source):
+        record_property(f"reliability: NaN or infinite {where}", 1)
         loop = Loop(source, scaled=True)
 
         def bad(x: Tensor, y: Tensor, loop: Loop = loop) -> Tensor:
@@ -132,7 +133,6 @@ def test_a_step_that_is_left_out_leaves_no_trace(request, record_property, sourc
         )
         refreshed = source != GRADIENTS and where == "loss" and at % 2 == 0
         assert len(said) == refreshed
-        record_property(f"reliability: NaN or infinite {where}", 1)
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -140,6 +140,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(request, record_property, sourc
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_step_that_is_made_all_the_same_spoils_what_sgd_would(request, record_property, source, value, span):
     for at in steps_of(request, source):
+        record_property("reliability: NaN or infinite gradient", 1)
         loop = Loop(source)
         for i in range(at + 1):
             before = [p.detach().clone() for p in loop.model.parameters()]
@@ -157,13 +158,13 @@ def test_a_step_that_is_made_all_the_same_spoils_what_sgd_would(request, record_
         for _ in range(12):
             loop.step()
         loop.check()
-        record_property("reliability: NaN or infinite gradient", 1)
 
 
 @pytest.mark.parametrize("span", SPANS)
 def test_a_product_that_is_not_finite_skips_the_refresh(request, record_property, span):
     """The derivative of |x|^1.5 is 0 at 0, and its second derivative infinite."""
     for at in steps_of(request, PRODUCTS):
+        record_property("reliability: product that is not finite", 1)
         loop = Loop(PRODUCTS, refresh_every=1)
 
         def bad(x: Tensor, y: Tensor, loop: Loop = loop) -> Tensor:
@@ -180,12 +181,12 @@ def test_a_product_that_is_not_finite_skips_the_refresh(request, record_property
         for _ in range(3):
             loop.step()
         loop.check()
-        record_property("reliability: product that is not finite", 1)
 
 
 @pytest.mark.parametrize("flat", ["zero gradients", "constant loss"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_where_nothing_moves_sgd_nothing_moves(record_property, source, flat):
+    record_property(f"reliability: steps with {flat}", STEPS)
     loop = Loop(source)
     found = [p.detach().clone() for p in loop.model.parameters()]
 
@@ -199,11 +200,11 @@ def test_where_nothing_moves_sgd_nothing_moves(record_property, source, flat):
         loop.step()
     loop.check()
     assert not any(map(torch.equal, found, loop.model.parameters()))
-    record_property(f"reliability: steps with {flat}", STEPS)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_batch_of_one_trains_or_is_refused_for_samples(record_property, source):
+    record_property("reliability: batches of one", 2 * STEPS)
     loop = Loop(source)
     loop.model.eval()  # a batch of one has no statistics
     for i in range(2 * STEPS):
@@ -216,7 +217,6 @@ def test_a_batch_of_one_trains_or_is_refused_for_samples(record_property, source
         else:
             loop.step(n=1)
     loop.check()
-    record_property("reliability: batches of one", 2 * STEPS)
 
 
 class Stop(Exception):
@@ -228,6 +228,7 @@ class Stop(Exception):
 def test_an_exception_in_the_loss_of_a_refresh_is_the_users_and_the_run_goes_on_as_if_it_had_not_been(
     record_property, source, at
 ):
+    record_property("reliability: exceptions in a loss", int(source != GRADIENTS))
     ends = []
     for faulty in (True, False):
         loop = Loop(source)
@@ -250,12 +251,12 @@ def test_an_exception_in_the_loss_of_a_refresh_is_the_users_and_the_run_goes_on_
             loop.step()
         ends.append([p.detach().clone() for p in loop.model.parameters()])
     assert all(map(torch.equal, *ends))
-    record_property("reliability: exceptions in a loss", source != GRADIENTS)
 
 
 @pytest.mark.parametrize("late", [True, False])  # after its backward pass, or before
 def test_an_exception_in_the_closure_of_a_step_is_the_users_and_the_run_goes_on(record_property, late):
     for at in (0, 1, 6, 13):
+        record_property("reliability: exceptions in a closure", 1)
         loop = Loop(GRADIENTS)
         for i in range(STEPS + 4):
             x, y = loop.batch()
@@ -278,7 +279,6 @@ def test_an_exception_in_the_closure_of_a_step_is_the_users_and_the_run_goes_on(
             else:
                 loop.optimizer.step(closure)
         loop.check()
-        record_property("reliability: exceptions in a closure", 1)
 
 
 @pytest.mark.parametrize("source", [ONE_BY_ONE, PRODUCTS])

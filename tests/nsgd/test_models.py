@@ -124,10 +124,11 @@ def rows_of(*sources: str, exact: bool = False) -> list[Any]:
 
 
 @pytest.mark.parametrize(("case", "source"), rows_of(*SOURCES))
-def test_a_model_works_or_is_refused_in_one_sentence(case, source):
+def test_a_model_works_or_is_refused_in_one_sentence(record_property, case, source):
     """Its directions have a share in each parameter that trains, and damp the step; all else is as found."""
     if case.needs:
         pytest.importorskip(case.needs)
+    record_property("reliability: models and precisions × sources", 1)
     if source in case.refused:
         with pytest.raises((ValueError, RuntimeError), match=case.refused[source].words) as refusal:
             Run(case, source).step()

@@ -66,7 +66,8 @@ def little_memory(monkeypatch):
         RuntimeError("MPS backend out of memory"),
     ],
 )
-def test_where_memory_ends_fewer_are_taken_at_once_with_the_same_result(little_memory, error):
+def test_where_memory_ends_fewer_are_taken_at_once_with_the_same_result(record_property, little_memory, error):
+    record_property("reliability: out of memory", 1)
     tried, errors = little_memory
     errors[0] = error
     case = Case("batch_norm_eval")

@@ -1,0 +1,89 @@
+"""Inject faults, try models, end commands and make long runs; count what was lost. Hours on one core.
+
+python benchmarks/reliability.py            # writes benchmarks/results/reliability.md, test after test
+python benchmarks/reliability.py --smoke    # a few faults, and writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "reliability.md"
+TESTS = (
+    "nsgd/test_models.py",
+    "nsgd/test_faults.py",
+    "nsgd/directions/test_chunks.py",
+    "nsgd/test_long_runs.py",
+    "lightning_modules/study/test_kills.py",
+)
+
+
+class Counts:
+    """What the tests say that they did, as properties "reliability: what" and "measured: what".
+
+    Args:
+        path: Is written after each test that says something; None to write nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.times, self.lost = path, Counter[str](), Counter[str]()
+        self.measured: dict[str, str] = {}
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a test; what it did is lost where it failed."""
+        if report.when != "call":
+            return
+        if report.failed:
+            self.failed.append(report.nodeid)
+        for name, value in report.user_properties:
+            kind, _, what = name.partition(": ")
+            if kind == "reliability":
+                self.times[what] += int(str(value))
+                self.lost[what] += int(str(value)) if report.failed else 0
+            elif kind == "measured":
+                self.measured[what] = str(value)
+        if self.path is not None:
+            self.path.write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """The counts as a page."""
+        lines = ["# Reliability", "", f"By `python benchmarks/reliability.py`, torch {torch.__version__}, "]
+        lines[-1] += f"Python {platform.python_version()}, CPU. Lost or corrupted: that a test found so."
+        lines += ["", "| what | times | lost or corrupted |", "| --- | ---: | ---: |"]
+        lines += [f"| {what} | {count:,} | {self.lost[what]:,} |" for what, count in self.times.items() if count]
+        lines += ["", "Long runs:", ""] if self.measured else []
+        lines += [f"- {what}: {found}." for what, found in self.measured.items()]
+        lines += ["", "Tests that failed:", ""] if self.failed else []
+        lines += [f"- `{name}`" for name in self.failed]
+        return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few faults, and write nothing")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    counts = Counts(None if args.smoke else RESULTS)
+    chosen = ["-m", "", "-k", "not quick"]
+    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    if args.smoke:
+        chosen, tests = ["-k", "batch_of_one"], [str(ROOT / "tests" / "nsgd" / "test_faults.py")]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *chosen, *tests], plugins=[counts])
+    if args.smoke:
+        assert counts.times["batches of one"] > 0
+        assert "| batches of one |" in counts.text()
+    sys.exit(int(code))
+
+
+if __name__ == "__main__":
+    main()
