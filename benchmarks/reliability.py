@@ -22,6 +22,7 @@ TESTS = (
     "nsgd/test_models.py",
     "nsgd/test_faults.py",
     "nsgd/directions/test_chunks.py",
+    "lightning_modules/callbacks/test_exceptions.py",
     "nsgd/test_long_runs.py",
     "lightning_modules/study/test_kills.py",
 )

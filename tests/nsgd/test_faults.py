@@ -17,7 +17,7 @@ from nsgd import NSGD, sample_losses
 
 GRADIENTS, AT_ONCE, ONE_BY_ONE, PRODUCTS = "gradients", "samples at once", "samples one by one", "products"
 SOURCES = (GRADIENTS, AT_ONCE, ONE_BY_ONE, PRODUCTS)
-STEPS, K, MANY = 14, 3, 60
+STEPS, K, MANY = 14, 3, 30
 NAN, INF = math.nan, math.inf
 
 
