@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import of_their_kind
+from nsgd.curvature.checks import check_vectors, of_their_kind, whole_number
 
 
 @of_their_kind
@@ -177,6 +177,9 @@ def squared_distance(spacing: int | Tensor, *, lr: float, curvatures: Tensor, no
         noise: s_i^2, one for all or (m,).
     """
     steps: Tensor = torch.as_tensor(spacing, dtype=torch.float64)
+    check_vectors(curvatures=curvatures)
+    if isinstance(noise, Tensor) and noise.ndim:
+        check_vectors(len(curvatures), noise=noise)
     variances = stationary_variance(lr=lr, curvature=curvatures, noise=noise)
     kept: Tensor = (1 - lr * curvatures.double()) ** steps[..., None]
     total: Tensor = (2 * variances * (1 - kept)).sum(-1)
@@ -196,8 +199,7 @@ def two_point_loss(losses: Sequence[float] | Tensor, *, curvature: float | Tenso
 
 
 def _check(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"expected steps to be a whole number of at least 0, got {steps!r}")
+    whole_number("steps", steps, least=0, most=2**31 - 1)
 
 
 def _checked(weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nsgd.curvature.checks import of_their_kind
+from nsgd.curvature.checks import check_vectors, of_their_kind
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class OwnBatch:
 @of_their_kind
 def r_squared(measured: Tensor, predicted: Tensor) -> float:
     """Share of the variance of measured losses (n,) that a prediction explains; NaN where they do not vary."""
+    check_vectors(measured=measured, predicted=predicted)
     measured, predicted = measured.double(), predicted.double()
     total = (measured - measured.mean()).square().sum()
     return float(1 - (measured - predicted).square().sum() / total) if total > 0 else math.nan
@@ -85,4 +86,9 @@ def held_out_rate(*, curvature: float, variance: float, noise: float) -> float:
         variance: z^2, of the iterate around the mean of the minima.
         noise: s^2, of the batches' minima around their mean.
     """
+    if not curvature > 0 or not variance >= 0 or not noise >= 0 or not variance + noise > 0:
+        raise ValueError(
+            "expected curvature above 0, and variance and noise of at least 0, one of them above, got "
+            f"{curvature}, {variance} and {noise}"
+        )
     return variance / (variance + noise) / curvature

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import check_vectors, of_their_kind
+from nsgd.curvature.checks import check_vectors, of_their_kind, shown
 from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP, Closure, loss_hessian
@@ -75,7 +75,9 @@ def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]
 
     At the edge of stochastic stability it is 2 / lr. Costs three gradients a batch.
     """
-    params = list(params)
+    if not isinstance(losses, Iterable) or isinstance(losses, Tensor | str | bytes):
+        raise ValueError(f"expected the losses of batches, got {shown(losses)}; pass a list of them")
+    params = checked_params(params)
     values = [own_batch(loss, params)[1].sharpness for loss in losses]
     if not values:
         raise ValueError("expected the loss of one batch or more, got none")
