@@ -162,6 +162,8 @@ class RefreshDirections(pl.Callback):
         self._full_size = max(self._full_size, size)
         if parts:
             fraction = sum(n for _, n in parts) / (self._full_size * accumulate)
+            if module.automatic_optimization:  # else curvature_loss may be another
+                optimizer._directions.doubts.batch_loss = loss.detach() * accumulate / factor
             done = self._refresh_on(parts, module, optimizer, scale=factor, batch_fraction=fraction)
         else:
             if module.automatic_optimization:

@@ -111,6 +111,8 @@ class Damped(Optimizer):
         if not isinstance(loss, Tensor):
             raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
         if curvature is not None:
+            # A scaled loss may stand beside samples' that are not.
+            self._directions.doubts.batch_loss = loss.detach().mean() if scale == 1.0 else None
             self.refresh_if_due(curvature, scale, batch_fraction=batch_fraction)
         elif self._directions.options.solver not in FROM_TRAINING:
             self.refresh_if_due(loss, scale, batch_fraction=batch_fraction)

@@ -17,6 +17,7 @@ from nsgd.curvature.small import inverse_root
 from nsgd.curvature.vectors import split, vector_dtype
 from nsgd.directions.alarm import Alarm, OnHost
 from nsgd.directions.differences import Differences
+from nsgd.directions.doubts import Doubts
 from nsgd.directions.flat import Block, as_rows, blocks_of
 from nsgd.directions.kept import DIRECTIONS, blank, filled
 from nsgd.directions.mixing import inner_products, mix
@@ -58,6 +59,7 @@ class Directions:
         self.last_step: dict[str, Tensor] = {}  # coefficients (k,), squared norm, mean square outside the basis
         self.last_overlap = torch.tensor(math.nan)
         self.outcome: OnHost | None = None  # whether the last refresh was any good, while the host has not asked
+        self.doubts = Doubts()
         self.complete = True  # whether every parameter has had a refresh
         self._key: tuple[Any, ...] = ()
         self._warned: set[str] = set()
@@ -255,6 +257,7 @@ class Directions:
 
     def learn_outcome(self) -> None:
         """Count the last refresh as skipped, if it was; waits for the device where that has not come so far."""
+        self.doubts.say(self.warn_once)
         outcome, self.outcome = self.outcome, None
         if outcome is not None and not outcome.is_true():
             self.counts.refreshes -= 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.hessian import Closure, Losses
-from nsgd.curvature.vectors import is_finite
+from nsgd.curvature.vectors import is_finite, split
 from nsgd.directions.alarm import OnHost
 from nsgd.directions.directions import NOT_FINITE, Directions, check_size
 from nsgd.directions.processes import alike, gathered, inner_modules_only, mean, of_the_first, together
@@ -17,7 +17,7 @@ from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
 from nsgd.directions.sample_average import Past, cleaned, fold
-from nsgd.directions.samples import checked_groups, say_smaller, write_gradients
+from nsgd.directions.samples import SampleLosses, checked_groups, say_smaller, write_gradients
 from nsgd.directions.shards import is_sharded
 from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
 from nsgd.options import Estimator
@@ -80,6 +80,10 @@ def refresh(
         return False
     spent.count(counts, batch_fraction)
     directions.leave_differences()
+    if directions.counts.steps:
+        found = torch.ones((), dtype=torch.bool, device=values.device)
+        directions.doubts.note_shares(split(vectors, params), params, _names([], params), found)
+        directions.doubts.say(directions.warn_once)
     weights, averaged = _averaged(directions, (values, vectors), params)
     damped = values > torch.maximum(residuals, _CERTAIN * values.abs().max())
     if averaged is not vectors:
@@ -118,6 +122,9 @@ def _follow_samples(
     # A group without a label is left out, but a process without any has met a NaN: then all of them skip.
     losses = torch.where(losses.isnan().all(), math.inf, losses)
     losses, shares, *rows = gathered(losses, shares, *local_rows)
+    doubts = directions.doubts
+    if doubts.batch_loss is not None:
+        doubts.batch_loss = doubts.batch_loss * scale  # as theirs are
     spent = Spent()
     share = averaging_share(
         groups=len(shares), samples=samples, k=directions.options.k, size=size, flops=directions.counts.sample_flops
@@ -125,6 +132,9 @@ def _follow_samples(
     spent.gradients += mean(share, home)
     spent.count(directions.counts, batch_fraction)
     new = cleaned(rows, losses, shares)
+    doubts.note_losses(losses.to(new.shares), new.good)
+    if directions.counts.steps:  # before the first, what is initialised with zero keeps others' gradients zero
+        doubts.note_shares(views, params, _names(groups, params), new.good)
     if _is_known_at_once(home) and not new.good:
         directions.skip(directions.counts.steps, NOT_FINITE, depth=8)
         return False
@@ -143,9 +153,19 @@ def _follow_samples(
     before = directions.last_overlap.to(overlap, non_blocking=True)
     directions.last_overlap = torch.where(new.good, overlap, before)
     directions.note_change([])
+    doubts.note_weights(directions.weights, new.good)
+    if _is_known_at_once(home):
+        doubts.say(directions.warn_once)
     if not _is_known_at_once(home):
         directions.outcome = OnHost(new.good)
     return True
+
+
+def _names(groups: Losses, params: list[Tensor]) -> list[str]:
+    """What parameters are called in the module of the samples; their shapes where that is not known."""
+    module = groups.module if isinstance(groups, SampleLosses) else None
+    known: dict[Tensor, str] = {} if module is None else {p: repr(name) for name, p in module.named_parameters()}
+    return [known.get(p, f"number {i}, of shape {tuple(p.shape)}") for i, p in enumerate(params)]
 
 
 def _draw(directions: Directions, params: list[Tensor], batch_fraction: float) -> None:

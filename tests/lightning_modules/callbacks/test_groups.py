@@ -497,6 +497,7 @@ def test_products_on_one_group_of_the_training_set_are_of_one_fixed_loss(make_tr
 
 
 @pytest.mark.parametrize("solver", ["auto", "lanczos"])
+@pytest.mark.filterwarnings("ignore:the gradients of the samples are all zero")
 def test_a_loss_without_any_gradient_ends_nothing(make_trainer, solver):
     """As of samples that are fitted to the last bit, of a hinge, or of one sample in a contrastive loss."""
 
@@ -536,6 +537,7 @@ def test_an_infinite_group_skips_the_refresh_and_no_step(make_trainer, one_by_on
 
 
 @WAYS
+@pytest.mark.filterwarnings("ignore:the loss of one sample or more is NaN")
 def test_a_group_without_a_known_loss_is_left_out(make_trainer, one_by_one):
     module = Unknown(partial(NSGD, **{**ALONE, "lr": 1e-30}), one_by_one=one_by_one)
     x, y = (column[[16, 17, *range(19, 32)]] for column in classes(48).tensors)

@@ -132,6 +132,7 @@ def test_fewer_groups_than_directions_give_as_many_and_more_come_later(training,
 
 
 @pytest.mark.parametrize("decay", [0.0, None])
+@pytest.mark.filterwarnings("ignore:the gradients of the samples are all zero")
 def test_groups_without_gradient_give_no_directions_and_training_goes_on(training, flat, decay):
     run, twin = training(), training()
     optimizer = NSGD(run.model.parameters(), lr=0.1, k=3, gamma=0.0, decay=decay)
@@ -245,6 +246,7 @@ def test_groups_that_are_not_finite_skip_the_refresh_and_keep_the_directions(tra
 
 
 @pytest.mark.parametrize("unknown", [1, 14])
+@pytest.mark.filterwarnings("ignore:the loss of one sample or more is NaN")
 def test_groups_of_unknown_loss_are_left_out(training, basis_of, unknown):
     run = training(torch.float64)
     optimizer, k = NSGD(run.model.parameters(), lr=0.1, k=3, refresh_every=1), min(3, 16 - unknown)
