@@ -87,7 +87,8 @@ def now(device: torch.device) -> Any:
         return time.perf_counter()
     module = torch.get_device_module(device)
     event = module.Event(enable_timing=True)
-    event.record(module.current_stream(device))
+    # Metal has one stream, which it does not name.
+    event.record(*([module.current_stream(device)] if hasattr(module, "current_stream") else []))
     return event
 
 

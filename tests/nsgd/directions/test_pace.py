@@ -285,6 +285,21 @@ def test_events_are_recorded_in_the_stream_of_the_device(monkeypatch):
     assert pace.now(torch.device("meta")).stream == "stream of meta"
 
 
+def test_events_are_recorded_on_a_device_whose_streams_have_no_names(monkeypatch):
+    class Recorded:
+        """As torch.mps.Event, whose making alone needs a Mac."""
+
+        def __init__(self, enable_timing=False):
+            self.timed, self.recorded = enable_timing, 0
+
+        def record(self):
+            self.recorded += 1
+
+    monkeypatch.setattr(torch.mps, "Event", Recorded)  # the rest of the module is as it is
+    event = pace.now(torch.device("mps"))
+    assert (event.timed, event.recorded) == (True, 1)
+
+
 def test_the_first_of_several_processes_decides(monkeypatch):
     class Timed:
         def price(self):
