@@ -33,7 +33,8 @@ class ReadOuts(pl.Callback):
         swa_share: Share of the steps, at the end, that the uniform average (SWA) runs over, step by step.
         two_point_share: Distance of the two averaged points, as a share of all steps; the second is the last.
 
-    A run whose number of steps is not known beforehand has the EMA only. Memory: three times the parameters. State is
+    A run whose number of steps is not known beforehand has the EMA only. Averages are kept in float32 at least,
+    whatever the weights are in, and rounded where they are read out. Memory: three times the parameters. State is
     saved in checkpoints.
     """
 
@@ -77,7 +78,7 @@ class ReadOuts(pl.Callback):
 
     @torch.no_grad()
     def _update(self, name: str, module: pl.LightningModule, average: Any) -> None:
-        current = [p.detach() for p in module.parameters()]
+        current = [_wide(p) for p in module.parameters()]
         if name not in self._averages:
             self._averages[name] = [p.clone() for p in current]
         else:
@@ -129,11 +130,16 @@ class ReadOuts(pl.Callback):
         self._batches = state_dict.get("batches", self._seen)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move loaded averages to the module's device."""
+        """Move loaded averages to the module's device, and to the type that they are kept in."""
         self._averages = {
-            name: [a.to(p.device) for a, p in zip(values, pl_module.parameters(), strict=True)]
+            name: [a.to(_wide(p)) for a, p in zip(values, pl_module.parameters(), strict=True)]
             for name, values in self._averages.items()
         }
+
+
+def _wide(p: Tensor) -> Tensor:
+    """A parameter's values in float32 at least: in bfloat16 most of an average's small increments round away."""
+    return p.detach().to(torch.promote_types(p.dtype, torch.float32))
 
 
 @torch.no_grad()

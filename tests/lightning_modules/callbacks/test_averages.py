@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,52 @@ def test_averages_of_several_optimizers_run_over_batches_and_not_over_steps(make
     swa, two = torch.stack(weights[15:]).mean(0), (weights[17] + weights[19]) / 2  # a quarter, and a tenth, of 20
     assert torch.allclose(read(read_outs, "swa", module), swa, atol=1e-6)  # running updates against one sum
     assert torch.allclose(read(read_outs, "two-point", module), two, atol=1e-6)
+
+
+class Ramp(pl.LightningModule):
+    """A weight that goes from 1 to 1.5, so slowly that bfloat16 takes many steps for one of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=dtype))
+
+    def go(self, read_outs: ReadOuts, steps: range) -> list[float]:
+        weights = []
+        for step in steps:
+            self.weight.detach().fill_(1 + 0.5 * step / 1000)
+            weights.append(self.weight.item())
+            trainer: Any = SimpleNamespace(optimizers=[], global_step=step, estimated_stepping_batches=1000)
+            read_outs.on_train_batch_end(trainer, self, None, None, step)
+        return weights
+
+
+# A bfloat16 between 1 and 2 is 2^-7 from the next.
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float64, 1e-12)])
+def test_averages_of_weights_in_few_bits_are_those_of_a_loop_in_many(dtype, apart):
+    read_outs, module = ReadOuts(), Ramp(dtype)
+    weights = module.go(read_outs, range(1, 1001))
+    ema = weights[0]
+    for step, w in enumerate(weights[1:], start=2):
+        decay = min(0.99, (1 + step) / (10 + step))
+        ema = decay * ema + (1 - decay) * w
+    expected = {"ema": ema, "swa": sum(weights[750:]) / 250, "two-point": (weights[899] + weights[999]) / 2}
+    for name, value in expected.items():
+        with read_outs.applied(name, module):
+            assert module.weight.dtype == dtype
+            assert module.weight.item() == pytest.approx(value, abs=apart), name
+
+
+def test_a_checkpoint_whose_averages_were_in_bfloat16_goes_on_in_float32():
+    read_outs, module = ReadOuts(), Ramp(torch.bfloat16)
+    module.go(read_outs, range(1, 11))
+    state = read_outs.state_dict()
+    state["averages"] = {name: [a.bfloat16() for a in values] for name, values in state["averages"].items()}
+    resumed = ReadOuts()
+    resumed.load_state_dict(state)
+    trainer: Any = SimpleNamespace()
+    resumed.on_train_start(trainer, module)
+    module.go(resumed, range(11, 1001))
+    assert read(resumed, "ema", module).item() == pytest.approx(1.452, abs=2**-7)
 
 
 def test_training_is_bit_identical_with_and_without(make_trainer, random_state):
