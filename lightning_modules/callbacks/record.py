@@ -111,8 +111,9 @@ class RecordSteps(pl.Callback):
         self._catch_up(trainer)
 
     def _catch_up(self, trainer: pl.Trainer) -> None:
-        if self._unread:
+        if self.rows and "alignment" not in self.rows[-1]:  # though its loss may have been read already
             self._describe(trainer.optimizers[0])
+        if self._unread:
             self._read()
 
     def _describe(self, optimizer: torch.optim.Optimizer) -> None:

@@ -15,6 +15,7 @@ from lightning_modules.callbacks import record, stopwatch
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.callbacks.stopwatch import Stopwatch
+from nsgd import NSGD
 
 CPU = torch.device("cpu")
 
@@ -139,6 +140,37 @@ def test_a_long_epoch_is_heard_of_between_its_validations(device, monkeypatch):
     steps.on_train_start(trainer, module)
     steps.on_train_batch_end(trainer, module, {"loss": torch.tensor(1.0)}, None, 0)
     assert told == [1]
+
+
+@pytest.mark.parametrize("read_after", [0.0, math.inf])
+def test_directions_are_described_at_each_validation_whenever_losses_were_read(
+    device, monkeypatch, make_trainer, read_after
+):
+    """Validations after steps 8 and 16, as on a GPU; at 0 seconds every step's loss was read before."""
+    monkeypatch.setattr(record, "_READ_AFTER", read_after)
+
+    class Noted(RecordSteps):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, SimpleNamespace(device=torch.device("cuda")))
+
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_validation_start(trainer, pl_module)
+            found.append((trainer.global_step, trainer.optimizers[0].alignment, list(trainer.optimizers[0].weights)))
+
+    found: list[Any] = []
+    steps = Noted(lambda step, loss: None, ["val_loss"])
+    torch.manual_seed(0)
+    module: Any = Classifier()
+    module.configure_optimizers = lambda: NSGD(module.parameters(), lr=0.1, k=3)
+    trainer = make_trainer(max_epochs=-1, max_steps=16, callbacks=[steps])
+    trainer.fit(module, datamodule=Digits())
+    described = [row for row in steps.rows if "alignment" in row]
+    assert [row["step"] for row in described] == [8, 16]
+    for row, (step, alignment, weights) in zip(described, found, strict=True):
+        assert (row["step"], row["alignment"]) == (step, alignment)
+        assert "overlap" in row
+        assert [row[f"weight_{i}"] for i in range(1, len(weights) + 1)] == weights
+        assert weights
 
 
 class Slow(torch.optim.SGD):
