@@ -117,7 +117,9 @@ class Ramp(pl.LightningModule):
         for step in steps:
             self.weight.detach().fill_(1 + 0.5 * step / 1000)
             weights.append(self.weight.item())
-            trainer: Any = SimpleNamespace(optimizers=[], global_step=step, estimated_stepping_batches=1000)
+            trainer: Any = SimpleNamespace(
+                optimizers=[], global_step=step, estimated_stepping_batches=1000, max_steps=-1
+            )
             read_outs.on_train_batch_end(trainer, self, None, None, step)
         return weights
 
