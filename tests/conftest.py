@@ -263,16 +263,17 @@ def flat_fixture() -> Callable[[Iterable[Tensor]], Tensor]:
 
 @pytest.fixture
 def basis_of() -> Callable[[torch.optim.Optimizer], Tensor]:
-    """The directions of an optimizer as (k, P), read from its checkpoint; zero for a parameter that has none."""
+    """The directions of an optimizer as (r, P), read from its checkpoint; zero for a parameter that has none."""
 
     def read(optimizer: torch.optim.Optimizer) -> Tensor:
         state = optimizer.state_dict()["state"]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         found = {i: state[i]["directions"] for i in range(len(params)) if "directions" in state.get(i, {})}
         some = next(iter(found.values()))
-        return torch.cat(
+        rows = torch.cat(
             [found.get(i, some.new_zeros(len(some), *p.shape)).flatten(1) for i, p in enumerate(params)], 1
         )
+        return rows[: optimizer._directions.rank]  # type: ignore[attr-defined]  # a checkpoint holds k rows always
 
     return read
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
-from nsgd.curvature.checks import above_zero
 from nsgd.curvature.hessian import Closure, Losses
 from nsgd.curvature.vectors import checked_params
 from nsgd.damping import state
@@ -171,7 +170,6 @@ class Damped(Optimizer):
                 are sharded; or processes give curvature of different kinds.
             RuntimeError: If another process has met an error.
         """
-        scale, batch_fraction = above_zero("scale", scale), above_zero("batch_fraction", batch_fraction)
         self._directions.arrange(self._curvature_params())
         maximize = bool(self.param_groups[0].get("maximize", False))
         with self._directions.timed_refresh():

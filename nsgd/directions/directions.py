@@ -112,8 +112,10 @@ class Directions:
         self.blocks = blocks_of(params, self.options.basis_dtype)
         self._fill(known)
         self._move()
-        changed = [(id(p), block.dtype, block.device) for block in self.blocks for p in block.params] != before
-        if changed and self.rank:
+        now = [(id(p), block.dtype, block.device) for block in self.blocks for p in block.params]
+        changed = now != before
+        # What is left of vectors whose parameters froze is shorter, as the moment's restriction is: that stays.
+        if changed and self.rank and {identity for identity, *_ in now} == {identity for identity, *_ in before}:
             self._orthonormalise()
         if self.differences is not None and rows is not None:
             self.differences.load(self.blocks, *rows)

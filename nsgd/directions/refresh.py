@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import above_zero
 from nsgd.curvature.hessian import Closure, Losses
 from nsgd.curvature.vectors import is_finite, split
 from nsgd.directions.alarm import OnHost
@@ -51,9 +52,7 @@ def refresh(
         )
     device = directions.blocks[0].device
     with together(device):
-        for name, value in (("scale", scale), ("batch_fraction", batch_fraction)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"expected {name} to be a finite number above 0, got {value}")
+        scale, batch_fraction = above_zero("scale", scale), above_zero("batch_fraction", batch_fraction)
         check_size(options.k, params)
         if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
             loss = list(loss)
