@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from nsgd import NSGD, sample_losses
 from nsgd.curvature import guard, low_rank
 from nsgd.curvature.small import inverse_root, orthogonal_iteration
-from nsgd.directions import refresh
+from nsgd.directions import doubts, refresh
 from nsgd.directions.flat import blocks_of
 from nsgd.directions.sample_average import Cleaned, Past, cleaned, fold
 
@@ -205,6 +206,7 @@ def test_neither_a_refresh_nor_a_step_reads_a_value(monkeypatch, at_once):
     state = guard.RandomState
     monkeypatch.setattr(guard, "RandomState", lambda device: state(None))
     monkeypatch.setattr(refresh, "OnHost", lambda good: None)
+    monkeypatch.setattr(doubts, "OnHost", lambda doubtful: SimpleNamespace(is_true=lambda: False))
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to("meta")
     optimizer = NSGD(model.parameters(), lr=0.1, k=4, solver="gradients", refresh_every=2)
     x, y = torch.empty(6, 6, device="meta"), torch.empty(6, device="meta", dtype=torch.long)
