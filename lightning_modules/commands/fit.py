@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -39,6 +41,7 @@ _LOADERS = {
     "predict": "predict_dataloader",
 }
 _ABOVE_ZERO = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+_APART = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 _DAMP_OPTIONS = [field.name for field in fields(DampingOptions)]
 
 
@@ -131,6 +134,10 @@ class _Commands(LightningCLI):
                 raise
             said = " ".join(str(missing_package).split())
             raise ValueError(f"expected a package that is not installed: {said}") from error
+        chosen = vars(self.model).get("configure_optimizers")  # LightningCLI's, for --optimizer
+        if self.subcommand == "fit" and self._trained_apart and isinstance(chosen, MethodType):
+            # A bound method is pickled by its name, and found again as that of the class: another one would train.
+            self.model.configure_optimizers = partial(chosen.__func__, self.model)
         loader = _LOADERS[str(self.subcommand)]
         if self.datamodule is None and not is_overridden(loader, self.model):
             raise ValueError(f"expected --data, as {type(self.model).__name__} has no {loader} of its own, got none")
@@ -161,14 +168,26 @@ class _Commands(LightningCLI):
             self._callbacks.insert(0, _Damp(self._chosen("damp")))
 
     def after_fit(self) -> None:
+        averages = [callback for callback in self._callbacks if isinstance(callback, WriteAverages)]
+        if self._trained_apart and (averages or self._measurements):
+            rank_zero_info(
+                f"--trainer.strategy {self._chosen('trainer')['strategy']} trains in processes that have ended: the "
+                "tables and averages are written, a page of the one and a validation of the other --trainer.strategy "
+                "ddp makes"
+            )
+            return
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all processes
         if self.trainer.is_global_zero:
-            self._report()
-        for callback in self._callbacks:
-            if isinstance(callback, WriteAverages):
-                self._validate_averages(callback)
+            self._report(folder)
+        for callback in averages:
+            self._validate_averages(callback)
 
-    def _report(self) -> None:
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+    @property
+    def _trained_apart(self) -> bool:
+        """Whether the callbacks of this process have seen nothing of the training."""
+        return str(self._chosen("trainer").get("strategy")).removesuffix("_find_unused_parameters_true") in _APART
+
+    def _report(self, folder: Path) -> None:
         files = {measurement.name: measurement.table.file for measurement in self._measurements if measurement.rows}
         written = {name: path for name, path in files.items() if path is not None}
         if written:

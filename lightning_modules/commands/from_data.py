@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
@@ -59,7 +60,7 @@ def link_to_data(parser: ArgumentParser, kind: type, given: Collection[str]) -> 
         parameter = _parameter(kind, name)
         # A link takes the option away, so there is none where it is given by hand.
         if parameter is not None and f"model.{name}" not in given:
-            target, compute = f"model.init_args.{name}", _from_data(parameter)
+            target, compute = f"model.init_args.{name}", _FromData(name, parameter.default)
             parser.link_arguments("data", target, compute_fn=compute, apply_on="instantiate")
 
 
@@ -72,12 +73,16 @@ def _parameter(kind: type, name: str) -> inspect.Parameter | None:
     return None
 
 
-def _from_data(parameter: inspect.Parameter) -> Callable[[Any], Any]:
-    name = parameter.name
+@dataclass(frozen=True)
+class _FromData:
+    """What the data know of an option; no local function, since ddp_spawn pickles the parser with its links."""
 
-    def from_data(data: Any) -> Any:
-        if not hasattr(data, name) and parameter.default is parameter.empty:
-            raise ValueError(f"expected --model.{name}, as {type(data).__name__} has no {name}, got none; give it")
-        return getattr(data, name, parameter.default)
+    name: str
+    default: Any
 
-    return from_data
+    def __call__(self, data: Any) -> Any:
+        if not hasattr(data, self.name) and self.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"expected --model.{self.name}, as {type(data).__name__} has no {self.name}, got none; give it"
+            )
+        return getattr(data, self.name, self.default)

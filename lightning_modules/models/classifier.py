@@ -70,8 +70,10 @@ class Classifier(Stages):
         loss: Tensor = self.loss(logits, labels)
         accuracy: Any = self.accuracy[f"on_{stage}"]
         accuracy(logits, labels)
-        on_step = stage == "train"
-        self.log(f"{stage}_loss", loss, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=len(labels))
+        on_step, name = stage == "train", f"{stage}_loss"
+        of_all = not on_step  # of the processes that share the data
+        size = len(labels)
+        self.log(name, loss, on_step=on_step, on_epoch=of_all, sync_dist=of_all, prog_bar=True, batch_size=size)
         self.log(
             f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=not on_step, batch_size=len(labels)
         )
