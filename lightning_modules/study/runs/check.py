@@ -131,6 +131,12 @@ def _check_training(subject: Subject) -> None:
         largest = {name: ends[1] for name, ends in study.ranges(method).items()} if study.tune else {}
         module = subject.module()
         prepare(module, recipe, {**study.given(method), **largest}, study.nsgd, schedule=study.schedule)
+        # The scaler takes one gradient a step; methods that take more, such as SAM, step by themselves.
+        if study.precision == "16-mixed" and not module.automatic_optimization:
+            raise ValueError(
+                f"expected a precision without a gradient scaler for {method}, which takes two gradients a step, got "
+                f"16-mixed; take bf16-mixed, or leave {method} out"
+            )
         module.configure_model()
         if not is_overridden("setup", module):  # which may make layers, from the data
             try:

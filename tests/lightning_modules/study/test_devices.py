@@ -20,6 +20,7 @@ from lightning_modules.commands.main import main
 from lightning_modules.study import compare
 from lightning_modules.study.compare import command_of, run_study
 from lightning_modules.study.runs import evaluate
+from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.devices import Devices, find_devices
 from lightning_modules.study.runs.launch import launch_on_ray
 from lightning_modules.study.runs.plan import plan_runs
@@ -96,6 +97,16 @@ def test_a_precision_that_is_none_is_refused():
         ValueError, match=r"precision to be one of 32-true, .*, got 'bf16-mixd'; did you mean bf16-mixed"
     ):
         find_devices("cpu", "bf16-mixd")
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available")
+def test_sam_in_float16_is_refused_before_anything_is_written(gpus, tmp_path):
+    said = "^expected a precision without a gradient scaler for sam, .*, got 16-mixed; take bf16-mixed, or leave sam"
+    with pytest.raises(ValueError, match=said):
+        run_study(study(precision="16-mixed", methods=["sgd", "sam"]), tmp_path / "out", silent)
+    assert list(tmp_path.iterdir()) == []
+    check_study(Subject(study(precision="16-mixed", methods=["sgd", "nsgd", "muon"])))
+    check_study(Subject(study(precision="bf16-mixed", methods=["sam"])))
 
 
 # -- a folder has one device -------------------------------------------------------------------------------------------
