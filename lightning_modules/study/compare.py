@@ -33,7 +33,7 @@ from lightning_modules.study.runs.plan import (
 )
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.runs.tables import write_tables
-from lightning_modules.study.runs.train import OnStep, make_run, predicted_seconds, rehearse_method
+from lightning_modules.study.runs.train import OnStep, make_run, predicted_seconds, rehearse_method, warm_up
 from lightning_modules.study.runs.workers import Workers, serve
 from lightning_modules.support.as_found import as_found
 from lightning_modules.support.progress import Update
@@ -154,6 +154,9 @@ def run_study(
 def serve_runs(study: Study, out: Path, watched: Callable[[OnStep], OnStep] = lambda on_step: on_step) -> None:
     """Make the runs of a study whose numbers come on standard input, as one of several workers; see ``workers``.
 
+    Before the first run of a method, a few steps of it are made that count nowhere. Otherwise this run alone would pay
+    for what a process does once; runs in one process have had theirs when their time was predicted.
+
     Args:
         study: The study.
         out: Its folder.
@@ -164,7 +167,17 @@ def serve_runs(study: Study, out: Path, watched: Callable[[OnStep], OnStep] = la
     """
     subject, folder, plan = Subject(study), StudyFolder(out), plan_runs(study)
     _claim_folder(subject, folder)
-    serve(lambda number, on_step: make_run(subject, folder, plan[number], watched(on_step)))
+    warm: set[str] = set()
+
+    def make(number: int, on_step: OnStep) -> None:
+        method = plan[number].method
+        if method not in warm:
+            warm.add(method)
+            with as_found(), suppress(Exception):  # of a module of the user's: the run dies as well, and says so
+                warm_up(subject, folder, method)
+        make_run(subject, folder, plan[number], watched(on_step))
+
+    serve(make)
 
 
 @contextmanager

@@ -127,6 +127,18 @@ def _results(
     return [{**about, "read_out": name, **rate, **scores, **counts} for name, scores in scored]
 
 
+def warm_up(subject: Subject, folder: StudyFolder, method: Method) -> RecordSteps:
+    """Train a method for a few steps and a validation, of which no run sees anything; returns what they took.
+
+    What a process does once, such as loading libraries and kernels, is done then, and is in no run's seconds.
+    """
+    record = RecordSteps(lambda step, loss: None)
+    rehearse_method(subject, folder, method)
+    options = rehearsed_options(subject.study, folder, method)
+    _train(subject, method, subject.study.given(method), options, TUNING_SEED, _TIMED_STEPS, record)
+    return record
+
+
 def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]) -> float:
     """What runs will take one after the other, from a few timed steps of each method and a validation."""
     study = subject.study
@@ -135,10 +147,8 @@ def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]
     evaluated = min(1.0, EVALUATED / max(1, len(train.dataset))) * len(train)
     batches = {stage: _batches(subject.loader(stage)) for stage in ("val", "test")}
     for method in dict.fromkeys(run.method for run in runs):
-        record = RecordSteps(lambda step, loss: None)
-        rehearse_method(subject, folder, method)
+        record = warm_up(subject, folder, method)
         options = rehearsed_options(study, folder, method)
-        _train(subject, method, study.given(method), options, TUNING_SEED, _TIMED_STEPS, record)
         first, last = record.rows[0], record.rows[-1]
         step = (last["seconds"] - first["seconds"]) / max(1, len(record.rows) - 1)
         if 0 < first["refreshes"] == last["refreshes"]:  # one in the first step, and no other among those timed

@@ -18,6 +18,9 @@ from studies import finished, silent, study, without_seconds
 
 from lightning_modules.study import compare
 from lightning_modules.study.compare import run_study, seconds_side_by_side
+from lightning_modules.study.runs import train
+from lightning_modules.study.runs.plan import plan_runs
+from lightning_modules.support.as_found import as_found
 from lightning_modules.support.files import read_csv
 from lightning_modules.support.study_folder import Document, StudyFolder
 
@@ -32,6 +35,47 @@ def test_runs_side_by_side_give_the_files_of_runs_one_after_the_other(tmp_path):
     assert (tmp_path / "two" / "results.csv").read_bytes() == (tmp_path / "one" / "results.csv").read_bytes()
     assert seen[-1][1] == seen[-1][2]
     assert any(said and said.startswith("loss ") for *_, said in seen)  # from the other processes
+
+
+def test_a_worker_makes_a_few_steps_of_each_method_before_its_first_run(tmp_path, monkeypatch, random_state):
+    """They count nowhere, and random state is as found; where they die, the run is made all the same."""
+    chosen = study(methods=["sgd", "nsgd"], seeds=2, epochs=1)
+    runs = {run.name.split("/")[-1]: run for run in plan_runs(chosen)}
+    happened: list[Any] = []
+
+    def warm_up(subject: Any, folder: Any, method: str) -> None:
+        happened.append(("warm-up", method, train.warm_up(subject, folder, method).rows[-1]["step"]))
+        if method == "nsgd":
+            raise ZeroDivisionError
+
+    def make_run(subject: Any, folder: Any, run: Any, on_step: Any) -> None:
+        happened.append(("run", run.name.split("/")[-1], random_state() == before))
+        train.make_run(subject, folder, run, on_step)
+
+    def serve(make: Any) -> None:
+        nonlocal before
+        for name in ("sgd-0", "nsgd-0", "sgd-1", "nsgd-1"):
+            before = random_state()
+            make(runs[name].number, lambda step, loss: told.append(step))
+
+    before: Any = None
+    told: list[int] = []
+    for name, function in (("warm_up", warm_up), ("make_run", make_run), ("serve", serve)):
+        monkeypatch.setattr(compare, name, function)
+    with as_found():
+        compare.serve_runs(chosen, tmp_path / "out")
+    assert happened == [
+        ("warm-up", "sgd", 8),
+        ("run", "sgd-0", True),
+        ("warm-up", "nsgd", 8),
+        ("run", "nsgd-0", True),
+        ("run", "sgd-1", True),
+        ("run", "nsgd-1", True),
+    ]
+    assert told == [1, 2, 3, 4] * 4
+    monkeypatch.undo()
+    whole = finished(tmp_path / "one", methods=["sgd", "nsgd"], seeds=2, epochs=1)
+    assert without_seconds(tmp_path / "out" / "runs") == without_seconds(whole / "runs")
 
 
 def processes(marker: str) -> list[int]:
