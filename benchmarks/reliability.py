@@ -1,6 +1,7 @@
 """Inject faults, try models, end commands and make long runs; count what was lost. Hours on one core.
 
 python benchmarks/reliability.py            # writes benchmarks/results/reliability.md, test after test
+python benchmarks/reliability.py --quick    # the short form, in minutes: no command is ended, and runs are short
 python benchmarks/reliability.py --smoke    # a few faults, and writes nothing
 """
 
@@ -33,9 +34,11 @@ class Counts:
 
     Args:
         path: Is written after each test that says something; None to write nothing.
+        command: That the page says it is made by.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, command: str = "python benchmarks/reliability.py") -> None:
+        self.command, self.finished = command, False
         self.path, self.times, self.lost = path, Counter[str](), Counter[str]()
         self.measured: dict[str, str] = {}
         self.failed: list[str] = []
@@ -53,13 +56,22 @@ class Counts:
                 self.lost[what] += int(str(value)) if report.failed else 0
             elif kind == "measured":
                 self.measured[what] = str(value)
+        self._write()
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Say that all tests ran."""
+        self.finished = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        self._write()
+
+    def _write(self) -> None:
         if self.path is not None:
             self.path.write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
         """The counts as a page."""
-        lines = ["# Reliability", "", f"By `python benchmarks/reliability.py`, torch {torch.__version__}, "]
+        lines = ["# Reliability", "", f"By `{self.command}`, torch {torch.__version__}, "]
         lines[-1] += f"Python {platform.python_version()}, CPU. Lost or corrupted: that a test found so."
+        lines[-1] += "" if self.finished else " The run has not come to its end."
         lines += ["", "| what | times | lost or corrupted |", "| --- | ---: | ---: |"]
         lines += [f"| {what} | {count:,} | {self.lost[what]:,} |" for what, count in self.times.items() if count]
         lines += ["", "Long runs:", ""] if self.measured else []
@@ -71,11 +83,13 @@ class Counts:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the short form")
     parser.add_argument("--smoke", action="store_true", help="a few faults, and write nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
-    counts = Counts(None if args.smoke else RESULTS)
-    chosen = ["-m", "", "-k", "not quick"]
+    command = f"python benchmarks/reliability.py{' --quick' if args.quick else ''}"
+    counts = Counts(None if args.smoke else RESULTS, command)
+    chosen = [] if args.quick else ["-m", "", "-k", "not quick"]
     tests = [str(ROOT / "tests" / name) for name in TESTS]
     if args.smoke:
         chosen, tests = ["-k", "batch_of_one"], [str(ROOT / "tests" / "nsgd" / "test_faults.py")]
