@@ -187,7 +187,6 @@ def test_a_batch_that_is_a_dict_is_refused_for_samples_in_one_sentence():
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")  # torch's
-@pytest.mark.xfail(strict=False, reason="a parameter that is listed twice is not counted once yet")
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_parameter_that_is_listed_twice_counts_once(source):
     (case,) = (case for case in CASES if case.name == "tied weights")
