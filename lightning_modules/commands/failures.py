@@ -190,6 +190,7 @@ def _ours(error: Exception) -> ValueError | None:
             return None
         frames = _frames(cause)
         stripped = not frames  # libraries that try again drop the frames of what they met
-        if isinstance(cause, ValueError) and (stripped or _owner(frames[-1].filename) == "ours"):
+        raised = not stripped and _owner(frames[-1].filename) == "ours" and _on_purpose(frames[-1])
+        if isinstance(cause, ValueError) and (stripped or raised):
             return cause
     return None
