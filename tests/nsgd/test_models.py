@@ -123,6 +123,7 @@ def rows_of(*sources: str, exact: bool = False) -> list[Any]:
     return [pytest.param(case, source, id=f"{case.name}-{source}") for case, source in chosen]
 
 
+@pytest.mark.filterwarnings("ignore:the directions have no share in the parameter")  # of what the loss does not use
 @pytest.mark.parametrize(("case", "source"), rows_of(*SOURCES))
 def test_a_model_works_or_is_refused_in_one_sentence(record_property, case, source):
     """Its directions have a share in each parameter that trains, and damp the step; all else is as found."""
