@@ -60,13 +60,13 @@ class Classifier(Stages):
     def curvature_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch and nothing else: what refreshes and measurements take, in place of a step."""
         images, labels = self._checked(batch)
-        loss: Tensor = self.loss(self(images), labels)
+        loss: Tensor = self.loss(self._logits(images), labels)
         return loss
 
     def evaluate(self, batch: Batch, stage: Split) -> Tensor:
         """The mean loss of the batch, logged with its accuracy."""
         images, labels = self._checked(batch)
-        logits = self(images)
+        logits = self._logits(images)
         loss: Tensor = self.loss(logits, labels)
         accuracy: Any = self.accuracy[f"on_{stage}"]
         accuracy(logits, labels)
@@ -89,15 +89,35 @@ class Classifier(Stages):
         Raises:
             ValueError: If it is another kind of batch.
         """
-        expected = f"expected batches of images (B, {', '.join(map(str, self._shape))}) and labels (B,)"
-        mend = "give --data whose batches are (images, labels), or a --model that takes these"
+        expected, mend = self._expected()
         pair = isinstance(batch, list | tuple) and len(batch) == 2
         if not pair or not all(isinstance(part, Tensor) for part in batch):
             raise ValueError(f"{expected}, got a {type(batch).__name__}{'' if pair else ' that is no pair'}; {mend}")
         images, labels = batch
-        if images.shape[1:] != self._shape or labels.shape != images.shape[:1]:
+        if labels.shape != images.shape[:1]:
             raise ValueError(f"{expected}, got images {tuple(images.shape)}, labels {tuple(labels.shape)}; {mend}")
         if labels.is_floating_point():
             kind = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"expected labels (B,) that are whole numbers, got {kind}; {mend}")
         return images, labels
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """What the network, which may be another by now, makes of images.
+
+        Raises:
+            ValueError: If it cannot take them, and they are not of the shape that it was made for.
+        """
+        try:
+            logits: Tensor = self(images)
+        except RuntimeError as error:
+            if images.shape[1:] == self._shape:
+                raise
+            expected, mend = self._expected()
+            raise ValueError(f"{expected}, got images {tuple(images.shape)}; {mend}") from error
+        return logits
+
+    def _expected(self) -> tuple[str, str]:
+        """What batches have to be, and what to do where they are not."""
+        shape = ", ".join(map(str, self._shape))
+        mend = "give --data whose batches are (images, labels), or a --model that takes these"
+        return f"expected batches of images (B, {shape}) and labels (B,)", mend

@@ -39,14 +39,19 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
 
     random_state = RandomState(device)
     hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
+    _active.append(found)
     try:
         for module in modules:
             found.note(module)
         yield
     finally:
         hook.remove()
+        _active.remove(found)
         found.restore()
         random_state.restore()
+
+
+_active: list[_Found] = []  # of the guards that are open, the innermost last
 
 
 class _Found:
@@ -62,12 +67,14 @@ class _Found:
         self._copies: dict[int, Any] = {}  # a buffer shared by two modules stays shared
 
     def note(self, root: nn.Module) -> None:
-        """Note a module and its children, if they have not been yet."""
-        if id(root) in self._modes:
+        """Note a module and its children, if they have not been yet, here or by a guard inside this one."""
+        # A guard inside has changed what it noted, and puts it back: to note that would bring the change back.
+        known = [self, *_active[_active.index(self) + 1 :]]
+        if any(id(root) in found._modes for found in known):
             return
         whole = []
         for m in root.modules():
-            if id(m) in self._modes:
+            if any(id(m) in found._modes for found in known):
                 continue
             self._modes[id(m)] = m, m.training
             buffers = list(m.named_buffers(recurse=False, remove_duplicate=False))

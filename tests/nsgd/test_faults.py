@@ -185,6 +185,7 @@ def test_a_product_that_is_not_finite_skips_the_refresh(request, record_property
 
 @pytest.mark.parametrize("flat", ["zero gradients", "constant loss"])
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.filterwarnings("ignore:the gradients of the samples are all zero")
 def test_where_nothing_moves_sgd_nothing_moves(record_property, source, flat):
     record_property(f"reliability: steps with {flat}", STEPS)
     loop = Loop(source)

@@ -200,3 +200,21 @@ def test_a_parameter_that_is_given_another_value_or_storage_has_its_own_back_aft
         failing()
     assert [p.data_ptr() for p in net.parameters()] == addresses
     assert all(torch.equal(p, value) for p, value in zip(net.parameters(), values, strict=True))
+
+
+def test_a_guard_around_another_does_not_bring_back_what_the_inner_one_changed():
+    """The outer guard meets the module first while the inner one has changed it, as Lightning's log is muted."""
+    module = nn.BatchNorm1d(2)
+    module.told = "as found"  # type: ignore[assignment]
+    mean = module.running_mean
+    with untouched():
+        for _ in range(2):
+            with untouched(module):
+                module.told = "muted"  # type: ignore[assignment]
+                module(torch.randn(3, 2))
+        assert module.told == "as found"
+        module(torch.randn(3, 2))  # met by the outer guard alone
+        module.told = "changed"  # type: ignore[assignment]
+    assert module.told == "as found"
+    assert module.running_mean is mean
+    assert not mean.any()

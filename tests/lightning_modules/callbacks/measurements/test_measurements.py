@@ -167,6 +167,7 @@ class Recurrent(pl.LightningModule):
         return NSGD(self.parameters(), lr=0.1, k=2, refresh_every=3)
 
 
+@pytest.mark.filterwarnings("ignore:the directions have no share in the parameter")  # the idle one
 def test_a_recurrent_network_with_frozen_and_idle_parts(make_trainer):
     module, callbacks = Recurrent(), all_four()
     frozen, idle = module.rnn.weight_ih_l0.detach().clone(), module.spare.weight.detach().clone()
