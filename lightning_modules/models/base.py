@@ -23,6 +23,19 @@ class Stages(pl.LightningModule, ABC):
     def evaluate(self, batch: Any, stage: Split) -> Tensor:
         """The mean loss of a batch; what is logged has the stage before its name."""
 
+    def log_loss(self, loss: Tensor, stage: Split, size: int) -> None:
+        """Log the mean loss of a batch of a size: in training at each step, else over all batches of all processes."""
+        in_training = stage == "train"
+        self.log(
+            f"{stage}_loss",
+            loss,
+            on_step=in_training,
+            on_epoch=not in_training,
+            sync_dist=not in_training,
+            prog_bar=True,
+            batch_size=size,
+        )
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean loss of the batch."""
         return self.evaluate(batch, "train")

@@ -70,13 +70,9 @@ class Classifier(Stages):
         loss: Tensor = self.loss(logits, labels)
         accuracy: Any = self.accuracy[f"on_{stage}"]
         accuracy(logits, labels)
-        on_step, name = stage == "train", f"{stage}_loss"
-        of_all = not on_step  # of the processes that share the data
-        size = len(labels)
-        self.log(name, loss, on_step=on_step, on_epoch=of_all, sync_dist=of_all, prog_bar=True, batch_size=size)
-        self.log(
-            f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=not on_step, batch_size=len(labels)
-        )
+        self.log_loss(loss, stage, len(labels))
+        in_bar = stage != "train"
+        self.log(f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=in_bar, batch_size=len(labels))
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -47,8 +47,5 @@ class LanguageModel(Stages):
         """The mean loss of the batch, logged."""
         tokens, targets = batch
         loss = functional.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
-        on_step, name = stage == "train", f"{stage}_loss"
-        of_all = not on_step  # of the processes that share the data
-        size = len(tokens)
-        self.log(name, loss, on_step=on_step, on_epoch=of_all, sync_dist=of_all, prog_bar=True, batch_size=size)
+        self.log_loss(loss, stage, len(tokens))
         return loss
