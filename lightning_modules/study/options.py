@@ -53,7 +53,8 @@ class Study:
             and sgd-momentum-more (SGD given NSGD's extra gradients as steps), own (the module's configure_optimizers,
             with its schedule) and damped-own (the rule on it); and any optimizer as {class_path: torch.optim.RMSprop},
             with init_args, search (ranges of its trials), damped: true for the rule on it, and label, as far as
-            wanted. The others are compared with the first.
+            wanted; and any variant of these as {like: nsgd, nsgd: {gamma: 0.01, k: 5}}, with settings, search ({} for
+            no trials), clip (largest norm of the gradient) and label. The others are compared with the first.
         seeds: Number of paired seeds.
         epochs: Epochs of each run.
         lr: One learning rate for all methods but own and damped-own, in place of their own.

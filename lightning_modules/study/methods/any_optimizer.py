@@ -76,11 +76,11 @@ def entry_recipe(
     kind = _class(path)
     named = kind.__name__ if label is None else label
     prefixes = ("damped-", "damped ") if damped and label is None else ("", "")
-    name = prefixes[0] + _slug(named)
+    name = prefixes[0] + slug(named)
     if name in taken and label is None:
-        name = prefixes[0] + _slug(path)
-    if name in taken or not _slug(named):
-        kept = "another than those of the methods that are built in" if _slug(named) else "with a letter or a digit"
+        name = prefixes[0] + slug(path)
+    if name in taken or not slug(named):
+        kept = "another than those of the methods that are built in" if slug(named) else "with a letter or a digit"
         raise ValueError(f"expected label of {path} to be {kept}, got {label!r}; choose another")
     defaults, fixed = _settings(kind, path, init_args, search)
     for option, ends in search.items():
@@ -113,7 +113,8 @@ def entry_recipe(
     return name, recipe if ranges else replace(recipe, search={"lr": recipe.rates})
 
 
-def _slug(words: str) -> str:
+def slug(words: str) -> str:
+    """Words as the name of a method: in lower case, with hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 

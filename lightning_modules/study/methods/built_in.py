@@ -14,6 +14,7 @@ from lightning_modules.study.methods.any_optimizer import entry_recipe, with_rul
 from lightning_modules.study.methods.muon import Muon
 from lightning_modules.study.methods.own import own
 from lightning_modules.study.methods.recipe import Damping, Install, Method, Recipe, made_by
+from lightning_modules.study.methods.variant import variant_recipe
 from lightning_modules.support.nearest import meant
 from nsgd import NSGD
 
@@ -124,7 +125,8 @@ def recipes_of(methods: Sequence[str | Mapping[str, Any]]) -> dict[Method, Recip
     """The recipes of a study's methods by their names, in their order.
 
     Args:
-        methods: Names of built-in ones, and optimizers as :func:`entry_recipe` takes them.
+        methods: Names of built-in ones, variants of these as :func:`variant_recipe` takes them, and optimizers as
+            :func:`entry_recipe` does.
 
     Raises:
         ValueError: If there is none, one is unknown or cannot be made, or two have one name.
@@ -144,7 +146,10 @@ def recipes_of(methods: Sequence[str | Mapping[str, Any]]) -> dict[Method, Recip
             name, recipe = method, RECIPES[method]
         else:
             line, color = next(styles, ("-", "#999999"))
-            name, recipe = entry_recipe(method, color=color, line=line, taken=RECIPES)
+            if "like" in method:
+                name, recipe = variant_recipe(method, color=color, line=line, built_in=RECIPES, taken=RECIPES)
+            else:
+                name, recipe = entry_recipe(method, color=color, line=line, taken=RECIPES)
         if name in found:
             mend = "" if isinstance(method, str) else "; give one of them a label"
             raise ValueError(f"expected methods to be different, got {name} twice{mend}")

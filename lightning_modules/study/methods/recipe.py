@@ -86,6 +86,7 @@ class Recipe:
         more_of: Whose settings it takes, and whose gradients in the end as steps.
         follows: Of the study's schedule, all; or the warm-up alone, where an average of the weights that the optimizer
             keeps stands in for a rate that falls; or nothing, where the module has a schedule of its own.
+        clip: Largest norm of the gradient that a step goes by; None for no clipping.
     """
 
     label: str
@@ -98,6 +99,7 @@ class Recipe:
     control: bool = False
     more_of: tuple[Method, Method] | None = None
     follows: Literal["all", "warm-up", "nothing"] = "all"
+    clip: float | None = None
 
     @property
     def damps(self) -> bool:

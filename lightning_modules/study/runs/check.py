@@ -137,6 +137,10 @@ def _check_training(subject: Subject) -> None:
                 f"expected a precision without a gradient scaler for {method}, which takes two gradients a step, got "
                 f"16-mixed; take bf16-mixed, or leave {method} out"
             )
+        if recipe.clip is not None and not module.automatic_optimization:
+            raise ValueError(
+                f"expected clip of a method that takes one gradient a step, got {method}, which takes two; leave it out"
+            )
         module.configure_model()
         if not is_overridden("setup", module):  # which may make layers, from the data
             try:

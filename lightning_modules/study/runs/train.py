@@ -97,7 +97,7 @@ def _train(
     refresh = [] if directions is None else directions.refresh()
     callbacks = [*measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
     with quiet():
-        trainer = subject.trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks)
+        trainer = subject.trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks, gradient_clip_val=recipe.clip)
         trainer.fit(module, datamodule=subject.data())
     if trainer.global_step != steps:
         raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
