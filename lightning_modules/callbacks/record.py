@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ class RecordSteps(pl.Callback):
         self._waits = True
         self._read_at = self._paused_at = 0.0
         self._described = 0  # refreshes of which there is a row
+        self._before = 0.0  # seconds that a training which goes on had taken
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -63,6 +64,7 @@ class RecordSteps(pl.Callback):
         """Start the clock."""
         self._waits = pl_module.device.type == "cpu"
         self._watch, self._read_at = Stopwatch(pl_module.device), time.perf_counter()
+        self._before = self.rows[-1]["seconds"] if self.rows else 0.0
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the pass."""
@@ -80,7 +82,8 @@ class RecordSteps(pl.Callback):
         # SAM takes two a step, and says so; optimizers that call the closure again, such as L-BFGS, take more passes.
         taken = max(step * getattr(pl_module, "gradients_per_step", 1), self._passes)
         row["gradients"] = taken + (optimizer.cost_gradients if isinstance(optimizer, Damped) else 0.0)
-        row["seconds"] = -sum(m.seconds for m in self._measurements)  # and those of the watch, once they are read
+        # Those of the watch come to it once they are read.
+        row["seconds"] = self._before - sum(m.seconds for m in self._measurements)
         row["refreshes"] = optimizer.refreshes if isinstance(optimizer, Damped) else 0
         row["hvps"] = optimizer.hvps if isinstance(optimizer, Damped) else 0
         self.rows.append(row)
@@ -91,6 +94,17 @@ class RecordSteps(pl.Callback):
             self._read()
         if step == trainer.max_steps:
             trainer.should_stop = True  # and so validate after the last step, where it ends within an epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, and what the next ones are counted from."""
+        counts = {"passes": self._passes, "described": self._described, "validating": self.validating}
+        return {"rows": [dict(row) for row in self.rows], **counts}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on after saved rows."""
+        self.rows = [dict(row) for row in state_dict["rows"]]
+        self._passes, self._described = state_dict["passes"], state_dict["described"]
+        self.validating = state_dict["validating"]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""

@@ -30,6 +30,11 @@ class RunFolder:
         return self.path / "failed.txt"
 
     @property
+    def checkpoint(self) -> Path:
+        """File that an interrupted run goes on from."""
+        return self.path / "checkpoint.ckpt"
+
+    @property
     def finished(self) -> bool:
         """Whether there are results, which are written last.
 
@@ -63,10 +68,12 @@ class RunFolder:
         write_csv(self.path / "metrics.csv", steps)
         write_yaml(self.path / _RUN, {**self.settings(), _COUNTS: {"metrics": len(steps), "results": len(results)}})
         write_csv(self.path / "results.csv", results)
+        self.checkpoint.unlink(missing_ok=True)
 
     def fail(self, words: str) -> None:
         """Write down why the run died."""
         make_folder(self.path)
+        self.checkpoint.unlink(missing_ok=True)
         write_text(self.failure, words)
 
     def settings(self) -> dict[str, Any]:

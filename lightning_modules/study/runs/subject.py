@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_modules.data.images import ImageData
 from lightning_modules.models.base import Split
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.study.options import Study
@@ -91,6 +92,11 @@ class Subject:
             data.setup(stage)
         vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
         return data
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an interrupted run may go on from the end of an epoch: ours; what others keep is not known."""
+        return self.study.model is None and isinstance(self.study.data, ImageData)
 
     def loader(self, stage: Split) -> Any:
         """The loader of a stage, of the data or of the module; None where there is none."""

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_modules.callbacks.averages import READ_OUTS, ReadOut, ReadOuts
+from lightning_modules.callbacks.epoch_checkpoint import EpochCheckpoint
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
@@ -30,6 +31,9 @@ _TIMED_STEPS = 8
 
 def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -> None:
     """Train once, and write run.yaml, metrics.csv and, last, results.csv into its folder.
+
+    Where data and model are ours, whose batches are a function of seed and epoch, a run of more than half a minute
+    keeps a checkpoint at the ends of epochs, and goes on from it when it is made again.
 
     Raises:
         ValueError: If a run that it needs has no results.
@@ -59,7 +63,8 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
     measurements = make_measurements(measured, folder=files.path)
     record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts()
     read_outs.apart = record.apart
-    trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, record, [read_outs], measurements)
+    kept = None if measured or not subject.goes_on else EpochCheckpoint(files.checkpoint, plain)
+    trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, record, [read_outs], measurements, kept)
     files.end(record.rows, _results(subject, run, settings, trainer, read_outs, record.rows[-1]))
 
 
@@ -87,6 +92,7 @@ def _train(
     record: RecordSteps,
     read_outs: Sequence[pl.Callback] = (),
     measurements: Sequence[pl.Callback] = (),
+    kept: EpochCheckpoint | None = None,
 ) -> pl.Trainer:
     torch.set_num_threads(subject.study.threads)
     pl.seed_everything(seed, verbose=False)
@@ -96,9 +102,12 @@ def _train(
     directions = recipe.directions(settings, nsgd)
     refresh = [] if directions is None else directions.refresh()
     callbacks = [*measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
+    checkpoint = None
+    if kept is not None:
+        callbacks, checkpoint = [*callbacks, kept], kept.found()
     with quiet():
         trainer = subject.trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks, gradient_clip_val=recipe.clip)
-        trainer.fit(module, datamodule=subject.data())
+        trainer.fit(module, datamodule=subject.data(), ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step != steps:
         raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
     return trainer
