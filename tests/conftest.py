@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes on the cores: one thread each, before torch is there
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import itertools
 import random
 import signal
 import warnings
