@@ -26,6 +26,7 @@ class HuggingFace(ImageData):
         augment: Whether to shift by up to 4 pixels and flip training images.
         val_fraction: Share of the training images kept apart for validation.
         limit: Use so many training images only, drawn once and for all.
+        side: Shrink images to so many pixels a side, by averages over areas, once and for all; null for as they are.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class HuggingFace(ImageData):
         augment: bool = False,
         val_fraction: float = 0.2,
         limit: int | None = None,
+        side: int | None = None,
     ) -> None:
         if Path(path).expanduser().exists():
             path = str(Path(path).expanduser().resolve())  # a run of a study may start in another folder
-        super().__init__(batch_size=batch_size, augment=augment, val_fraction=val_fraction, limit=limit)
+        super().__init__(batch_size=batch_size, augment=augment, val_fraction=val_fraction, limit=limit, side=side)
         self.path, self.image_column, self.label_column, self.test_split = path, image_column, label_column, test_split
 
     def load(self) -> tuple[Images, Images]:

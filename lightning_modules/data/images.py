@@ -45,6 +45,7 @@ class ImageData(pl.LightningDataModule, ABC):
         augment: Whether to shift by up to 4 pixels and flip training images.
         val_fraction: Share of the training images kept apart for validation.
         limit: Use so many training images only, drawn once and for all.
+        side: Shrink images to so many pixels a side, by averages over areas, once and for all; null for as they are.
 
     The split into training and validation images is always the same; the order of the batches follows the global
     seed, as set by ``seed_everything``, and the epoch.
@@ -57,6 +58,7 @@ class ImageData(pl.LightningDataModule, ABC):
         augment: bool = False,
         val_fraction: float = 0.2,
         limit: int | None = None,
+        side: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -65,7 +67,10 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"expected val_fraction between 0 and 1, got {val_fraction}")
         if limit is not None and limit < 2:
             raise ValueError(f"expected limit of at least 2 images, got {limit}")
+        if side is not None and side < 1:
+            raise ValueError(f"expected side of at least 1 pixel, got {side}")
         self.batch_size, self.augment, self.val_fraction, self.limit = batch_size, augment, val_fraction, limit
+        self.side = side
         self.save_hyperparameters()
         self._splits: dict[str, Images] | None = None
 
@@ -79,7 +84,7 @@ class ImageData(pl.LightningDataModule, ABC):
         if self._splits is None:
             from sklearn.model_selection import train_test_split  # here: it takes a second to import
 
-            train, test = self.load()
+            train, test = (self._shrunk(images) for images in self.load())
             size = len(train.labels)
             indices = (
                 np.arange(size) if self.limit is None else np.random.default_rng(0).permutation(size)[: self.limit]
@@ -103,6 +108,15 @@ class ImageData(pl.LightningDataModule, ABC):
             self._mean, self._std = mean.float(), variance.sqrt().float().clamp(min=1e-3)
         return self._splits
 
+    def _shrunk(self, images: Images) -> Images:
+        if self.side is None:
+            return images
+        if self.side > (least := min(images.pixels.shape[2:])):
+            raise ValueError(f"expected side of at most {least}, the images' own, got {self.side}")
+        parts = torch.split(images.pixels, 1024)  # as float, a part at a time
+        pixels = [functional.adaptive_avg_pool2d(part.float(), self.side).round().to(torch.uint8) for part in parts]
+        return Images(torch.cat(pixels), images.labels)
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
@@ -119,9 +133,14 @@ class ImageData(pl.LightningDataModule, ABC):
         _ = self.splits
 
     def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-        dataset = ImageDataset(self.splits[split])
+        dataset = ImageDataset(self._near(self.splits[split]))
         batches = EpochBatches(len(dataset), self.batch_size, shuffle=shuffle, seed=torch.initial_seed())
         return DataLoader(dataset, batch_size=None, sampler=batches)
+
+    def _near(self, images: Images) -> Images:
+        """Images on a GPU that they are trained on, so that no batch has to be moved there; a copy for each loader."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return images if device.type == "cpu" else Images(*(tensor.to(device) for tensor in images))
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled batches of equal size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,12 +85,33 @@ def test_a_constant_channel_stays_finite():
         ({"val_fraction": 0.0}, "val_fraction between 0 and 1, got 0.0"),
         ({"val_fraction": 1.0}, "val_fraction between 0 and 1, got 1.0"),
         ({"limit": 1}, "limit of at least 2 images, got 1"),
+        ({"side": 0}, "side of at least 1 pixel, got 0"),
+        ({"side": 9}, "side of at most 8, the images' own, got 9"),
         ({"batch_size": 1150}, "batch_size of at most 1149, the number of training images, got 1150"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         _ = Digits(**options).splits
+
+
+def test_images_shrink_by_averages_over_areas():
+    small, whole = Digits(side=4), Digits()
+    assert small.input_shape == (1, 4, 4)
+    for name, images in small.splits.items():
+        blocks = whole.splits[name].pixels.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).double().mean(-1)
+        torch.testing.assert_close(images.pixels.double(), blocks, rtol=0, atol=0.5)
+        assert images.pixels.dtype == torch.uint8
+        assert torch.equal(images.labels, whole.splits[name].labels)
+
+
+def test_images_lie_on_the_device_that_they_are_trained_on():
+    data = Digits()
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    assert {tensor.device.type for tensor in data.train_dataloader().dataset.images} == {"meta"}
+    assert {tensor.device.type for tensor in data.splits["train"]} == {"cpu"}
+    data.trainer = None
+    assert data.val_dataloader().dataset.images is data.splits["val"]
 
 
 def test_a_batch_size_above_the_training_images_is_refused_at_every_use():
