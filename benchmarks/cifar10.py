@@ -1,0 +1,216 @@
+"""What NSGD does on CIFAR-10, beside what a user would pick instead: plans of studies that `nsgd compare` makes.
+
+A plan is a file in benchmarks/configs/cifar10: options that its studies share, and the studies, each with its own. The
+plans named -scaled are the same questions at a size for two cores of a CPU. A run that takes more than half a minute
+goes on from the end of its last epoch, so that minutes on a machine add up, today and another day:
+
+    python benchmarks/cifar10.py --plan batch --dry                              # what it costs, on a GPU
+    python benchmarks/cifar10.py --plan batch --minutes 9 --jobs 12              # begins, or goes on where it stopped
+    python benchmarks/cifar10.py --plan batch-scaled --data PATH_OR_HUB_NAME     # hours on two cores
+    python benchmarks/cifar10.py --smoke                                         # seconds, on digits, keeps nothing
+
+Runs and pages lie in --runs, one folder a study; what is finished is copied to benchmarks/results/cifar10, with the
+resolved configuration and the environment. Runs side by side (--jobs) share a device: their seconds say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from common import RESULTS, print_table
+
+from lightning_modules.commands.sigterm import CODE as TERMINATED
+from lightning_modules.study.options import Study
+from lightning_modules.study.runs.plan import plan_runs
+from lightning_modules.support.files import Rows, read_csv, write_csv
+from lightning_modules.support.study_folder import StudyFolder
+
+PLANS = Path(__file__).parent / "configs" / "cifar10"
+HUB = "uoft-cs/cifar10"
+IMAGES = 50_000  # of training
+KEPT = ("config.yaml", "environment.yaml", "methods.yaml", "settled.yaml", "results.csv", "summary.csv", "tuning.csv")
+COUNTS = ("methods", "tune", "seeds", "search", "sweep", "sweep_points")  # options that say which runs there are
+# An iteration by a method beside one by SGD, on an H100; what is not here takes about as long.
+COSTS = {"gradients": 4.3, "lanczos": 20.0, "sam": 2.0}
+TOGETHER = 0.6  # seconds of twelve runs side by side, beside those of one after the other, on an H100
+SMOKE = {"net": "mlp", "sizes": {"hidden": [16]}, "epochs": 2, "tune": 1, "seeds": 1, "sweep_points": 2, "target": None}
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others over them; mappings are merged, anything else is replaced."""
+    both = {name: merged(base[name], over[name]) for name in base.keys() & over.keys() if _nested(base, over, name)}
+    return {**base, **over, **both}
+
+
+def _nested(base: Mapping[str, Any], over: Mapping[str, Any], name: str) -> bool:
+    return isinstance(base[name], Mapping) and isinstance(over[name], Mapping)
+
+
+def read_plan(name: str) -> dict[str, dict[str, Any]]:
+    """The studies of a plan by name, each with all its options, and ``milliseconds`` of a GPU's iteration."""
+    plan = yaml.safe_load((PLANS / f"{name}.yaml").read_text())
+    if like := plan.get("like"):
+        base = yaml.safe_load((PLANS / f"{like}.yaml").read_text())
+        plan = {"common": merged(base["common"], plan["common"]), "studies": plan.get("studies", base["studies"])}
+    return {study: merged(plan["common"], options or {}) for study, options in plan["studies"].items()}
+
+
+def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[str, Any]:
+    """A study as `nsgd compare` takes it, on CIFAR-10 that lies at a path, or on digits."""
+    config = {name: value for name, value in options.items() if name != "milliseconds"}
+    ours = config["data"]["class_path"] == "HuggingFace"
+    if smoke:
+        config = {**config, **(SMOKE if ours else {**SMOKE, "net": config.get("net", "mlp")})}
+        if ours:
+            batch = min(64, config["data"]["init_args"]["batch_size"])
+            config["data"] = {"class_path": "Digits", "init_args": {"batch_size": batch, "limit": 300}}
+        return config
+    if ours:
+        config["data"] = merged(config["data"], {"init_args": {"path": data}})
+    return config
+
+
+def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:
+    """Make the studies of a plan, for a smoke run the first, as far as time allows; whether all are made."""
+    studies = list(read_plan(args.plan).items())
+    for name, options in studies[:1] if args.smoke else studies:
+        file, folder = runs / f"{name}.yaml", runs / name
+        runs.mkdir(parents=True, exist_ok=True)
+        config = study_config(options, args.data, smoke=args.smoke)
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        print(f"{args.plan}: {name}", flush=True)
+        command = [sys.executable, "-m", "lightning_modules", "compare", str(file), "--out", str(folder)]
+        with subprocess.Popen([*command, "--jobs", str(args.jobs)]) as process:
+            try:
+                code = process.wait(None if math.isinf(deadline) else max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                code = process.wait()
+        if code == TERMINATED:
+            print(f"{args.plan}: {name} is not finished; the same command goes on", flush=True)
+            return False
+        if code:
+            raise SystemExit(code)
+    return True
+
+
+def keep(runs: Path, results: Path) -> None:
+    """Copy what is finished of the studies of a plan, without the path of the data, and of others the runs so far."""
+    for folder in sorted(path.parent for path in runs.glob("*/config.yaml")):
+        to = results / folder.name
+        to.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (folder / name).exists():
+                (to / name).write_text(_public((folder / name).read_text(), folder))
+        write_csv(to / "curves.csv", list(curves(folder)))
+        partial = to / "partial.csv"
+        if (folder / "results.csv").exists():
+            partial.unlink(missing_ok=True)
+        else:
+            write_csv(partial, [{"run": name, **row} for name, rows in _finished(folder) for row in rows])
+
+
+def _public(text: str, folder: Path) -> str:
+    """A file of a study with the data's name on the hub in place of the path where they lay."""
+    path = (yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"] or {}).get("path")
+    return text if path is None else text.replace(str(path), HUB)
+
+
+def _finished(folder: Path) -> Iterator[tuple[str, Rows]]:
+    for path in sorted(folder.glob("*/*/results.csv")):
+        yield f"{path.parent.parent.name}/{path.parent.name}", read_csv(path)
+
+
+def curves(folder: Path) -> Iterator[dict[str, Any]]:
+    """One row for each epoch of each run that counts: its mean training loss, what was spent and validated at its end.
+
+    Args:
+        folder: Of a study.
+    """
+    study = StudyFolder(folder)
+    for path in sorted(folder.glob("runs/*/metrics.csv")):
+        run = study.run(f"runs/{path.parent.name}")
+        about = {name: run.settings()[name] for name in ("method", "seed")}
+        for epoch, rows in groupby(run.steps(), key=lambda row: row["epoch"]):
+            of_epoch = list(rows)
+            last = of_epoch[-1]
+            scores = {name: value for name, value in last.items() if name.startswith("val_") and value is not None}
+            spent = {name: last[name] for name in ("step", "gradients", "seconds")}
+            yield {**about, "epoch": epoch, "loss": fmean(float(row["loss"]) for row in of_epoch), **spent, **scores}
+
+
+def print_costs(plan: str) -> None:
+    """Runs, steps and GPU minutes of the studies of a plan."""
+    body, minutes = [], 0.0
+    for name, options in read_plan(plan).items():
+        study = Study(data=None, **{key: options[key] for key in COUNTS if key in options})
+        runs, steps, milliseconds = plan_runs(study), steps_of(options), options["milliseconds"]
+        iterations = sum(steps * _relative(study, run.method) for run in runs)
+        cost = iterations * milliseconds / 60_000
+        minutes += cost
+        counts = [str(len(runs)), str(steps), f"{milliseconds:g}"]
+        body.append([name, *counts, f"{cost:.0f}", f"{cost * TOGETHER:.0f}"])
+    body.append([f"{plan} in all", "", "", "", f"{minutes:.0f}", f"{minutes * TOGETHER:.0f}"])
+    head = ("study", "runs", "steps a run", "ms an iteration of SGD", "GPU minutes, one by one", "12 side by side")
+    print_table(head, body)
+
+
+def steps_of(options: Mapping[str, Any]) -> int:
+    """Steps of a run on CIFAR-10, or on a text of Python's length."""
+    given = options["data"]["init_args"]
+    if options["data"]["class_path"] == "HuggingFace":
+        images = given.get("limit") or IMAGES
+        train = images - math.ceil(images * given.get("val_fraction", 0.2))
+    else:
+        train = round(0.8 * 460_000) // given.get("context", 64)
+    return int(options["epochs"]) * (train // int(given["batch_size"]))
+
+
+def _relative(study: Study, method: str) -> float:
+    recipe = study.recipes[method]
+    solver = str((recipe.damping or {}).get("solver", ""))
+    return COSTS.get(solver, COSTS["sam"] if method.startswith("sam") else 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plans = sorted(path.stem for path in PLANS.glob("*.yaml"))
+    parser.add_argument("--plan", choices=plans, default="batch", help="default: batch")
+    parser.add_argument("--data", default=HUB, help="CIFAR-10: a hub name or a local folder")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the same command goes on")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--runs", type=Path, default=Path("cifar10-runs"), help="folder of runs and pages")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cifar10", help="folder of what is kept")
+    parser.add_argument("--dry", action="store_true", help="print what the plan costs on a GPU, and make nothing")
+    parser.add_argument("--smoke", action="store_true", help="seconds, on digits, claims nothing")
+    args = parser.parse_args()
+    if args.dry:
+        print_costs(args.plan)
+        return
+    if not args.minutes > 0 or args.jobs < 1:
+        parser.error(f"expected --minutes above 0 and --jobs of at least 1, got {args.minutes:g} and {args.jobs}")
+    deadline = time.monotonic() + 60 * args.minutes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as passing:
+        runs, out = args.runs / args.plan, args.out / args.plan
+        if args.smoke and args.runs == parser.get_default("runs"):
+            runs, out = Path(passing) / "runs", Path(passing) / "out"
+        made = make_plan(args, runs, deadline)
+        keep(runs, out)
+        print(f"{args.plan}: {'all is made' if made else 'stopped'}; {out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The plans of benchmarks/cifar10.py: what they make, what they cost, and that they go on where they were ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from sklearn.model_selection import train_test_split
+
+from lightning_modules.commands import compare
+from lightning_modules.study.runs.check import check_study
+from lightning_modules.study.runs.subject import Subject
+from lightning_modules.support.files import read_csv
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PLANS = sorted(path.stem for path in (BENCHMARKS / "configs" / "cifar10").glob("*.yaml"))
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cifar10
+
+    return cifar10
+
+
+def called(cifar10: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["cifar10.py", *words])
+    cifar10.main()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_study_of_a_plan_is_one_that_can_be_made(cifar10, plan, tmp_path, monkeypatch):
+    """On digits in place of CIFAR-10, with its own network where that takes digits."""
+    made: list[Any] = []
+    monkeypatch.setattr(compare, "run_study", lambda study, *_, **__: made.append(study) or [])
+    monkeypatch.setattr(compare, "write_report", lambda out: out)
+    monkeypatch.setattr(compare, "print_table", lambda *_: None)
+    studies = cifar10.read_plan(plan)
+    for name, options in studies.items():
+        assert options["milliseconds"] > 0
+        config = cifar10.study_config(options, "somewhere", smoke=True)
+        config |= {key: options[key] for key in ("tune", "seeds", "epochs") if key in options}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        assert compare.run_compare_command([str(tmp_path / f"{name}.yaml"), "--out", str(tmp_path / name)]) == 0
+        check_study(Subject(made[-1]))
+    assert len(made) == len(studies) > 0
+
+
+def test_data_and_options_of_a_study_stand_over_those_that_all_share(cifar10):
+    options = cifar10.read_plan("batch-scaled")["resnet-32-plain-128"]
+    assert options["data"]["init_args"] == {
+        "augment": False,
+        "val_fraction": 0.1,
+        "limit": 7000,
+        "side": 8,
+        "batch_size": 128,
+    }
+    assert (options["epochs"], options["seeds"], options["endpoint"]) == (6, 3, "test_accuracy")
+    config = cifar10.study_config(options, "somewhere", smoke=False)
+    assert config["data"]["init_args"]["path"] == "somewhere"
+    assert "milliseconds" not in config
+
+
+def test_steps_are_those_of_whole_batches_of_the_training_split(cifar10):
+    for limit, share, batch in ((7000, 0.1, 1024), (None, 0.2, 128), (1001, 0.3, 10)):
+        train, _ = train_test_split(np.arange(limit or 50_000), test_size=share, random_state=0)
+        data = {"limit": limit, "val_fraction": share, "batch_size": batch}
+        options = {"data": {"class_path": "HuggingFace", "init_args": data}, "epochs": 3}
+        assert cifar10.steps_of(options) == 3 * (len(train) // batch)
+
+
+def test_a_dry_run_prints_minutes_and_makes_nothing(cifar10, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    called(cifar10, monkeypatch, "--plan", "batch", "--dry")
+    *_, last = capsys.readouterr().out.splitlines()
+    # A study of tuned methods: 8 trials, 6 repeats and the seeds of each of 11; by samples 4.3 of SGD's, SAM 2.
+    iterations = (9 + 4.3 + 2) * (8 + 6 + 10) * 516 * 13
+    for seeds, steps, milliseconds in ((5, 4212, 8), (5, 240, 45), (5, 516, 10), (5, 4212, 6), (5, 240, 32)):
+        times = 2 if milliseconds in (10, 6, 32) else 1  # of the ResNet with BatchNorm and of the transformer
+        iterations += times * (9 + 4.3 + 2) * (8 + 6 + seeds) * steps * milliseconds
+    assert last.split()[-2:] == [f"{iterations / 60_000:.0f}", f"{0.6 * iterations / 60_000:.0f}"]
+    assert not list(tmp_path.iterdir())
+
+
+def without_seconds(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in folder.iterdir() if path.name != "environment.yaml"):
+        timed = path.name == "curves.csv"
+        found[path.name] = [{**row, "seconds": 0} for row in read_csv(path)] if timed else path.read_bytes()
+    return found
+
+
+def test_a_plan_that_is_ended_goes_on_to_the_same_files(cifar10, monkeypatch, tmp_path, capfd):
+    def smoke(name: str, *more: str) -> Path:
+        runs, out = tmp_path / name, tmp_path / f"{name}-kept"
+        called(cifar10, monkeypatch, "--smoke", "--runs", str(runs), "--out", str(out), *more)
+        return out / "batch" / "resnet-32-plain-1024"
+
+    whole = smoke("whole")
+    assert "all is made" in capfd.readouterr().out
+    kept = tmp_path / "ended-kept" / "batch" / "resnet-32-plain-1024"
+
+    class Impatient(subprocess.Popen[bytes]):
+        """Time is up as soon as a run has ended."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            while not list((tmp_path / "ended").rglob("tuning/*/results.csv")):
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", Impatient)
+        smoke("ended", "--minutes", "10")
+    assert "stopped" in capfd.readouterr().out
+    assert read_csv(kept / "partial.csv")
+    assert not (kept / "results.csv").exists()
+    smoke("ended")
+    assert not (kept / "partial.csv").exists()
+    assert without_seconds(kept) == without_seconds(whole)
+    assert {"config.yaml", "environment.yaml", "results.csv", "summary.csv", "tuning.csv", "curves.csv"} <= {
+        path.name for path in whole.iterdir()
+    }
+    curves = read_csv(whole / "curves.csv")
+    assert len(curves) == 11 * 2  # methods, epochs
+    assert all(row["val_accuracy"] >= 0 and row["loss"] > 0 for row in curves)
+
+
+def test_what_is_kept_names_the_data_and_not_where_they_lay(cifar10, tmp_path):
+    folder = tmp_path / "runs" / "study"
+    folder.mkdir(parents=True)
+    config = {"data": {"class_path": "HuggingFace", "init_args": {"path": "/home/me/cifar"}}, "epochs": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    cifar10.keep(tmp_path / "runs", tmp_path / "out")
+    kept = yaml.safe_load((tmp_path / "out" / "study" / "config.yaml").read_text())
+    assert kept["data"]["init_args"]["path"] == cifar10.HUB
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--jobs", "0"], ["--plan", "nothing"]])
+def test_bad_options_end_with_a_sentence(cifar10, monkeypatch, capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        called(cifar10, monkeypatch, *words)
+    assert ended.value.code == 2
+    assert "expected" in capsys.readouterr().err or words[0] == "--plan"
