@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_modules.data.cutting import batch_size_of, is_cuttable, some_samples
 from lightning_modules.data.training_samples import in_batches, training_samples
+from nsgd.curvature.checks import count_or_none
 from nsgd.damping.step import Damped
 from nsgd.options import Estimator
 
@@ -37,9 +38,8 @@ class CurvatureBatches:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, count in (("samples", self.samples), ("group_size", self.group_size)):
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ValueError(f"expected {name} of at least 1, or None for the default, got {count!r}")
+        for name in ("samples", "group_size"):  # by which the class is frozen to others
+            object.__setattr__(self, name, count_or_none(name, getattr(self, name)))
         if self.source not in ("batch", "train"):
             raise ValueError(f"expected source to be batch or train, got {self.source!r}")
 

@@ -17,7 +17,7 @@ from lightning_modules.models.batch_loss import batch_loss, batch_losses
 from nsgd.curvature.copies import fresh_batch
 from nsgd.damping.step import Damped
 from nsgd.directions.processes import alike
-from nsgd.directions.samples import SampleLosses, check_chunk_size
+from nsgd.directions.samples import SampleLosses, checked_chunk_size
 from nsgd.options import Estimator
 
 
@@ -71,9 +71,8 @@ class RefreshDirections(pl.Callback):
         seed: int = 0,
         chunk_size: int | None = None,
     ) -> None:
-        check_chunk_size(chunk_size)
         self._batches = CurvatureBatches(samples, group_size, source, seed)
-        self.optimizer, self.chunk_size = optimizer, chunk_size
+        self.optimizer, self.chunk_size = optimizer, checked_chunk_size(chunk_size)
         self._batch: Any = None
         self._copied: Any = None  # before the training_step had it: a copy, or why there is none
         self._batch_idx = 0

@@ -40,6 +40,12 @@ def whole_number(name: str, value: Any, *, least: int, most: int | None = None, 
     return number
 
 
+def count_or_none(name: str, value: Any, *, means: str = "the default") -> int | None:
+    """A whole number of at least 1, or None, which stands for something else; a ValueError for anything else."""
+    kind = f"None for {means}, or a whole number"
+    return None if value is None else whole_number(name, value, least=1, kind=kind)
+
+
 def is_real(value: Any) -> bool:
     """Whether this is a number of Python's own."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
+from nsgd.curvature.checks import count_or_none, whole_number
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import (
     NO_GRAPH,
@@ -50,11 +51,10 @@ class SampleLosses(list[tuple[Closure, int]]):
         chunk_size: int | None = None,
     ) -> None:
         check_batch(loss, tensors)
-        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-            raise ValueError(f"expected a group_size of at least 1, got {group_size!r}")
+        group_size = whole_number("group_size", group_size, least=1)
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(f"expected module to be the network, an nn.Module, got a {type(module).__name__}")
-        check_chunk_size(chunk_size)
+        chunk_size = checked_chunk_size(chunk_size)
         if chunk_size is not None and module is None:
             raise ValueError(
                 f"expected no chunk_size without module, got {chunk_size}: the groups are then taken one by one; leave "
@@ -119,11 +119,9 @@ def check_batch(loss: object, tensors: Sequence[object]) -> int:
     return lengths.pop()
 
 
-def check_chunk_size(chunk_size: object) -> None:
-    """Raise a ValueError unless it is a count, or None."""
-    is_count = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-    if chunk_size is not None and not is_count:
-        raise ValueError(f"expected a chunk_size of at least 1, or None for what 1 GiB holds, got {chunk_size!r}")
+def checked_chunk_size(chunk_size: Any) -> int | None:
+    """A count of any library as Python's own, or None; a ValueError for anything else."""
+    return count_or_none("chunk_size", chunk_size, means="what 1 GiB holds")
 
 
 def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.callbacks.measurements.evaluation import FORWARD, LossOf, Parts
 from lightning_modules.callbacks.measurements.measurement import Measurement, trainable
 from lightning_modules.support import quantities
+from nsgd.curvature.checks import whole_number
 from nsgd.curvature.hessian import gradient_of, loss_hessian
 from nsgd.curvature.vectors import flatten, split
 from nsgd.trajectory.averaging import ema_weights, swa_weights, tail_sums, two_point_loss, two_point_weights
@@ -54,8 +55,7 @@ class AveragingExperiment(Measurement):
         seed: int = 0,
     ) -> None:
         super().__init__(samples, None, overhead, path, seed)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 8:
-            raise ValueError(f"expected steps of at least 8, got {steps!r}")
+        steps = whole_number("steps", steps, least=8)
         if lr is not None and not 0 < lr < math.inf:
             raise ValueError(f"expected lr to be a finite number above 0, or None, got {lr}")
         self.steps, self.lr = steps, lr

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nsgd.curvature.checks import count_or_none
+
 _LEAST, _MOST = 16, 512  # evaluation samples, where the overhead decides
 
 
@@ -75,11 +77,9 @@ class Budget:
     """
 
     def __init__(self, *, every: int | None, overhead: float) -> None:
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"expected every of at least 1, or None for the default, got {every!r}")
         if not 0 < overhead < math.inf:
             raise ValueError(f"expected overhead to be a finite number above 0, got {overhead}")
-        self.every, self.overhead = every, overhead
+        self.every, self.overhead = count_or_none("every", every), overhead
         self.gradients, self.seconds = 0.0, 0.0
         self.plan: Plan | None = None
         self.micro_batch, self.batch = 1, 1

@@ -19,6 +19,7 @@ from lightning_modules.callbacks.measurements.table import Table
 from lightning_modules.data.cutting import batch_size_of
 from lightning_modules.models.batch_loss import batch_losses
 from lightning_modules.support.files import Rows
+from nsgd.curvature.checks import count_or_none
 
 
 class Measurement(pl.Callback):
@@ -55,9 +56,7 @@ class Measurement(pl.Callback):
         path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"expected samples of at least 1, or None for the default, got {samples!r}")
-        self.samples, self.seed = samples, seed
+        self.samples, self.seed = count_or_none("samples", samples), seed
         self.budget = Budget(every=every, overhead=overhead)
         self.evaluation = EvaluationSample(budget=self.budget, seed=seed, owner=type(self).__name__)
         self.table = Table(self.name, path=path)

@@ -18,6 +18,7 @@ from lightning_modules.callbacks.measurements.measurement import Measurement, tr
 from lightning_modules.callbacks.measurements.steps import Groups, damping_of, groups_of, momentum_of
 from lightning_modules.support import quantities
 from lightning_modules.support.quantities import eigenvector
+from nsgd.curvature.checks import whole_number
 from nsgd.curvature.eigen import top_eigenpairs
 from nsgd.curvature.hessian import Closure, LossHessian, loss_hessian
 from nsgd.damping.step import Damped
@@ -97,9 +98,8 @@ class SharpnessMonitor(Measurement):
         seed: int = 0,
     ) -> None:
         super().__init__(samples, every, overhead, path, seed)
-        for name, count, least in (("k", k, 1), ("products", products, k + 1), ("batches", batches, 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"expected {name} of at least {least}, got {count!r}")
+        k = whole_number("k", k, least=1)
+        products, batches = whole_number("products", products, least=k + 1), whole_number("batches", batches, least=1)
         if params is not None and (
             isinstance(params, str) or not params or not all(isinstance(pattern, str) for pattern in params)
         ):

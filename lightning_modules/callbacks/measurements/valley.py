@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_modules.callbacks.measurements.evaluation import LossOf
 from lightning_modules.callbacks.measurements.measurement import Measurement
 from lightning_modules.support import quantities
+from nsgd.curvature.checks import whole_number
 from nsgd.curvature.hessian import loss_hessian
 from nsgd.curvature.vectors import flatten
 from nsgd.trajectory.line import losses_along, moved
@@ -57,10 +58,8 @@ class ValleyWalk(Measurement):
         seed: int = 0,
     ) -> None:
         super().__init__(samples, every, overhead, path, seed)
-        for name, count, least in (("length", length, 1), ("points", points, 2)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"expected {name} of at least {least}, got {count!r}")
-        if every is not None and every < length:
+        length, points = whole_number("length", length, least=1), whole_number("points", points, least=2)
+        if self.budget.every is not None and self.budget.every < length:
             raise ValueError(f"expected every of at least {length}, the steps of a burst, got {every}")
         self.length, self.points = length, points
         self._start: Tensor | None = None  # where training began, (P,)

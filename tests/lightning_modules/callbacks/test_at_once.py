@@ -259,7 +259,9 @@ def test_a_chunk_size_says_how_many_are_taken_at_once(make_trainer, random_state
     make = partial(NSGD, **SETTINGS, k=3, gamma=0.1, refresh_every=8)
     fit(make_trainer, random_state, Classes, make, [RefreshDirections(8, chunk_size=3)])
     assert groups_at_once == [3, 3, 2]
-    with pytest.raises(ValueError, match="expected a chunk_size of at least 1, or None for what 1 GiB holds, got 0"):
+    with pytest.raises(
+        ValueError, match="expected chunk_size to be None for what 1 GiB holds, or a whole number of at least 1, got 0"
+    ):
         RefreshDirections(chunk_size=0)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules import Classifier, Digits, RefreshDirections
+from lightning_modules.callbacks.curvature_batches import CurvatureBatches
 from nsgd import NSGD, damp, top_eigenpairs
 
 pytestmark = pytest.mark.usefixtures("averaging_is_free")  # costs are those of the samples
@@ -349,13 +351,32 @@ def test_wrong_optimizers_are_refused_before_the_first_step(make_trainer, make, 
     [
         ({"samples": 0}, "got 0"),
         ({"source": "test"}, "got 'test'"),
-        ({"group_size": 0}, "group_size of at least 1, or None for the default, got 0"),
-        ({"group_size": -3}, "group_size of at least 1, or None for the default, got -3"),
+        ({"group_size": 0}, "group_size to be None for the default, or a whole number of at least 1, got 0"),
+        ({"group_size": -3}, "group_size to be None for the default, or a whole number of at least 1, got -3"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RefreshDirections(**options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("reduction", "count"), [("mean", 0), ("sum", 1)])
+def test_samples_whose_loss_is_not_the_batches_are_said_once(make_trainer, recwarn, reduction, count, accumulate):
+    class Reduced(Smooth):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.net(batch[0]), batch[1], reduction=reduction)
+
+    trainer = make_trainer(callbacks=[RefreshDirections(16)], accumulate_grad_batches=accumulate)
+    make = partial(NSGD, lr=0.01, k=2, refresh_every=1, solver="gradients")
+    trainer.fit(Reduced(make), loader(features=2, number=2, samples=96))
+    assert sum("have another mean" in str(w.message) for w in recwarn) == count
+
+
+def test_counts_of_other_libraries_are_taken():
+    callback = RefreshDirections(np.int64(4), torch.tensor(2), chunk_size=np.int32(1))
+    assert callback._batches == CurvatureBatches(4, 2, "batch", 0)
+    assert callback.chunk_size == 1
 
 
 class Endless(IterableDataset[Any]):

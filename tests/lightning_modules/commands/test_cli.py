@@ -370,10 +370,13 @@ HF = ["--data", "HuggingFace", "--data.batch_size", "4", "--data.path"]
         (["--nsgd.overhead", "some"], "overhead"),
         (["--nsgd.decay", "1"], "expected decay to be a number >= 0 and below 1, got 1"),
         (["--nsgd.decay", "-0.1"], "expected decay to be a number >= 0 and below 1, got -0.1"),
-        (["--nsgd.group_size", "0"], "expected group_size of at least 1, or None for the default, got 0"),
+        (
+            ["--nsgd.group_size", "0"],
+            "expected group_size to be None for the default, or a whole number of at least 1, got 0",
+        ),
         (["--nsgd.group_size", "1.5"], "group_size"),
         (["--nsgd.solver", "power"], "'auto', 'differences', 'gradients', 'lanczos', 'arpack'"),
-        (["--nsgd.samples", "0"], "expected samples of at least 1"),
+        (["--nsgd.samples", "0"], "expected samples to be None for the default, or a whole number of at least 1"),
         (["--methods", "[sgd,adam]"], "got 'adam'; did you mean adamw?"),
         (["--methods", "sgd,nsgd"], "got 'sgd,nsgd'; write a list as '[sgd,nsgd]'"),
         (
@@ -432,8 +435,11 @@ def test_bad_input_to_compare_is_one_sentence_and_writes_nothing(capsys, here, f
         (["--optimizer", "NSGD", "--optimizer.overhead", "0"], "expected overhead to be a number above 0"),
         (["--optimizer", "NSGD", "--optimizer.decay", "1"], "expected decay to be a number >= 0 and below 1"),
         (["--optimizer", "Nonsense"], "Nonsense"),
-        (["--refresh.samples", "0"], "expected samples of at least 1"),
-        (["--refresh.group_size", "0"], "expected group_size of at least 1"),
+        (["--refresh.samples", "0"], "expected samples to be None for the default, or a whole number of at least 1"),
+        (
+            ["--refresh.group_size", "0"],
+            "expected group_size to be None for the default, or a whole number of at least 1",
+        ),
         (
             ["--optimizer", "NSGD", "--optimizer.solver", "gradients", "--refresh.optimizer", "3"],
             "expected optimizer to be an index into 1, got 3",

@@ -428,12 +428,15 @@ def test_an_empty_folder_is_taken(tmp_path):
         ({"nsgd": replace(OPTIONS, overhead=math.inf)}, "overhead to be a number above 0"),
         ({"nsgd": replace(OPTIONS, decay=1.0)}, "decay to be a number >= 0 and below 1, got 1.0"),
         ({"nsgd": replace(OPTIONS, decay=math.nan)}, "decay to be a number >= 0 and below 1, got nan"),
-        ({"nsgd": replace(OPTIONS, group_size=0)}, "group_size of at least 1, or None for the default, got 0"),
+        (
+            {"nsgd": replace(OPTIONS, group_size=0)},
+            "group_size to be None for the default, or a whole number of at least 1, got 0",
+        ),
         (
             {"nsgd": replace(OPTIONS, solver="power")},
             "solver to be one of auto, differences, gradients, lanczos, arpack, random, got 'power'",
         ),
-        ({"nsgd": replace(OPTIONS, samples=0)}, "samples of at least 1"),
+        ({"nsgd": replace(OPTIONS, samples=0)}, "samples to be None for the default, or a whole number of at least 1"),
         ({"nsgd": replace(OPTIONS, source="test")}, "source"),
         ({"net": "resnet"}, "net to be one of"),
         ({"data": Digits(batch_size=5000)}, "batch_size of at most 1149"),

@@ -81,8 +81,8 @@ def test_a_loss_or_gradient_that_is_not_finite_is_a_floating_point_error(loss, m
     [
         ([], {}, r"tensors of one length.*got lengths \[\]"),
         ([torch.zeros(3), torch.zeros(4, 2)], {}, r"tensors of one length.*got lengths \[3, 4\]"),
-        ([torch.zeros(3)], {"group_size": 0}, "group_size of at least 1, got 0"),
-        ([torch.zeros(3)], {"group_size": -2}, "group_size of at least 1, got -2"),
+        ([torch.zeros(3)], {"group_size": 0}, "group_size to be a whole number of at least 1, got 0"),
+        ([torch.zeros(3)], {"group_size": -2}, "group_size to be a whole number of at least 1, got -2"),
     ],
 )
 def test_samples_that_cannot_be_cut_are_a_value_error(tensors, options, message):

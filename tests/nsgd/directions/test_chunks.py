@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sample_cases import Case, assert_equal
@@ -139,9 +140,12 @@ def test_a_refresh_takes_a_row_for_each_group_and_what_a_chunk_takes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk_size": 0}, "expected a chunk_size of at least 1, or None for what 1 GiB holds, got 0"),
-        ({"chunk_size": 2.0}, "expected a chunk_size of at least 1, .*got 2.0"),
-        ({"chunk_size": True}, "expected a chunk_size of at least 1, .*got True"),
+        (
+            {"chunk_size": 0},
+            "expected chunk_size to be None for what 1 GiB holds, or a whole number of at least 1, got 0",
+        ),
+        ({"chunk_size": 2.0}, "expected chunk_size .*got 2.0"),
+        ({"chunk_size": True}, "expected chunk_size .*got True"),
         ({"chunk_size": 4, "module": None}, "expected no chunk_size without module, got 4: .*leave it out"),
     ],
 )
@@ -149,3 +153,13 @@ def test_a_chunk_size_that_cannot_be_is_refused(options, message):
     case = Case()
     with pytest.raises(ValueError, match=message):
         sample_losses(case.loss, case.x, case.y, **{"module": case.model, **options})
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_counts_of_other_libraries_are_taken(kind):
+    net = nn.Linear(3, 1)
+    losses = sample_losses(
+        lambda x: net(x).mean(), torch.zeros(5, 3), group_size=kind(2), module=net, chunk_size=kind(1)
+    )
+    assert [count for _, count in losses] == [2, 2, 1]
+    assert [type(losses.group_size), type(losses.chunk_size)] == [int, int]

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -275,20 +276,32 @@ def test_a_resumed_run_has_the_rows_of_the_uninterrupted_one(make_trainer, tmp_p
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(ValleyWalk, samples=0), "expected samples of at least 1, or None for the default, got 0"),
-        (partial(SharpnessMonitor, samples=True), "expected samples of at least 1.*got True"),
-        (partial(SharpnessMonitor, samples=2.0), "expected samples of at least 1.*got 2.0"),
-        (partial(BatchQuadratic, every=0), "expected every of at least 1, or None for the default, got 0"),
+        (
+            partial(ValleyWalk, samples=0),
+            "expected samples to be None for the default, or a whole number of at least 1, got 0",
+        ),
+        (
+            partial(SharpnessMonitor, samples=True),
+            "expected samples to be None for the default, or a whole number of at least 1.*got True",
+        ),
+        (
+            partial(SharpnessMonitor, samples=2.0),
+            "expected samples to be None for the default, or a whole number of at least 1.*got 2.0",
+        ),
+        (
+            partial(BatchQuadratic, every=0),
+            "expected every to be None for the default, or a whole number of at least 1, got 0",
+        ),
         (partial(BatchQuadratic, overhead=0.0), "expected overhead to be a finite number above 0, got 0.0"),
         (partial(BatchQuadratic, overhead=math.nan), "expected overhead to be a finite number above 0, got nan"),
         (partial(AveragingExperiment, overhead=math.inf), "expected overhead to be a finite number above 0, got inf"),
-        (partial(ValleyWalk, length=0), "expected length of at least 1, got 0"),
-        (partial(ValleyWalk, points=1), "expected points of at least 2, got 1"),
+        (partial(ValleyWalk, length=0), "expected length to be a whole number of at least 1, got 0"),
+        (partial(ValleyWalk, points=1), "expected points to be a whole number of at least 2, got 1"),
         (partial(ValleyWalk, every=39), "expected every of at least 40, the steps of a burst, got 39"),
-        (partial(SharpnessMonitor, k=0), "expected k of at least 1, got 0"),
-        (partial(SharpnessMonitor, k=5, products=5), "expected products of at least 6, got 5"),
-        (partial(SharpnessMonitor, batches=0), "expected batches of at least 1, got 0"),
-        (partial(AveragingExperiment, steps=7), "expected steps of at least 8, got 7"),
+        (partial(SharpnessMonitor, k=0), "expected k to be a whole number of at least 1, got 0"),
+        (partial(SharpnessMonitor, k=5, products=5), "expected products to be a whole number of at least 6, got 5"),
+        (partial(SharpnessMonitor, batches=0), "expected batches to be a whole number of at least 1, got 0"),
+        (partial(AveragingExperiment, steps=7), "expected steps to be a whole number of at least 8, got 7"),
         (partial(AveragingExperiment, lr=0.0), "expected lr to be a finite number above 0, or None, got 0.0"),
         (partial(AveragingExperiment, lr=math.inf), "expected lr to be a finite number above 0, or None, got inf"),
     ],
@@ -296,6 +309,12 @@ def test_a_resumed_run_has_the_rows_of_the_uninterrupted_one(make_trainer, tmp_p
 def test_bad_options_are_said_in_a_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_counts_of_other_libraries_are_taken():
+    callback = SharpnessMonitor(samples=np.int64(7), every=torch.tensor(3), k=np.int32(2), products=np.int64(6))
+    assert (callback.samples, callback.budget.every, callback.k, callback.products) == (7, 3, 2, 6)
+    assert {type(count) for count in (callback.samples, callback.budget.every, callback.k, callback.products)} == {int}
 
 
 @EACH
