@@ -161,9 +161,10 @@ class RefreshDirections(pl.Callback):
         self._full_size = max(self._full_size, size)
         if parts:
             fraction = sum(n for _, n in parts) / (self._full_size * accumulate)
-            if module.automatic_optimization:  # else curvature_loss may be another
-                optimizer._directions.doubts.batch_loss = loss.detach() * accumulate / factor
-            done = self._refresh_on(parts, module, optimizer, scale=factor, batch_fraction=fraction)
+            # With manual optimization curvature_loss may be another.
+            batch_loss = loss.detach() * accumulate / factor if module.automatic_optimization else None
+            options = {"scale": factor, "batch_fraction": fraction, "batch_loss": batch_loss}
+            done = self._refresh_on(parts, module, optimizer, options)
         else:
             if module.automatic_optimization:
                 factor /= accumulate
@@ -171,11 +172,13 @@ class RefreshDirections(pl.Callback):
         if done:
             self._log(trainer, optimizer, alignment)
 
-    def _refresh_on(self, parts: Parts, module: pl.LightningModule, optimizer: Damped, **options: float) -> bool:
+    def _refresh_on(self, parts: Parts, module: pl.LightningModule, optimizer: Damped, options: dict[str, Any]) -> bool:
         """Refresh from the losses of these batches; gradients of groups are taken at once where they can be."""
 
+        scale: float = options["scale"]
+
         def scaled(loss_of: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
-            return options["scale"] * loss_of(batch, self._batch_idx)
+            return scale * loss_of(batch, self._batch_idx)
 
         if len(parts) == 1:
             with batch_losses(module) as loss_of:

@@ -111,8 +111,8 @@ class Damped(Optimizer):
             raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
         if curvature is not None:
             # A scaled loss may stand beside samples' that are not.
-            self._directions.doubts.batch_loss = loss.detach().mean() if scale == 1.0 else None
-            self.refresh_if_due(curvature, scale, batch_fraction=batch_fraction)
+            batch_loss = loss.detach().mean() if scale == 1.0 else None
+            self.refresh_if_due(curvature, scale, batch_fraction=batch_fraction, batch_loss=batch_loss)
         elif self._directions.options.solver not in FROM_TRAINING:
             self.refresh_if_due(loss, scale, batch_fraction=batch_fraction)
         torch.autograd.backward(loss)
@@ -123,7 +123,12 @@ class Damped(Optimizer):
         return self._directions.refresh_due
 
     def refresh_if_due(
-        self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0
+        self,
+        loss: Tensor | Closure | Losses,
+        scale: float = 1.0,
+        *,
+        batch_fraction: float = 1.0,
+        batch_loss: Tensor | None = None,
     ) -> bool:
         """Refresh if it is due, or if there are no directions yet; call it before ``backward``.
 
@@ -136,9 +141,16 @@ class Damped(Optimizer):
         """
         if self._directions.options.solver != "differences" and not self.refresh_due:
             return False
-        return self.refresh(loss, scale, batch_fraction=batch_fraction)
+        return self.refresh(loss, scale, batch_fraction=batch_fraction, batch_loss=batch_loss)
 
-    def refresh(self, loss: Tensor | Closure | Losses, scale: float = 1.0, *, batch_fraction: float = 1.0) -> bool:
+    def refresh(
+        self,
+        loss: Tensor | Closure | Losses,
+        scale: float = 1.0,
+        *,
+        batch_fraction: float = 1.0,
+        batch_loss: Tensor | None = None,
+    ) -> bool:
         """Estimate the sharpest directions at the current parameters, and average them with the last ones.
 
         ``.grad``, buffers, modes and random state stay as found, and ``loss.backward()`` still works afterwards.
@@ -158,6 +170,9 @@ class Damped(Optimizer):
                 more.
             scale: What the loss was multiplied by (loss scale, 1 / accumulation); taken out of the eigenvalues.
             batch_fraction: Samples in the loss over samples in a training batch, for ``cost_gradients``.
+            batch_loss: Mean loss of the training batch, a scalar without ``scale``. Where the directions come from
+                samples, and the mean of their losses is another, that is said once, with its usual causes. It is
+                compared where it lies, at no wait, and changes nothing else.
 
         Returns:
             True if there are new directions; False if the loss, a gradient or a product was NaN or infinite: the
@@ -166,14 +181,14 @@ class Damped(Optimizer):
 
         Raises:
             ValueError: If the solver is "differences"; the loss is no scalar, has no graph or reaches none of the
-                parameters; fewer than k parameters can train; gradients are wanted and there are no groups; parameters
-                are sharded; or processes give curvature of different kinds.
+                parameters; gradients are wanted and there are no groups; ``batch_loss`` is no scalar; parameters are
+                sharded; or processes give curvature of different kinds.
             RuntimeError: If another process has met an error.
         """
         self._directions.arrange(self._curvature_params())
         maximize = bool(self.param_groups[0].get("maximize", False))
         with self._directions.timed_refresh():
-            return refresh(self._directions, loss, scale, batch_fraction, maximize=maximize)
+            return refresh(self._directions, loss, scale, batch_fraction, batch_loss, maximize=maximize)
 
     # -- diagnostics -----------------------------------------------------------------------------------------
 

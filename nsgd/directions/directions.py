@@ -273,12 +273,13 @@ class Directions:
                 f"from step {self.counts.steps} on the directions come from the curvature that is given; those from "
                 "training gradients are dropped. Leave curvature out, or give it from the first step on",
             )
-            self._forget()
+            self.forget()
         if self.differences is not None:
             self.differences.passes.leave()
         self.differences = None
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Have no directions, as before the first."""
         self.weights, self.damped = self.weights[:0], None
         self.eigenvalues, self.last_overlap = [], torch.tensor(math.nan)
         self.last_step.clear()
@@ -392,7 +393,7 @@ class Directions:
     def load(self, values: dict[str, Any], tensors: dict[int, dict[str, Tensor]]) -> None:
         """Take over what :meth:`saved` gave; the blocks are those of the parameters now."""
         self.counts = Counts(**{name: values[name] for name in vars(self.counts) if name in values})
-        self._forget()
+        self.forget()
         self.outcome = None
         held = (float(values.get(name, 0.0)) for name in ("averaged", "trace"))
         self.past = Past(*(torch.tensor(value, dtype=torch.float64) for value in held))
@@ -449,12 +450,3 @@ def clamped(options: DampingOptions, params: Sequence[Tensor], depth: int) -> Da
         stacklevel=depth,
     )
     return replace(options, k=size)
-
-
-def check_size(k: int, params: Sequence[Tensor]) -> None:
-    """Raise a ValueError if there are fewer parameters than directions."""
-    size = sum(p.numel() for p in params)
-    if k > size:
-        raise ValueError(
-            f"expected k of at most {size}, the number of trainable parameters, got {k}; pass k={size} or less"
-        )

@@ -34,22 +34,27 @@ class Doubts:
     """Truth values under way to the host, with what is said where they are true; each at most once."""
 
     def __init__(self) -> None:
-        self.batch_loss: Tensor | None = None  # that the samples of the next refresh are of, where it is known
         self._checked: set[str] = set()
         self._pending: dict[str, tuple[OnHost, str]] = {}
 
-    def note_losses(self, losses: Tensor, good: Tensor) -> None:
-        """Look at the samples' losses (m,), NaN where one has no label, on the device; ``good`` says that all go."""
-        expected, self.batch_loss = self.batch_loss, None
+    def note_losses(self, losses: Tensor, good: Tensor, expected: Tensor | None) -> None:
+        """Look at the samples' losses (m,), on the device.
+
+        Args:
+            losses: NaN where one has no label.
+            good: Whether all go.
+            expected: Loss of the batch that the samples are of, where it is known, a tensor of one number.
+        """
         known = ~losses.isnan()
         self._note("unknown", ~known.all() & good, _UNKNOWN)
         if expected is None or "mean" in self._checked or len(losses) < _LEAST:
             return
         self._checked.add("mean")
+        expected = expected.reshape(()).to(losses)
         count = known.sum().clamp(min=1)
         mean = torch.where(known, losses, 0.0).sum() / count
         error = (torch.where(known, losses - mean, 0.0).square().sum() / count / count).sqrt()
-        apart, least = (mean - expected.to(mean)).abs(), torch.maximum(mean.abs(), expected.to(mean).abs())
+        apart, least = (mean - expected).abs(), torch.maximum(mean.abs(), expected.abs())
         self._note("mean", good & (apart > _SHARE * least) & (apart > _ERRORS * error), _OTHER_LOSS)
 
     def note_weights(self, weights: Tensor, good: Tensor) -> None:

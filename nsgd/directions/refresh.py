@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import above_zero
+from nsgd.curvature.checks import above_zero, shown
 from nsgd.curvature.hessian import Closure, Losses
 from nsgd.curvature.vectors import is_finite, split
 from nsgd.directions.alarm import OnHost
-from nsgd.directions.directions import NOT_FINITE, Directions, check_size
+from nsgd.directions.directions import NOT_FINITE, Directions, clamped
 from nsgd.directions.processes import alike, gathered, inner_modules_only, mean, of_the_first, together
 from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
@@ -32,7 +32,13 @@ _CERTAIN = 1e-3
 
 
 def refresh(
-    directions: Directions, loss: Tensor | Closure | Losses, scale: float, batch_fraction: float, *, maximize: bool
+    directions: Directions,
+    loss: Tensor | Closure | Losses,
+    scale: float,
+    batch_fraction: float,
+    batch_loss: Tensor | None,
+    *,
+    maximize: bool,
 ) -> bool:
     """Estimate the directions anew, and average them with the last ones; see the optimizer's ``refresh``."""
     options, counts = directions.options, directions.counts
@@ -53,7 +59,10 @@ def refresh(
     device = directions.blocks[0].device
     with together(device):
         scale, batch_fraction = above_zero("scale", scale), above_zero("batch_fraction", batch_fraction)
-        check_size(options.k, params)
+        if batch_loss is not None and not (isinstance(batch_loss, Tensor) and batch_loss.numel() == 1):
+            raise ValueError(
+                f"expected batch_loss to be a tensor of one number, the mean loss of the batch, got {shown(batch_loss)}"
+            )
         if isinstance(loss, Iterable) and not isinstance(loss, Tensor | list):
             loss = list(loss)
         groups = None if options.solver == "random" else _groups(options.solver, loss)
@@ -64,11 +73,12 @@ def refresh(
             "expected curvature of one kind in all processes, got groups of samples in some and a loss in others; "
             "pass groups of samples in each of them"
         )
+    options = directions.options = clamped(options, params, depth=4)  # some may have frozen since
     if options.solver == "random":
         _draw(directions, params, batch_fraction)
         return True
     if groups is not None:
-        return _follow_samples(directions, groups, params, scale, batch_fraction)
+        return _follow_samples(directions, groups, params, scale, batch_fraction, batch_loss)
     spent = Spent()
     signed = -scale if maximize else scale  # ascent on f is descent on -f
     try:
@@ -95,7 +105,12 @@ def refresh(
 @torch.inference_mode(False)
 @torch.no_grad()
 def _follow_samples(
-    directions: Directions, groups: Losses, params: list[Tensor], scale: float, batch_fraction: float
+    directions: Directions,
+    groups: Losses,
+    params: list[Tensor],
+    scale: float,
+    batch_fraction: float,
+    batch_loss: Tensor | None,
 ) -> bool:
     """Average the gradients of groups of samples with the last directions, without waiting for the device.
 
@@ -121,9 +136,6 @@ def _follow_samples(
     # A group without a label is left out, but a process without any has met a NaN: then all of them skip.
     losses = torch.where(losses.isnan().all(), math.inf, losses)
     losses, shares, *rows = gathered(losses, shares, *local_rows)
-    doubts = directions.doubts
-    if doubts.batch_loss is not None:
-        doubts.batch_loss = doubts.batch_loss * scale  # as theirs are
     spent = Spent()
     share = averaging_share(
         groups=len(shares), samples=samples, k=directions.options.k, size=size, flops=directions.counts.sample_flops
@@ -131,13 +143,17 @@ def _follow_samples(
     spent.gradients += mean(share, home)
     spent.count(directions.counts, batch_fraction)
     new = cleaned(rows, losses, shares)
-    doubts.note_losses(losses.to(new.shares), new.good)
+    doubts = directions.doubts
+    expected = None if batch_loss is None else batch_loss.detach() * scale  # as theirs are
+    doubts.note_losses(losses.to(new.shares), new.good, expected)
     if directions.counts.steps:  # before the first, what is initialised with zero keeps others' gradients zero
         doubts.note_shares(views, params, _names(groups, params), new.good)
     if _is_known_at_once(home) and not new.good:
         directions.skip(directions.counts.steps, NOT_FINITE, depth=8)
         return False
     directions.leave_differences()
+    if directions.rank > directions.options.k:  # more than the parameters have entries, since some froze
+        directions.forget()
     # Moments and eigenvalues do not add up.
     follows = directions.rank > 0 and not directions.eigenvalues and directions.complete
     past = directions.past if follows else Past(*map(torch.zeros_like, (directions.past.count, directions.past.usual)))

@@ -66,6 +66,30 @@ def test_a_plain_loss_also_of_a_part_and_with_dropout_says_nothing(module, sampl
     assert said == []
 
 
+@pytest.mark.parametrize(("factor", "count"), [(1.0, 0), (3.0, 1)])
+def test_the_loss_of_the_batch_is_told_to_a_refresh_without_its_scale(factor, count):
+    net = network()
+    x, y = torch.randn(16, 6), torch.arange(16) % 3
+    batch_loss = factor * F.cross_entropy(net(x), y)
+    optimizer = NSGD(net.parameters(), lr=0.01, k=2, solver="gradients")
+    losses = sample_losses(lambda x, y: 1024 * F.cross_entropy(net(x), y), x, y)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert optimizer.refresh_if_due(losses, 1024.0, batch_loss=batch_loss)
+        assert optimizer.refresh(losses, 1024.0, batch_loss=batch_loss.reshape(1))
+    assert ["another mean" in str(w.message) for w in said] == [True] * count
+
+
+@pytest.mark.parametrize("wrong", [1.0, torch.zeros(2), "loss"])
+def test_a_batch_loss_that_is_no_scalar_is_refused(wrong):
+    net = network()
+    optimizer = NSGD(net.parameters(), lr=0.01, k=2, solver="gradients")
+    losses = sample_losses(lambda x: net(x).mean(), torch.randn(16, 6))
+    with pytest.raises(ValueError, match=r"expected batch_loss to be a tensor of one number, .* got "):
+        optimizer.refresh(losses, batch_loss=wrong)
+    assert optimizer.refreshes == 0
+
+
 def test_a_loss_of_pairs_has_no_directions_and_says_so():
     net = network()
 

@@ -181,9 +181,26 @@ def test_a_bad_loss_is_a_value_error_and_changes_nothing(training, bad, message)
     assert optimizer.refreshes == 0
 
 
-def test_too_few_parameters_left_to_train_is_a_value_error(training):
-    run = training()
-    optimizer = NSGD(run.model.parameters(), k=60)
+@pytest.mark.parametrize("solver", ["lanczos", "gradients", "random"])
+@pytest.mark.parametrize("known", [False, True])
+def test_k_is_cut_down_with_a_warning_where_parameters_froze_since(training, solver, known):
+    """As at construction; a checkpoint has that k, and the directions are orthonormal along what is left."""
+    run = training(torch.float64)
+    optimizer = NSGD(run.model.parameters(), lr=0.1, k=60, solver=solver)
+    samples = [(lambda i=i: run.loss(i), 1) for i in range(70)]
+    if known:
+        assert optimizer.refresh(samples if solver == "gradients" else run.loss(0))
     run.model[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="expected k of at most 36, the number of trainable parameters, got 60"):
-        optimizer.refresh(run.loss(0))
+    with pytest.warns(UserWarning, match="k=60 is more than the 36 entries of the parameters that train") as said:
+        assert optimizer.refresh(samples if solver == "gradients" else run.loss(0))
+    assert said[0].filename == __file__  # the line that asked for the refresh
+    assert optimizer.options.k == 36
+    rows = optimizer.directions(run.model[2].parameters())
+    assert len(rows) == 36 or solver == "gradients"
+    rows = rows[: len(optimizer.weights)]  # the others of samples are zero
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=rows.dtype), rtol=0, atol=1e-10)  # float64
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["nsgd_options"]["k"] == 36
+    run.loss(0).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in run.model.parameters())
