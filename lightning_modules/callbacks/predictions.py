@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from lightning_modules.support.whole_files import write_text, write_with
+
 
 class WritePredictions(pl.Callback):
     """Write one row for each predicted sample: its index, the likeliest class and the probability of every class.
@@ -18,6 +22,8 @@ class WritePredictions(pl.Callback):
     Args:
         path: The CSV file; an existing one is not overwritten. A file that ends in ".pt" takes the list of what
             ``predict_step`` returned for each batch, whatever it is, by ``torch.save``.
+
+    The file is there whole or not at all.
 
     Raises:
         ValueError: When prediction starts, if the file exists; or if a CSV file is wanted of what is no table.
@@ -47,13 +53,14 @@ class WritePredictions(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
         if self.path.suffix == ".pt":
-            torch.save(self._batches, self.path)
+            write_with(self.path, partial(torch.save, self._batches))
             self._batches.clear()
             return
         probabilities = torch.cat(self._batches)  # (N, classes)
         self._batches.clear()
-        with self.path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index", "class", *(f"p_{i}" for i in range(probabilities.shape[1]))])
-            for i, row in enumerate(probabilities):
-                writer.writerow([i, int(row.argmax()), *(f"{p:.6g}" for p in row.tolist())])
+        text = StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["index", "class", *(f"p_{i}" for i in range(probabilities.shape[1]))])
+        for i, row in enumerate(probabilities):
+            writer.writerow([i, int(row.argmax()), *(f"{p:.6g}" for p in row.tolist())])
+        write_text(self.path, text.getvalue())

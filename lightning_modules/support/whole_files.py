@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 try:
@@ -30,7 +31,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: Of the path, if it cannot be written; what was there stays.
     """
-    with _partial(path, content) as partial:
+    write_with(path, lambda file: file.write(content))
+
+
+def write_with(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The same for what writes into an open file by itself, such as ``torch.save``: nothing is held twice.
+
+    Raises:
+        OSError: Of the path, if it cannot be written; what was there stays.
+    """
+    with _partial(path, write) as partial:
         partial.replace(path)
 
 
@@ -40,7 +50,7 @@ def write_bytes_once(path: Path, content: bytes) -> None:
     Raises:
         OSError: Of the path, if it cannot be written.
     """
-    with _partial(path, content) as partial:
+    with _partial(path, lambda file: file.write(content)) as partial:
         try:
             path.hardlink_to(partial)
         except FileExistsError:
@@ -50,7 +60,7 @@ def write_bytes_once(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _partial(path: Path, content: bytes) -> Iterator[Path]:
+def _partial(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
     """A file beside the one to write, with a name of its own: several processes may write the same one."""
     partial = None
     try:
@@ -58,7 +68,7 @@ def _partial(path: Path, content: bytes) -> Iterator[Path]:
         partial, number = _locked(path)
         try:
             with os.fdopen(number, "wb", closefd=False) as file:
-                file.write(content)
+                write(file)
             os.fsync(number)
             yield partial
             _keep(path.parent)
