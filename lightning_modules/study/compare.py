@@ -38,7 +38,7 @@ from lightning_modules.study.runs.workers import Workers, serve
 from lightning_modules.support.as_found import as_found
 from lightning_modules.support.progress import Update
 from lightning_modules.support.study_folder import Document, StudyFolder
-from lightning_modules.support.whole_files import no_room
+from lightning_modules.support.whole_files import unwritable
 
 _Ends = Generator[tuple[int, str | None]]  # numbers of runs as they end, with what was said where one died
 
@@ -228,7 +228,7 @@ def _in_this_process(subject: Subject, folder: StudyFolder, wave: Sequence[Run],
             make_run(subject, folder, run, partial(counted.on_step, run.number))
             yield run.number, None
         except Exception as error:  # the others go on: it is said, kept in failed.txt, and never a success
-            if no_room(error):  # which no run is to blame for, and the others would meet
+            if unwritable(error):  # which no run is to blame for, and the others would meet
                 raise
             yield run.number, traceback.format_exc()
 

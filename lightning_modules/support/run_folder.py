@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_modules.support.files import Rows, read_csv, read_yaml, write_csv, write_yaml
-from lightning_modules.support.whole_files import no_room, write_text
+from lightning_modules.support.whole_files import CannotWrite, no_room, write_text
 
 _RUN, _COUNTS = "run.yaml", "rows"  # settings of a run, and under which name the numbers of its rows
 
@@ -127,7 +127,10 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         if no_room(error):
             raise
-        raise ValueError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out") from error
+        cause = error
+        if not isinstance(error, FileExistsError | NotADirectoryError):  # which stand in the way of one folder alone
+            cause = CannotWrite(error.errno, error.strerror, str(folder))
+        raise ValueError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out") from cause
 
 
 def mapping(path: Path) -> dict[str, Any]:

@@ -20,6 +20,10 @@ _LEFT_OVER = re.compile(r".+\.[0-9a-f]+\.partial")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
+class CannotWrite(OSError):
+    """A file or folder of ours cannot be written, which no run has a part in: all others would meet it too."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whatever the locale."""
     write_bytes(path, text.encode())
@@ -29,7 +33,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, in place of one that is there, and make the folder of it.
 
     Raises:
-        OSError: Of the path, if it cannot be written; what was there stays.
+        CannotWrite: Of the path; what was there stays.
     """
     write_with(path, lambda file: file.write(content))
 
@@ -38,7 +42,7 @@ def write_with(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """The same for what writes into an open file by itself, such as ``torch.save``: nothing is held twice.
 
     Raises:
-        OSError: Of the path, if it cannot be written; what was there stays.
+        CannotWrite: Of the path; what was there stays.
     """
     with _partial(path, write) as partial:
         partial.replace(path)
@@ -48,7 +52,7 @@ def write_bytes_once(path: Path, content: bytes) -> None:
     """The same, but that a file which is there already stays: of several processes the first one's.
 
     Raises:
-        OSError: Of the path, if it cannot be written.
+        CannotWrite: Of the path.
     """
     with _partial(path, lambda file: file.write(content)) as partial:
         try:
@@ -75,7 +79,7 @@ def _partial(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
         finally:
             os.close(number)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise CannotWrite(error.errno, error.strerror, str(path)) from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
@@ -127,10 +131,20 @@ def remove_left_overs(folder: Path) -> None:
 
 def no_room(error: BaseException | None) -> OSError | None:
     """What says that a disk is full or fails, of an error and what it came from: a run has no part in that."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            return error
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing file" in str(error):
-            return OSError(errno.ENOSPC, str(error))
-        error = error.__cause__ or error.__context__
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return cause
+        if isinstance(cause, RuntimeError) and "PytorchStreamWriter failed writing file" in str(cause):
+            return OSError(errno.ENOSPC, str(cause))
     return None
+
+
+def unwritable(error: BaseException | None) -> OSError | None:
+    """The same, or what says that a folder of ours is read-only or forbidden."""
+    return no_room(error) or next((cause for cause in _chain(error) if isinstance(cause, CannotWrite)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from lightning_modules.study.runs.launch import LAST_WORDS, ending
-from lightning_modules.support.whole_files import no_room
+from lightning_modules.support.whole_files import unwritable
 
 OnStep = Callable[[int, int, float], None]  # number of the run, steps done, their last loss
 Make = Callable[[int, Callable[[int, float], None]], None]  # makes the run of a number, and calls with steps and loss
@@ -140,7 +140,7 @@ class _Worker:
         """Have a run made; returns whether the worker lives on, and what was said if the run died.
 
         Raises:
-            OSError: If there is no room on a disk, which is no run's fault.
+            OSError: If there is no room on a disk, or it is read-only, which is no run's fault.
         """
         try:
             _pipe(self._process.stdin).write(f"{number}\n")
@@ -155,7 +155,7 @@ class _Worker:
                 continue
             if step is None:
                 self._printed = ""
-                if loss is not None:  # no room: of no run's making, and the others would meet it too
+                if loss is not None:  # nothing can be written: of no run's making, and the others would meet it too
                     raise OSError(*loss)
                 return True, words
             on_step(number, step, loss)
@@ -219,13 +219,13 @@ def serve(make: Make) -> None:
     threading.Thread(target=_hear, args=(read, numbers), daemon=True).start()
     while True:
         number = numbers.get()
-        words, full = None, None
+        words, barred = None, None
         try:
             make(number, _Teller(write))
         except Exception as error:  # whatever it was, the other runs go on; the study says it, and never counts it
             words = traceback.format_exc()[-LAST_WORDS:]
-            full = no_room(error)
-        _tell(write, None, full and (full.errno, full.strerror, full.filename), words)
+            barred = unwritable(error)
+        _tell(write, None, barred and (barred.errno, barred.strerror, barred.filename), words)
 
 
 def _hear(read: int, numbers: SimpleQueue[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
@@ -334,3 +335,70 @@ def test_a_disk_that_is_really_full_keeps_what_is_finished(capsys, here, jobs):
         assert partials(disk) == []  # of workers that were ended while they wrote, too
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# -- a folder that may not be written --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("barred", ["out", "out/runs", "out/runs/sgd-momentum-0", "out/summary.csv"])
+def test_a_forbidden_folder_ends_a_study_and_loses_no_run(capsys, here, monkeypatch, number, barred):
+    """At any depth, in one sentence, whatever is there already; when it is allowed the same command goes on."""
+    command = ["compare", "digits", *TINY, "--out", "out"]
+    if barred != "out":
+        assert main([*command, "--run", "0"]) == 0
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+    def refusing(function: Any) -> Any:
+        def refused(path: Any, *args: Any, **options: Any) -> Any:
+            place = str(path)
+            written = function is not open_ or args[0] & os.O_CREAT
+            if written and (place == barred or place.startswith((f"{barred}/", f"{barred}."))):
+                raise OSError(number, os.strerror(number), place)
+            return function(path, *args, **options)
+
+        return refused
+
+    open_ = os.open
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refusing(os.open))
+        patched.setattr(os, "mkdir", refusing(os.mkdir))
+        line = said(capsys, 2, *command)
+        assert main(command) == 2
+        assert "died" not in capsys.readouterr().out
+    assert barred in line
+    assert os.strerror(number) in line
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not [*partials(here), *here.rglob("failed.txt")]
+    assert main(command) == 0
+    assert len(read_csv(here / "out" / "results.csv")) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a folder on itself")
+def test_a_folder_that_is_really_read_only_is_said(capsys, here):
+    folder = here / "disk"
+    folder.mkdir()
+    command = ["compare", "digits", *TINY, "--out", "disk/out"]
+    assert main([*command, "--run", "0"]) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if subprocess.run(["mount", "--bind", str(folder), str(folder)], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        fit = ["fit", *QUIET, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir"]
+        for place, *args in (
+            ("disk/out/runs/sgd-momentum-0", *command),
+            ("disk/out/runs/sgd-momentum-0", *command, "--jobs", "2"),
+            ("disk/out/runs/sgd-momentum-0", *command, "--run", "1"),
+            ("disk/new", *command[:-1], "disk/new"),
+            ("disk/both", "compare", "--out", "disk/both"),
+            ("disk/escape", "escape", "--out", "disk/escape"),
+            ("disk/logs", *fit, "disk/logs"),
+        ):
+            line = said(capsys, 2, *args)
+            assert f"{place}" in line
+            assert "Read-only file system" in line
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    assert main(command) == 0

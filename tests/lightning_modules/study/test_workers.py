@@ -168,3 +168,17 @@ def test_no_room_on_a_disk_is_no_runs_fault_and_ends_the_study():
     with workers(body) as pool, pytest.raises(OSError, match="No space left on device") as caught:
         list(pool.make([1, 2, 3]))
     assert (caught.value.errno, caught.value.filename) == (28, "runs/sgd-0/metrics.csv")
+
+
+def test_a_folder_that_may_not_be_written_is_no_runs_fault_either():
+    body = "raise CannotWrite(13, 'Permission denied', 'runs/sgd-0/metrics.csv')"
+    body = f"from lightning_modules.support.whole_files import CannotWrite; {body}"
+    with workers(body) as pool, pytest.raises(PermissionError) as caught:
+        list(pool.make([1, 2, 3]))
+    assert caught.value.filename == "runs/sgd-0/metrics.csv"
+
+
+def test_what_a_run_may_not_read_is_its_own_fault():
+    with workers("raise PermissionError(13, 'Permission denied', '/secret')") as pool:
+        ((number, words),) = pool.make([1])
+    assert (number, "PermissionError" in words) == (1, True)
