@@ -36,6 +36,7 @@ from lightning_modules.study.runs.tables import write_tables
 from lightning_modules.study.runs.train import OnStep, make_run, predicted_seconds, rehearse_method, warm_up
 from lightning_modules.study.runs.workers import Workers, serve
 from lightning_modules.support.as_found import as_found
+from lightning_modules.support.in_use import held
 from lightning_modules.support.progress import Update
 from lightning_modules.support.study_folder import Document, StudyFolder
 from lightning_modules.support.whole_files import unwritable
@@ -121,34 +122,37 @@ def run_study(
         Names of the runs that died twice.
 
     Raises:
-        ValueError: If the study cannot run, or the folder holds another study, and nothing is written then; if no run
-            of the study survived.
+        ValueError: If the study cannot run, or the folder holds another study, and nothing is written then; if another
+            process makes this study there; if no run of the study survived.
     """
     if jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {jobs}")
     began = time.process_time()  # what it took to come here each other process takes too
     subject, folder = claim(study, out)
-    plan = plan_runs(study)
-    left = runs_left(folder, plan)
-    for method in dict.fromkeys(run.method for run in left):
-        with suppress(Exception):  # of a module of the user's: the run that meets it dies, and says so
-            rehearse_method(subject, folder, method)
-    if left:
-        start = began if jobs > 1 or launcher != "local" else 0.0
-        say(_forecast(subject, folder, left, jobs, launcher, start))
-    counted = _Counter(subject, folder, [run for run in plan if run in left or folder.run(run.name).finished], progress)
-    with _maker(subject, folder, counted, jobs, launcher) as make:
-        while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
-            left = [run for run in left if run not in wave]
-            for run in wave:
-                decide(study, folder, run)  # at once, and before the first run that goes by it
-            for run in (run for run in wave if not has_trial(folder, run)):
-                counted.end(run)
-            wave = [run for run in wave if has_trial(folder, run)]
-            for attempt in (1, 2):
-                wave = list(_attempt(make, folder, wave, counted, attempt, say))
-    settle(study, folder)
-    return write_tables(study, folder, plan)
+    with held(folder.path):
+        plan = plan_runs(study)
+        left = runs_left(folder, plan)
+        for method in dict.fromkeys(run.method for run in left):
+            with suppress(Exception):  # of a module of the user's: the run that meets it dies, and says so
+                rehearse_method(subject, folder, method)
+        if left:
+            start = began if jobs > 1 or launcher != "local" else 0.0
+            say(_forecast(subject, folder, left, jobs, launcher, start))
+        counted = _Counter(
+            subject, folder, [run for run in plan if run in left or folder.run(run.name).finished], progress
+        )
+        with _maker(subject, folder, counted, jobs, launcher) as make:
+            while wave := [run for run in left if not set(run.needs) & {other.number for other in left}]:
+                left = [run for run in left if run not in wave]
+                for run in wave:
+                    decide(study, folder, run)  # at once, and before the first run that goes by it
+                for run in (run for run in wave if not has_trial(folder, run)):
+                    counted.end(run)
+                wave = [run for run in wave if has_trial(folder, run)]
+                for attempt in (1, 2):
+                    wave = list(_attempt(make, folder, wave, counted, attempt, say))
+        settle(study, folder)
+        return write_tables(study, folder, plan)
 
 
 def serve_runs(study: Study, out: Path, watched: Callable[[OnStep], OnStep] = lambda on_step: on_step) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_modules.support.files import Rows, read_csv, write_csv
 from lightning_modules.support.imported import imported
+from lightning_modules.support.in_use import held
 from lightning_modules.support.progress import Update
 from lightning_modules.support.study_folder import Document, StudyFolder
 from nsgd.trajectory.escape import temperature, walkers
@@ -117,8 +118,8 @@ def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
     """Run what is not finished yet, and write escape.csv, potential.csv, config.yaml and landscape.yaml into a folder.
 
     Raises:
-        ValueError: If the study cannot run, or the folder holds another study, and nothing is written then; or if
-            walkers diverge.
+        ValueError: If the study cannot run, or the folder holds another study, and nothing is written then; if another
+            process makes this study there; or if walkers diverge.
     """
     study.check()
     landscape = study.landscape()
@@ -131,19 +132,20 @@ def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
     }
     StudyFolder(out).claim(documents, packages=("nsgd", "torch", "numpy", "scipy"))
     rows: Rows = []
-    for i, (name, run) in enumerate(runs):
-        path = out / "runs" / f"{name.replace(' ', '-')}.csv"
+    with held(out):
+        for i, (name, run) in enumerate(runs):
+            path = out / "runs" / f"{name.replace(' ', '-')}.csv"
 
-        def update(step: int, said: str, title: str = f"run {i + 1} of {len(runs)}: {name}", done: int = i) -> None:
-            progress(title, done * study.steps + step, len(runs) * study.steps, said)
+            def update(step: int, said: str, title: str = f"run {i + 1} of {len(runs)}: {name}", done: int = i) -> None:
+                progress(title, done * study.steps + step, len(runs) * study.steps, said)
 
-        update(0, "")
-        if not path.exists():
-            write_csv(path, run(int(np.random.SeedSequence([study.seed, i]).generate_state(1)[0]), update))
-        update(study.steps, "")
-        rows += read_csv(path)
-    write_csv(out / "potential.csv", _way(landscape))
-    write_csv(out / "escape.csv", rows)
+            update(0, "")
+            if not path.exists():
+                write_csv(path, run(int(np.random.SeedSequence([study.seed, i]).generate_state(1)[0]), update))
+            update(study.steps, "")
+            rows += read_csv(path)
+        write_csv(out / "potential.csv", _way(landscape))
+        write_csv(out / "escape.csv", rows)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from lightning_modules.support.files import Rows, read_yaml, write_csv, write_yaml, write_yaml_once
+from lightning_modules.support.files import Rows, read_yaml, write_csv, write_yaml_once
 from lightning_modules.support.import_paths import public_path
 from lightning_modules.support.run_folder import RunFolder, make_folder, mapping, rows
 from lightning_modules.support.whole_files import remove_left_overs
@@ -150,8 +150,9 @@ class StudyFolder:
         }
         written: dict[Document, Mapping[str, Any]] = {**documents, "environment": machine}
         for name, values in written.items():
-            if not self.file(name).exists():  # runs that start at the same time claim it too
-                write_yaml(self.file(name), values)
+            write_yaml_once(self.file(name), values)  # what starts at the same time claims it too
+            if name in documents:  # or claimed it just now for another study, config before all else
+                _same(out, {**_flat(unsaid.get(name, {})), **_flat(read_yaml(self.file(name)))}, values)
 
 
 def run_name(stage: Stage, method: str, index: int) -> str:

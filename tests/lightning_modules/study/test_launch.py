@@ -117,6 +117,83 @@ def test_runs_that_start_at_the_same_time_claim_one_folder(tmp_path):
     assert {path.name for path in tmp_path.glob("*/*")} == {"config.yaml", "environment.yaml"}
 
 
+def test_of_two_studies_that_claim_one_folder_at_once_one_is_refused(tmp_path):
+    """Whatever the moment, the folder holds one of them whole."""
+    documents = [{"config": {"a": i, "b": 1}, "methods": {"c": i}} for i in (1, 2)]
+    refused: list[str] = []
+
+    def claimed(number: int, folder: StudyFolder) -> bool:
+        try:
+            folder.claim(documents[number], packages=("numpy",))  # type: ignore[arg-type]
+        except ValueError as error:
+            refused.append(str(error))
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        for i in range(40):
+            folder = StudyFolder(tmp_path / str(i))
+            won = list(pool.map(claimed, (0, 1), (folder, folder)))
+            assert sorted(won) == [False, True]
+            winner = documents[won.index(True)]
+            assert {name: folder.document(name) for name in winner} == winner  # type: ignore[arg-type]
+    assert all("holds another study: a was" in words for words in refused)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from studies import silent, study
+from lightning_modules.study.compare import run_study
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    run_study(study(epochs=int(sys.argv[3])), Path(sys.argv[1]), silent)
+except ValueError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("epochs", [(20, 20), (20, 10)], ids=["the same study", "two studies"])
+def test_two_studies_begun_on_one_folder_at_once_leave_one_whole(tmp_path, epochs):
+    """The second is refused in a sentence, or, where the first had ended by then, finds all runs made."""
+    command = [sys.executable, "-c", TOGETHER, str(tmp_path / "out"), str(Path(__file__).parents[1])]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, str(count)], **pipes) for count in epochs]
+    for process in both:
+        assert process.stdout is not None
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=120)[0] for process in both]
+    codes = [process.returncode for process in both]
+    first = codes.index(0)
+    assert codes[1 - first] in ((0, 2) if epochs[0] == epochs[1] else (2,))
+    if codes[1 - first] == 2:
+        assert "is in use: another process makes this study" in said[1 - first] or "another study" in said[1 - first]
+    whole = finished(tmp_path / "whole", epochs=epochs[first])
+    assert without_seconds(tmp_path / "out") == without_seconds(whole)
+
+
+def test_a_folder_is_free_again_once_a_study_has_ended_however(tmp_path):
+    class Ended(BaseException):
+        pass
+
+    def broken(*_: Any) -> None:
+        with pytest.raises(ValueError, match="is in use: another process makes this study; wait for its end"):
+            run_study(study(epochs=1), tmp_path / "out", silent)
+        raise Ended
+
+    with pytest.raises(Ended):
+        run_study(study(epochs=1), tmp_path / "out", broken)
+    assert run_study(study(epochs=1), tmp_path / "out", silent) == []
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_study_killed_five_times_ends_with_the_results_of_one_that_was_not(tmp_path, jobs):
     options: dict[str, Any] = {"methods": ["sgd", "nsgd"], "tune": 1, "lr": None, "seeds": 3, "epochs": 20}
