@@ -45,7 +45,8 @@ def run_compare_command(argv: list[str]) -> int:
     check_series(out, _REGIMES)
     rest = [word for option in options.items() for word in option]
     died = [_compare([study, "--out", str(out / study), *rest]) for study in _REGIMES]
-    Console().print(f"Both: {write_series(out / 'report.html', [out / study for study in _REGIMES])}", soft_wrap=True)
+    both = write_series(out / "report.html", [out / study for study in _REGIMES])
+    Console().print(f"Both: {both}", soft_wrap=True, markup=False)
     return max(died)
 
 
@@ -81,7 +82,7 @@ def _compare(argv: list[str]) -> int:
         died = run_study(study, parsed.out, watched(update), jobs=parsed.jobs, launcher=parsed.launcher, say=say)
     report = write_report(parsed.out)
     print_table(parsed.out, console)
-    console.print(f"Report: {report}", soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True, markup=False)
     return 1 if died else 0
 
 

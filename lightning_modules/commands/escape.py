@@ -31,5 +31,5 @@ def run_escape_command(argv: list[str]) -> int:
         run_escape(study, parsed.out, watched(update))
     report = write_escape(parsed.out)
     print_escape(parsed.out, console)
-    console.print(f"Report: {report}", soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True, markup=False)
     return 0

@@ -15,6 +15,8 @@ from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
 _PAD = 3  # points around a panel
@@ -76,6 +78,8 @@ def legend_beside(figure: Figure, axes: Axes) -> None:
 
 def lay_out(figure: Figure) -> None:
     """Place everything, once for all files, and hide tick labels that overlap others of their axis."""
+    for text in _words_of(figure):
+        text.set_parse_math(False)  # a dollar in a name begins no formula
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
@@ -85,6 +89,18 @@ def lay_out(figure: Figure) -> None:
             extent = label.get_window_extent()
             label.set_visible(label.get_visible() and not any(extent.overlaps(other) for other in taken))
             taken += [extent] if label.get_visible() and label.get_text() else []
+
+
+def _words_of(figure: Figure) -> Iterator[Text]:
+    """Every text that somebody wrote; the numbers of an axis are matplotlib's, which writes powers as formulas."""
+    for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)):
+        if legend is not None:
+            yield from (*legend.get_texts(), legend.get_title())
+    for axes in figure.axes:
+        yield from (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts)
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter):  # names at its ticks
+                yield from axis.get_majorticklabels()
 
 
 def draw(figure: Figure, heading: str, prefix: str) -> Drawn:

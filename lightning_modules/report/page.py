@@ -154,7 +154,7 @@ def print_tables(
         grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in table["header"]:
             justify: Literal["left", "right"] = "left" if name in text_columns else "right"
-            grid.add_column(name, justify=justify, no_wrap=name not in wrapped, overflow="fold")
+            grid.add_column(Text(name), justify=justify, no_wrap=name not in wrapped, overflow="fold")
         for row in table["rows"]:
             grid.add_row(*map(Text, row))  # brackets in a name are no markup
         console.print(grid)

@@ -53,7 +53,7 @@ def progress_bar(console: Console) -> Iterator[Update]:
         TextColumn("elapsed,"),
         TimeRemainingColumn(),
         TextColumn("left"),
-        TextColumn("{task.description}", table_column=rest),  # last, and cut where a terminal is narrow
+        TextColumn("{task.description}", table_column=rest, markup=False),  # last, and cut where a terminal is narrow
     )
     drawn = console.is_terminal
     progress = Progress(*columns, console=console, disable=not drawn)

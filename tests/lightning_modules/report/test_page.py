@@ -180,7 +180,7 @@ def test_tick_labels_that_overlap_are_hidden_minor_ones_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b", "{{ 7 * 7 }}"]
+    "words", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b", "{{ 7 * 7 }}", r"$x_{ $ \frac$"]
 )
 def test_words_are_shown_as_they_are(browser, tmp_path, words):
     figure, (axes,) = new_figure(1)

@@ -896,6 +896,34 @@ def test_names_from_the_config_are_escaped(tmp_path):
     assert [tag for tag, _ in page.tags] == plain
 
 
+USERS = """<script>alert(1)</script> "><img src=x onerror=alert(1)>' a & b {{ 7 * 7 }} {% x %} $x_{ $ %s [/b] é"""
+
+
+def test_whatever_users_name_is_shown_as_text_wherever_it_stands(tmp_path):
+    """Labels of methods, classes, options, networks, metrics, the machine, and the folder itself."""
+    plain = Page(write_report(write_study(tmp_path / "plain", {"sgd": SGD, "nsgd": NSGD})))
+    folder = write_study(tmp_path / "a<b> &amp; [/x] $'", {"sgd": SGD, "nsgd": NSGD})
+    described = Study(methods=["sgd", "nsgd"]).described_methods()
+    described["nsgd"]["label"] = label = """<b>"&'{{7}}$x_{ $[/b]"""
+    (folder / "methods.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    change(folder / "config.yaml", net=USERS, data={**data, "init_args": {USERS: USERS}}, model={"class_path": USERS})
+    change(folder / "environment.yaml", processor=USERS, packages={USERS: USERS})
+    page = Page(write_report(folder))
+    assert page.text.count(USERS) > 2  # in the title of the window, above the page, and in its sentences
+    assert page.text.count(label) > 10
+    known = {tag for tag, _ in plain.tags}
+    assert {tag for tag, _ in page.tags} <= known
+    assert page.source.count("<script") == plain.source.count("<script") == 1
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        link = attributes.get("href") or ""
+        assert not re.match(r"\w+:", link), link
+    said = "".join(printed(folder).split())
+    assert "".join(USERS.split()) in said
+    assert "".join(label.split()) in said
+
+
 def test_the_terminal_shows_a_name_with_brackets_as_it_is(tmp_path):
     folder = write_study(tmp_path, {"sgd": SGD})
     change(folder / "config.yaml", net="net[bold]/[/x]")
