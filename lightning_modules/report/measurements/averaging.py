@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_modules.report.measurements.numbers import columns, value_of
+from lightning_modules.report.measurements.numbers import columns, value_of, values_of
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.style import COLORS
 from lightning_modules.report.verdicts import CONFIRMED, NOT_CONFIRMED, NOT_RESOLVED
@@ -45,7 +45,8 @@ def draw_averaging(rows: Rows) -> tuple[Figure, str]:
         axes.set(xlabel="steps between the two points", xscale="log")
     gains.set_ylabel("loss saved by averaging two points")
     gains.legend(frameon=False, fontsize=8)
-    distances.set(ylabel="squared distance of the two points", yscale="log")
+    apart = bool((values_of(rows, quantities.SQUARED_DISTANCE) > 0).any())  # not at a rate of 0
+    distances.set(ylabel="squared distance of the two points", yscale="log" if apart else "linear")
     return figure, _caption(rows, averages)
 
 
@@ -66,16 +67,20 @@ def _averages(rows: Rows) -> list[str]:
 
 
 def _ratios(rows: Rows, averages: Sequence[str]) -> list[float]:
-    """The distance to which each schedule leads from its average, as a share of the way to the last iterate."""
-    return [
-        value_of(rows, quantities.SCHEDULE_DISTANCE, of=name) / value_of(rows, quantities.LAST_DISTANCE, of=name)
+    """The distance to which each schedule leads from its average, as a share of the way to the last iterate.
+
+    NaN where nothing has moved, as at a rate of 0.
+    """
+    distances = [
+        (value_of(rows, quantities.SCHEDULE_DISTANCE, of=name), value_of(rows, quantities.LAST_DISTANCE, of=name))
         for name in averages
     ]
+    return [distance / way if way else math.nan for distance, way in distances]
 
 
 def _verdict(ratios: Sequence[float]) -> str:
     largest = max(ratios)
-    if not math.isfinite(largest):
+    if not all(map(math.isfinite, ratios)):
         return NOT_RESOLVED
     return CONFIRMED if largest < 0.5 else NOT_CONFIRMED if largest >= 1 else NOT_RESOLVED
 
@@ -85,7 +90,7 @@ def _caption(rows: Rows, averages: Sequence[str]) -> str:
     words = "; ".join(
         f"{name} {value_of(rows, quantities.LOSS, of=name):.3g} against "
         f"{value_of(rows, quantities.LOSS, of=quantities.schedule_of(name)):.3g}, "
-        f"{ratio:.2f} of the way to the last iterate"
+        f"{'where nothing moved' if math.isnan(ratio) else f'{ratio:.2f} of the way to the last iterate'}"
         for name, ratio in zip(averages, ratios, strict=True)
     )
     gains = [(row["at"], row["value"]) for row in rows if row["quantity"] == quantities.TWO_POINT_GAIN]

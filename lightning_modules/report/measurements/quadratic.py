@@ -39,7 +39,10 @@ def draw_quadratic(rows: Rows) -> tuple[Figure, str]:
             drop = curve[0][1] - value_of(batch, quantities.PREDICTED_LOSS, at=best)
             seen.plot(*columns([(at / best, (loss - curve[0][1]) / drop) for at, loss in curve]), ".-", color=COLORS[0])
         held_out = [(at, loss) for at, loss in _curve(batch, quantities.HELD_OUT) if at <= 2 * lr * _SAME]
-        unseen.plot(*columns([(at / lr, loss - held_out[0][1]) for at, loss in held_out]), color=GREY, linewidth=0.6)
+        if lr > 0:  # a warm-up may begin at 0
+            unseen.plot(
+                *columns([(at / lr, loss - held_out[0][1]) for at, loss in held_out]), color=GREY, linewidth=0.6
+            )
     grid = np.linspace(0, 2, 50)
     seen.plot(grid, grid**2 - 2 * grid, color=COLORS[1], label="predicted by g and Hg")
     seen.set(xlabel="rate / best rate of the batch", ylabel="change of its loss / predicted drop")
@@ -73,19 +76,25 @@ def _caption(rows: Rows) -> str:
     )
     if len(measured_by(rows)) == 1:
         return f"{verdict}; {ONE_POINT}."
-    least = min(_mean_curve(rows), key=lambda point: point[1])[0]
     fits = finite(values_of(rows, quantities.R_SQUARED))
     explained = max(0.0, 100 * float(np.median(fits))) if len(fits) else 0.0  # below 0 it does worse than their mean
-    return (
+    words = (
         f"{verdict}: the other's loss ends {spread(gaps)} above, changes compared. The quadratic explains "
-        f"{explained:.1f} % of the variance of the batch's own losses (median of {len(fits)}); {_rate_words(rows)}. "
-        f"For unseen batches the best of the rates tried is {least:g} times lr, where one half is predicted for "
-        "stationary SGD without momentum."
+        f"{explained:.1f} % of the variance of the batch's own losses (median of {len(fits)}); {_rate_words(rows)}."
+    )
+    if not (curve := _mean_curve(rows)):
+        return words
+    least = min(curve, key=lambda point: point[1])[0]
+    return (
+        f"{words} For unseen batches the best of the rates tried is {least:g} times lr, where one half is predicted "
+        "for stationary SGD without momentum."
     )
 
 
 def _rate_words(rows: Rows) -> str:
     ratios = finite(_ratios(rows))
+    if not values_of(rows, quantities.LR).any():
+        return "its best rate is no multiple of lr, which was 0"
     if not len(ratios):
         return "no batch has a best rate, for none has positive curvature along its gradient"
     return f"its best rate is {np.median(ratios):.3g} times lr (median of {len(ratios)})"
@@ -103,8 +112,9 @@ def _gaps(rows: Rows) -> list[float]:
 
 
 def _ratios(rows: Rows) -> Numbers:
-    """Best rates, in learning rates, (n,)."""
-    return values_of(rows, quantities.BEST_RATE) / values_of(rows, quantities.LR)
+    """Best rates, in learning rates, (n,); NaN where that was 0."""
+    lr = values_of(rows, quantities.LR)
+    return values_of(rows, quantities.BEST_RATE) / np.where(lr > 0, lr, np.nan)
 
 
 def _curve(rows: Rows, of: str) -> list[tuple[float, float]]:
@@ -113,11 +123,11 @@ def _curve(rows: Rows, of: str) -> list[tuple[float, float]]:
 
 
 def _mean_curve(rows: Rows) -> list[tuple[float, float]]:
-    """Mean change of unseen batches' losses against rate / lr."""
+    """Mean change of unseen batches' losses against rate / lr; none where that was 0 all along."""
     changes: dict[float, list[float]] = {}
     for batch in measured_by(rows):
         lr, curve = value_of(batch, quantities.LR), _curve(batch, quantities.HELD_OUT)
-        for at, loss in curve:
+        for at, loss in curve if lr > 0 else ():
             if at <= 2 * lr * _SAME and at != value_of(batch, quantities.BEST_RATE):
                 changes.setdefault(round(at / lr, 6), []).append(loss - curve[0][1])
     return [(rate, float(np.mean(values))) for rate, values in sorted(changes.items())]

@@ -21,6 +21,7 @@ from lightning_modules.callbacks.measurements.averaging import AveragingExperime
 from lightning_modules.callbacks.measurements.quadratic import BatchQuadratic
 from lightning_modules.callbacks.measurements.sharpness import SharpnessMonitor
 from lightning_modules.callbacks.measurements.valley import ValleyWalk
+from lightning_modules.report.measurements.report import write_measurements
 from lightning_modules.support.files import read_csv
 from nsgd import NSGD
 from nsgd.trajectory.line import losses_along
@@ -174,3 +175,28 @@ def test_a_barrier_of_nan_losses_is_nan():
     nan = float("nan")
     found = segment(torch.linspace(0, 1, 4), torch.tensor([1.0, nan, nan, nan]))
     assert np.isnan(found.barrier)
+
+
+class Scheduled(Smooth):
+    """A rate that is 0 throughout, or at the first step alone."""
+
+    warms_up = False
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 * step if self.warms_up else 0.0)
+        return [optimizer], [{"scheduler": rate, "interval": "step"}]
+
+
+@pytest.mark.parametrize("warms_up", [False, True])
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=1.0), partial(NSGD, lr=1.0, k=2)], ids=["SGD", "NSGD"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_rate_of_0_is_measured_and_has_a_page(make_trainer, tmp_path, name, make, warms_up):
+    module = Scheduled(make)
+    module.warms_up = warms_up
+    callback = FREQUENT[name](path=tmp_path / f"{name}.csv")
+    make_trainer(callbacks=[callback]).fit(module, loader(samples=16 * 8, **SMALL))
+    page = write_measurements(tmp_path, {name: tmp_path / f"{name}.csv"}, title="lr 0").read_text(encoding="utf-8")
+    assert len(callback.rows) > 0
+    if name == "quadratic":
+        assert ("no multiple of lr, which was 0" in page) != warms_up
