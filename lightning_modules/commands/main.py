@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from lightning_modules.commands.encoding import in_utf8, print_anything
 from lightning_modules.commands.failures import sentence_on
 from lightning_modules.commands.parsing import short_help
 from lightning_modules.commands.sigterm import CODE, Terminated, raising_at_sigterm
@@ -42,6 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
         a run of a study died twice; 130 if interrupted; 143 after SIGTERM; 141 if nobody reads what is printed any
         more. A fault of ours raises, which ends Python with 1.
     """
+    if args is None:
+        in_utf8()
+        print_anything()
     argv = list(sys.argv[1:] if args is None else args)
     path = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))  # for module files of the user's

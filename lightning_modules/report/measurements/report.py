@@ -39,7 +39,7 @@ def write_measurements(folder: Path, files: Mapping[str, Path], *, title: str, c
     figures = {files[name].stem: _DRAW[name](rows) for name, rows in tables.items()}
     if not figures:
         raise ValueError(f"expected a file of {', '.join(quantities.MEASUREMENTS)} with rows for {folder}, got none")
-    appendix = {} if config is None else {"Configuration": config.read_text()}
+    appendix = {} if config is None else {"Configuration": config.read_text(encoding="utf-8")}
     signs = " ".join([_SIGNS, *(words for name, words in _SIGNS_OF.items() if name in tables)])
     summary = [*(_SUMMARIZE[name](rows) for name, rows in tables.items()), signs]
     page = unused(folder / "measurements.html")
