@@ -45,7 +45,7 @@ COUNTS = ("methods", "tune", "seeds", "search", "sweep", "sweep_points")  # opti
 # An iteration by a method beside one by SGD, on an H100; what is not here takes about as long.
 COSTS = {"gradients": 4.3, "lanczos": 20.0, "sam": 2.0}
 TOGETHER = 0.6  # seconds of twelve runs side by side, beside those of one after the other, on an H100
-SMOKE = {"net": "mlp", "sizes": {"hidden": [16]}, "epochs": 2, "tune": 1, "seeds": 1, "sweep_points": 2, "target": None}
+SMOKE = {"epochs": 2, "seeds": 1, "sweep_points": 2, "target": None}
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,11 +72,12 @@ def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[
     config = {name: value for name, value in options.items() if name != "milliseconds"}
     ours = config["data"]["class_path"] == "HuggingFace"
     if smoke:
-        config = {**config, **(SMOKE if ours else {**SMOKE, "net": config.get("net", "mlp")})}
-        if ours:
-            batch = min(64, config["data"]["init_args"]["batch_size"])
-            config["data"] = {"class_path": "Digits", "init_args": {"batch_size": batch, "limit": 300}}
-        return config
+        config |= SMOKE | {"tune": min(1, config.get("tune", 0))}
+        if not ours:
+            return config | {"epochs": 1, "model": merged(config["model"], {"init_args": {"dim": 8, "depth": 1}})}
+        batch = min(64, config["data"]["init_args"]["batch_size"])
+        digits = {"class_path": "Digits", "init_args": {"batch_size": batch, "limit": 300}}
+        return config | {"data": digits, "net": "mlp", "sizes": {"hidden": [16]}}
     if ours:
         config["data"] = merged(config["data"], {"init_args": {"path": data}})
     return config
