@@ -17,8 +17,8 @@ _LEAST = 8  # groups, of which a standard error can be told
 _OTHER_LOSS = (
     "the samples' losses have another mean than the loss of the batch, so the directions are those of another loss; "
     'usual causes are class weights, reduction="sum", losses that compare samples (contrastive, triplet), and samples '
-    "that do not lie along the first dimension. Pass larger groups (group_size), or a loss whose mean over samples is "
-    "the batch's, or take products (solver='lanczos')"
+    "that do not lie along the first dimension (pass batch_dim). Pass larger groups (group_size), or a loss whose mean "
+    "over samples is the batch's, or take products (solver='lanczos')"
 )
 _EMPTY = (
     "the gradients of the samples are all zero, so there are no directions; a loss that compares samples is constant "
@@ -77,8 +77,9 @@ class Doubts:
                 f"share of {name}",
                 some & ~share,
                 f"the directions have no share in the parameter {name}, whose gradients are zero on the samples; usual "
-                "causes are a time-major batch that is cut along time, activation checkpointing by use_reentrant=True "
-                "behind a frozen stem (pass use_reentrant=False), and a parameter that the loss does not use",
+                "causes are a time-major batch that is cut along time (pass batch_dim), activation checkpointing by "
+                "use_reentrant=True behind a frozen stem (pass use_reentrant=False), and a parameter that the loss "
+                "does not use",
             )
 
     def say(self, warn_once: Callable[[str, str], None]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.checks import whole_number
-from nsgd.directions.samples import check_batch
+from nsgd.directions.batch_dim import BatchDim, as_given, samples_first
 
 
 def backward_in_chunks(
@@ -17,6 +17,7 @@ def backward_in_chunks(
     *tensors: Tensor,
     chunks: int = 8,
     backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+    batch_dim: BatchDim = 0,
 ) -> Tensor:
     """Add up the gradient of a batch from parts of it, one backward pass each; in place of ``loss.backward()``.
 
@@ -29,26 +30,28 @@ def backward_in_chunks(
 
     Args:
         loss: Mean loss of the samples that it is given.
-        tensors: The batch, cut along the first dimension; one row a sample.
+        tensors: The batch, cut along the first dimension, or ``batch_dim``; one row a sample.
         chunks: Number of parts, at most; fewer where only those are of one size, so that none weighs more than another.
         backward: What is called with each part's share of the loss, such as
             ``lambda part: scaler.scale(part).backward()`` or ``accelerator.backward``.
+        batch_dim: The dimension that counts samples: one for all tensors, or one for each. A time-major sequence has 1.
 
     Returns:
         Mean loss of the batch, detached.
 
     Raises:
-        ValueError: If there are no tensors or no samples, lengths differ, ``chunks`` is no count of at least 1, or a
-            loss is no scalar, which is seen before the first backward pass.
+        ValueError: If there are no tensors or no samples, a tensor has no such dimension, lengths differ, ``chunks`` is
+            no count of at least 1, or a loss is no scalar, which is seen before the first backward pass.
     """
-    samples = check_batch(loss, tensors)
+    rows, dims = samples_first(loss, tensors, batch_dim)
+    samples = len(rows[0])
     chunks = whole_number("chunks", chunks, least=1)
     most = min(chunks, samples)
     equal = [count for count in range(2, most + 1) if samples % count == 0]
-    parts = [tensor.tensor_split(equal[-1] if equal else most) for tensor in tensors]
+    parts = [tensor.tensor_split(equal[-1] if equal else most) for tensor in rows]
     total: Tensor | None = None
     for part in zip(*parts, strict=True):
-        value = loss(*part)
+        value = loss(*(as_given(own, dim) if dim else own for own, dim in zip(part, dims, strict=True)))
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"expected the loss to return a scalar tensor, the samples' mean, got {got}")

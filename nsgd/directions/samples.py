@@ -29,10 +29,15 @@ from nsgd.curvature.hessian import (
     gradient_of,
 )
 from nsgd.curvature.vectors import checked_params, split, vector_dtype
+from nsgd.directions.batch_dim import BatchDim, as_given, samples_first
 from nsgd.directions.one_dtype import OneDtype
 from nsgd.directions.passes import PassHook
 
 _SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_CUT_ELSEWHERE = (
+    "batch_dim says along which dimension samples lie, and what cannot be cut into samples (a graph, offsets, targets "
+    "end to end) gives directions from training gradients, or from products (solver='lanczos')"
+)
 _MOST_AT_ONCE = 1 << 28  # entries of the gradients that are computed at once: 1 GiB in float32
 
 
@@ -49,8 +54,9 @@ class SampleLosses(list[tuple[Closure, int]]):
         group_size: int,
         module: nn.Module | None,
         chunk_size: int | None = None,
+        batch_dim: BatchDim = 0,
     ) -> None:
-        check_batch(loss, tensors)
+        tensors, dims = samples_first(loss, tensors, batch_dim)
         group_size = whole_number("group_size", group_size, least=1)
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(f"expected module to be the network, an nn.Module, got a {type(module).__name__}")
@@ -60,11 +66,21 @@ class SampleLosses(list[tuple[Closure, int]]):
                 f"expected no chunk_size without module, got {chunk_size}: the groups are then taken one by one; leave "
                 "it out, or pass the network as module"
             )
-        self.loss, self.tensors, self.group_size, self.module = loss, tensors, group_size, module
-        self.chunk_size = chunk_size
+        self.tensors, self.group_size, self.module, self.chunk_size = tensors, group_size, module, chunk_size
+
+        def loss_of(*parts: Tensor) -> Tensor:
+            own = tuple(map(as_given, parts, dims))  # copies, which the loss may change
+            try:
+                return loss(*own)
+            except Exception as error:
+                shapes = ", ".join(str(tuple(part.shape)) for part in own)
+                error.add_note(f"this is the loss of a group of samples, tensors of shape {shapes}; {_CUT_ELSEWHERE}")
+                raise
+
+        self.loss = loss_of
 
         def pair(parts: tuple[Tensor, ...]) -> tuple[Closure, int]:
-            return lambda: loss(*(part.clone() for part in parts)), len(parts[0])  # which it may change
+            return lambda: loss_of(*parts), len(parts[0])
 
         super().__init__(
             pair(parts) for parts in zip(*(torch.split(tensor, group_size) for tensor in tensors), strict=True)
@@ -77,6 +93,7 @@ def sample_losses(
     group_size: int = 1,
     module: nn.Module | None = None,
     chunk_size: int | None = None,
+    batch_dim: BatchDim = 0,
 ) -> SampleLosses:
     """Losses of small groups of samples: what directions by gradients come from.
 
@@ -85,7 +102,7 @@ def sample_losses(
     Args:
         loss: Mean loss of the samples that it is given. What it changes in them, and in the modules that it runs, is as
             found afterwards; what it changes elsewhere, before any module has run, is so for ``module`` alone.
-        tensors: What it is given, cut along the first dimension; one row a sample.
+        tensors: What it is given, cut along the first dimension, or ``batch_dim``; one row a sample.
         group_size: Samples in a group. One is best; BatchNorm needs some.
         module: The network that the loss runs, with the parameters that are optimized. Then the gradients of all groups
             are computed at once by ``torch.func.vmap``: as one batch takes, where one by one they leave the machine
@@ -95,28 +112,14 @@ def sample_losses(
             memory, beside the row of gradients that each group leaves. None is as many as have gradients of 1 GiB, and
             one at least. The gradients do not depend on it, but for which random numbers each group draws. Where that
             is more than memory holds, it is halved, and said.
+        batch_dim: The dimension that counts samples: one for all tensors, or one for each. A time-major sequence, as
+            ``nn.LSTM`` takes it, has 1; with one label a sequence that is ``batch_dim=(1, 0)``.
 
     Raises:
-        ValueError: If there are no tensors or no samples, lengths differ, ``group_size`` or ``chunk_size`` is no count,
-            ``module`` no module, or there is a ``chunk_size`` without it.
+        ValueError: If there are no tensors or no samples, a tensor has no such dimension, lengths differ,
+            ``group_size`` or ``chunk_size`` is no count, ``module`` no module, or there is a ``chunk_size`` without it.
     """
-    return SampleLosses(loss, tensors, group_size, module, chunk_size)
-
-
-def check_batch(loss: object, tensors: Sequence[object]) -> int:
-    """Number of samples in a batch; a ValueError where it is none, or the loss cannot be called."""
-    if not callable(loss):
-        raise ValueError(
-            f"expected the loss to be a function of the batch, got a {type(loss).__name__}; write lambda x, y: "
-            "loss_fn(model(x), y)"
-        )
-    others = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor)]
-    if others:
-        raise ValueError(f"expected tensors, a row for each sample, got a {others[0]}; make it one by torch.as_tensor")
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors if isinstance(tensor, Tensor)}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"expected tensors of one length, a row for each sample, got lengths {sorted(lengths)}")
-    return lengths.pop()
+    return SampleLosses(loss, tensors, group_size, module, chunk_size, batch_dim)
 
 
 def checked_chunk_size(chunk_size: Any) -> int | None:
@@ -250,9 +253,8 @@ def _at_once(
     parts = [tensor[: whole * size].reshape(whole, size, *tensor.shape[1:]) for tensor in losses.tensors]
 
     def value(trained: dict[str, Tensor], buffers: dict[str, Tensor], *part: Tensor) -> Tensor:
-        own = tuple(tensor.clone() for tensor in part)  # which the loss may change
         with forward, OneDtype(), _NoNewData():
-            loss: Tensor = functional_call(network, {**trained, **others, **buffers}, own)
+            loss: Tensor = functional_call(network, {**trained, **others, **buffers}, part)
         if loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}; reduce it, as with .mean()")
         reached.append(loss.requires_grad)  # with respect to what is trained here, and nothing else

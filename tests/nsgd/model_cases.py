@@ -34,7 +34,6 @@ COMPILED = {PRODUCTS: Way("under torch.compile has no double backward; compute",
 SPARSE = Way(r"with sparse gradients \(1\) train under the base optimizer alone", "all but the embedding")
 DENSE = Way("expected dense gradients, got a sparse one; build", "`sparse=False`")
 REENTRANT = Way("cannot be differentiated by torch.autograd.grad; pass use_reentrant=False", "`use_reentrant=False`")
-TIME_MAJOR = Way("expected tensors of one length, a row for each sample", "give it batch-first")
 COMPLEX = Way("got complex parameters; hold their real and imaginary parts", "hold two real ones")
 HOOKS = Way("when there are global hooks", "")  # torch's own, of what does no harm
 
@@ -57,6 +56,7 @@ class Case:
     without: frozenset[str] = frozenset()  # parameters in which no direction has a share
     context: Context = nullcontext  # of the forward pass
     group_size: int = 1
+    batch_dim: tuple[int, int] = (0, 0)
     scaled: bool = False  # by a GradScaler
     precision: torch.dtype = torch.float32  # of the forward pass
     exact: bool = True  # whether a second forward pass of the same batch gives the same loss
@@ -303,10 +303,10 @@ CASES = (
     Case("GRU", lambda: Recurrent(nn.GRU), _rows(12, 4, 6), refused=NO_VMAP),
     Case("LSTM", lambda: Recurrent(nn.LSTM), _rows(12, 4, 6)),
     Case(
-        "time-major batch",
+        "time-major batch, batch_dim=(1, 0)",
         lambda: Recurrent(nn.LSTM, batch_first=False),
         lambda: (torch.randn(4, 12, 6), torch.randint(3, (12,))),
-        refused=dict.fromkeys((AT_ONCE, ONE_BY_ONE), TIME_MAJOR),
+        batch_dim=(1, 0),
     ),
     Case("embedding", lambda: Words(sparse=False), _tokens()),
     Case(

@@ -46,7 +46,9 @@ class Run:
             self.optimizer.refresh_if_due(self.scaler.scale(loss), scale=self.scaler.get_scale())
         elif self.source != GRADIENTS:
             module = self.model if self.source == AT_ONCE else None
-            losses = sample_losses(self.loss, *batch, group_size=self.case.group_size, module=module)
+            losses = sample_losses(
+                self.loss, *batch, group_size=self.case.group_size, module=module, batch_dim=self.case.batch_dim
+            )
             self.optimizer.refresh_if_due(losses)
 
     def step(self) -> tuple[Tensor, ...]:
@@ -80,7 +82,8 @@ class Run:
 
     def samples_of(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The gradients of the groups of samples, (m, P), by torch alone."""
-        groups = zip(*(part.split(self.case.group_size) for part in batch), strict=True)
+        pairs = zip(batch, self.case.batch_dim, strict=True)
+        groups = zip(*(part.split(self.case.group_size, dim) for part, dim in pairs), strict=True)
         losses = (self.loss(*group) for group in groups)
         return torch.stack([self.flat(list(torch.autograd.grad(v, self.params, allow_unused=True))) for v in losses])
 
