@@ -13,15 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_modules.data.cutting import batch_size_of, is_cuttable, some_samples
+from lightning_modules.data.cutting import batch_size_of, is_cuttable, samples_first, some_samples
 from lightning_modules.data.training_samples import in_batches, training_samples
 from nsgd.curvature.checks import count_or_none
 from nsgd.damping.step import Damped
+from nsgd.directions.batch_dim import BatchDim, check_batch_dim
 from nsgd.options import Estimator
 
 _MOST_GROUPS = 64
 
 Parts = list[tuple[Any, int]]  # batches, with their sample counts
+
+WAYS_OUT = (
+    "batch_dim of RefreshDirections says which dimension counts samples, and source='train' takes samples of the "
+    "training set"
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,10 @@ class CurvatureBatches:
     group_size: int | None
     source: Literal["batch", "train"]
     seed: int
+    batch_dim: BatchDim = 0
 
     def __post_init__(self) -> None:
+        check_batch_dim(self.batch_dim)
         for name in ("samples", "group_size"):  # by which the class is frozen to others
             object.__setattr__(self, name, count_or_none(name, getattr(self, name)))
         if self.source not in ("batch", "train"):
@@ -53,6 +61,8 @@ class CurvatureBatches:
     ) -> Parts | None:
         """Batches to take the curvature of, with their sample counts: none for the running loss, None to pass over.
 
+        Where ``batch_dim`` is not 0 their samples lie along the first dimension all the same.
+
         Args:
             trainer: In ``fit``.
             module: What it trains.
@@ -61,8 +71,10 @@ class CurvatureBatches:
             tell: Called where single samples cannot be had, with the reason.
 
         Raises:
-            ValueError: If the training set is to be sampled, and cannot be.
+            ValueError: If the training set is to be sampled, and cannot be; the batch has no such ``batch_dim``; or it
+                cannot be cut into samples, and the solver takes nothing else.
         """
+        batch, _ = samples_first(batch, self.batch_dim)
         size = batch_size_of(batch)
         solver = optimizer.options.solver
         in_groups = solver in ("auto", "gradients")
@@ -80,15 +92,17 @@ class CurvatureBatches:
                 return []
             return [(some_samples(batch, slice(samples)), samples)]
         if size is None or not is_cuttable(batch):
+            if solver == "gradients":
+                raise ValueError(f"solver='gradients' expected a batch that can be cut into samples; {WAYS_OUT}")
             tell(
                 "RefreshDirections cannot cut this batch into samples, so the directions come from Hessian-vector "
-                "products of its whole loss, which cost more; solver='lanczos' on the optimizer says that this is meant"
+                "products of its whole loss, which cost more; solver='lanczos' on the optimizer says that this is "
+                f"meant, {WAYS_OUT}"
             )
             return []
         count = min(self._share(trainer, module) or size, size)
         ranges = self._groups(module, count)
-        averaged = not optimizer.from_training_gradients and optimizer.weights and not optimizer.eigenvalues
-        if len(ranges) == 1 and (solver == "gradients" or averaged):
+        if len(ranges) == 1 and (solver == "gradients" or follows_samples(optimizer)):
             return None  # a short last batch: its products would drive out the average, and the next batch has groups
         if len(ranges) == 1 and count == size:
             tell(
@@ -128,7 +142,7 @@ class CurvatureBatches:
 
     def _training_sample(self, trainer: pl.Trainer, module: pl.LightningModule, size: int | None) -> Parts:
         """Fresh samples of the training set in batches of a size, or in groups, with their sample counts."""
-        return training_samples(
+        drawn = training_samples(
             trainer,
             module,
             self.samples or 2560,
@@ -138,10 +152,16 @@ class CurvatureBatches:
             otherwise="use source='batch'",
             share=(trainer.global_rank, trainer.world_size),
         )
+        return [(samples_first(batch, self.batch_dim)[0], n) for batch, n in drawn]
 
 
 def _is_normalised(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def follows_samples(optimizer: Damped) -> bool:
+    """Whether the directions are an average of samples' gradients, which products would drive out."""
+    return bool(not optimizer.from_training_gradients and optimizer.weights and not optimizer.eigenvalues)
 
 
 def columns_of(parts: Parts) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]] | None:

@@ -8,14 +8,23 @@ from functools import partial
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_modules.callbacks.curvature_batches import CurvatureBatches, Parts, columns_of
-from lightning_modules.data.cutting import batch_size_of
+from lightning_modules.callbacks.curvature_batches import (
+    WAYS_OUT,
+    CurvatureBatches,
+    Parts,
+    columns_of,
+    follows_samples,
+)
+from lightning_modules.data.cutting import as_it_was, batch_size_of, samples_first
 from lightning_modules.models.batch_loss import batch_loss, batch_losses
 from nsgd.curvature.copies import fresh_batch
+from nsgd.curvature.hessian import NoProductError
 from nsgd.damping.step import Damped
+from nsgd.directions.batch_dim import BatchDim
 from nsgd.directions.processes import alike
 from nsgd.directions.samples import SampleLosses, checked_chunk_size
 from nsgd.options import Estimator
@@ -38,7 +47,9 @@ class RefreshDirections(pl.Callback):
 
     With the solver "auto" or "gradients" the directions come from the gradients of small groups of samples, otherwise
     from Hessian-vector products. A running batch that cannot be cut, and the loss of a module that optimizes manually
-    and has no ``curvature_loss(batch)``, give products of the loss itself.
+    and has no ``curvature_loss(batch)``, give products of the loss itself. With "auto" so do samples that have no loss
+    alone, such as nodes of a graph; and where torch has no products either, directions stay those of training's own
+    gradients.
 
     With several processes (``strategy="ddp"``) each takes samples of its own batch, and all follow the same directions.
     Where only some of them can cut their batch into samples, none refreshes on it. Parameters have to be whole in each.
@@ -56,10 +67,13 @@ class RefreshDirections(pl.Callback):
         seed: Seeds the samples of the training set.
         chunk_size: Groups whose gradients are computed at once, as in :func:`nsgd.sample_losses`; fewer take less
             memory.
+        batch_dim: The dimension that counts samples, one for all tensors of a batch or one for each, in their order, as
+            in :func:`nsgd.sample_losses`: 1 for time-major batches.
 
     Raises:
         ValueError: If an option is out of range; when training starts, if no optimizer is damped; in training, if the
-            loss of a batch is to be computed again that cannot be copied.
+            loss of a batch is to be computed again that cannot be copied, a batch has no such ``batch_dim``, or the
+            solver is "gradients" and a batch cannot be cut into samples.
     """
 
     def __init__(
@@ -70,8 +84,9 @@ class RefreshDirections(pl.Callback):
         optimizer: int | None = None,
         seed: int = 0,
         chunk_size: int | None = None,
+        batch_dim: BatchDim = 0,
     ) -> None:
-        self._batches = CurvatureBatches(samples, group_size, source, seed)
+        self._batches = CurvatureBatches(samples, group_size, source, seed, batch_dim)
         self.optimizer, self.chunk_size = optimizer, checked_chunk_size(chunk_size)
         self._batch: Any = None
         self._copied: Any = None  # before the training_step had it: a copy, or why there is none
@@ -80,11 +95,14 @@ class RefreshDirections(pl.Callback):
         self._logged: dict[int, int] = {}  # optimizer to the step that it was last logged at
         self._told: set[str] = set()
         self._at_once = True  # until vmap meets a training_step that it cannot run
+        self._in_samples = True  # until a batch of which single samples have no loss
+        self._left: set[Damped] = set()  # to the gradients of training, as torch has no products of their loss
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to refresh."""
-        self._full_size, self._logged, self._at_once = 1, {}, True
+        self._full_size, self._logged, self._at_once, self._in_samples = 1, {}, True, True
         self._told.clear()
+        self._left.clear()
         names = ", ".join(type(o).__name__ for o in trainer.optimizers)
         if self.optimizer is not None and not 0 <= self.optimizer < len(trainer.optimizers):
             raise ValueError(f"expected optimizer to be an index into {len(trainer.optimizers)}, got {self.optimizer}")
@@ -128,7 +146,7 @@ class RefreshDirections(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Refresh what is due."""
-        damped = [o for o in self._candidates(trainer) if isinstance(o, Damped)]
+        damped = [o for o in self._candidates(trainer) if isinstance(o, Damped) and o not in self._left]
         if not any(o.refresh_due for o in damped):
             return
         if len(trainer.optimizers) > 1:  # this may be the loss of another network
@@ -157,35 +175,82 @@ class RefreshDirections(pl.Callback):
             return
         if parts and isinstance(self._copied, ValueError) and self._batches.source == "batch":
             raise self._copied
+        batch, dims = samples_first(batch, self._batches.batch_dim)
         size = batch_size_of(batch) or 1
         self._full_size = max(self._full_size, size)
-        if parts:
-            fraction = sum(n for _, n in parts) / (self._full_size * accumulate)
+        part_of_step = 1 / (self._full_size * accumulate)
+        if parts and self._in_samples:
+            fraction = sum(n for _, n in parts) * part_of_step
             # With manual optimization curvature_loss may be another.
             batch_loss = loss.detach() * accumulate / factor if module.automatic_optimization else None
             options = {"scale": factor, "batch_fraction": fraction, "batch_loss": batch_loss}
-            done = self._refresh_on(parts, module, optimizer, options)
-        else:
-            if module.automatic_optimization:
-                factor /= accumulate
-            done = optimizer.refresh(loss, scale=factor, batch_fraction=size / (self._full_size * accumulate))
+            try:
+                if self._refresh_on(parts, dims, module, optimizer, options):
+                    self._log(trainer, optimizer, alignment)
+                return
+            except Exception as error:
+                mine = isinstance(error, _SamplesAloneError)
+                if not alike(mine, module.device) or not mine:
+                    raise
+                if optimizer.options.solver != "auto" and error.__cause__ is not None:
+                    error.__cause__.add_note(f"raised by the loss of some samples of the batch alone; {WAYS_OUT}")
+                    raise error.__cause__ from None
+                if follows_samples(optimizer):  # products would drive their average out
+                    self._tell_once(f"RefreshDirections passes a batch over, since {error}; {WAYS_OUT}")
+                    return
+                self._in_samples = False
+                self._tell_once(
+                    "RefreshDirections takes the directions from Hessian-vector products of the whole loss, since "
+                    f"{error}; {WAYS_OUT}"
+                )
+        if module.automatic_optimization:
+            factor /= accumulate
+        try:
+            done = optimizer.refresh(loss, scale=factor, batch_fraction=size * part_of_step)
+        except NoProductError as error:
+            if optimizer.options.solver != "auto" or not optimizer.from_training_gradients:
+                raise
+            self._left.add(optimizer)
+            self._tell_once(
+                "RefreshDirections leaves the directions to the gradients of training, since this loss cannot be cut "
+                f"into samples and has no second derivatives ({error}); {WAYS_OUT}"
+            )
+            return
         if done:
             self._log(trainer, optimizer, alignment)
 
-    def _refresh_on(self, parts: Parts, module: pl.LightningModule, optimizer: Damped, options: dict[str, Any]) -> bool:
+    def _refresh_on(
+        self,
+        parts: Parts,
+        dims: tuple[int, ...],
+        module: pl.LightningModule,
+        optimizer: Damped,
+        options: dict[str, Any],
+    ) -> bool:
         """Refresh from the losses of these batches; gradients of groups are taken at once where they can be."""
 
         scale: float = options["scale"]
 
         def scaled(loss_of: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
-            return scale * loss_of(batch, self._batch_idx)
+            return scale * loss_of(as_it_was(batch, dims), self._batch_idx)
+
+        def alone(loss_of: Callable[[Any, int], Tensor], batch: Any) -> Tensor:
+            try:
+                return scaled(loss_of, batch)
+            except (FloatingPointError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of any kind: a training_step may hold anything
+                if self._batches.source == "train":  # those are batches of their own
+                    raise
+                reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+                raise _SamplesAloneError(f"the loss of some samples of the batch alone fails ({reason})") from error
 
         if len(parts) == 1:
             with batch_losses(module) as loss_of:
-                return optimizer.refresh(partial(scaled, loss_of, parts[0][0]), **options)
+                return optimizer.refresh(partial(alone, loss_of, parts[0][0]), **options)
         if optimizer.options.solver not in ("auto", "gradients"):
             # A product needs the same loss every time.
-            pairs = [(partial(scaled, partial(batch_loss, module), batch), n) for batch, n in parts]
+            pairs = [(partial(alone, partial(batch_loss, module), batch), n) for batch, n in parts]
             return optimizer.refresh(pairs, **options)
         columns = columns_of(parts) if self._at_once else None  # copies the samples
         if not alike(columns is not None, module.device):
@@ -216,7 +281,7 @@ class RefreshDirections(pl.Callback):
                     f"cannot run this training_step ({reason})"
                 )
         with batch_losses(module) as loss_of:  # gradients need each loss only once: one guard serves for all
-            return optimizer.refresh([(partial(scaled, loss_of, batch), n) for batch, n in parts], **options)
+            return optimizer.refresh([(partial(alone, loss_of, batch), n) for batch, n in parts], **options)
 
     def _log(self, trainer: pl.Trainer, optimizer: Damped, alignment: float | None = None) -> None:
         step, number = trainer.global_step, trainer.optimizers.index(optimizer)
@@ -245,6 +310,10 @@ class RefreshDirections(pl.Callback):
         if message not in self._told:
             rank_zero_info(message)
         self._told.add(message)
+
+
+class _SamplesAloneError(Exception):
+    """The loss of some samples of a batch fails, where that of the whole batch did not."""
 
 
 def _prefix(trainer: pl.Trainer, optimizer: Damped) -> str:

@@ -76,7 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if said is None:
             raise
         sentence, code = said
-        print(f"nsgd: {' '.join(sentence.split())}", file=sys.stderr)
+        whole = "; ".join([sentence, *getattr(error, "__notes__", [])])
+        print(f"nsgd: {' '.join(whole.split())}", file=sys.stderr)
         return code
     finally:
         sys.path[:] = path

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from nsgd.directions.batch_dim import BatchDim, as_given
+from nsgd.directions.batch_dim import samples_first as first_of
 
 
 def batch_size_of(batch: Any) -> int | None:
@@ -62,24 +65,65 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
     elif is_dataclass(batch):
         for field in fields(batch):
-            yield from _tensors(getattr(batch, field.name))
+            if field.init:  # the others are made from these
+                yield from _tensors(getattr(batch, field.name))
 
 
 def _cut(batch: Any, size: int, samples: slice) -> Any:
+    def items_of(items: Any) -> Any:
+        plain = not any(isinstance(value, Tensor | list | tuple | Mapping) for value in items)
+        return items[samples] if len(items) == size and plain else None  # one plain item a sample, for example names
+
+    return _rebuilt(batch, lambda t: t[samples] if t.ndim > 0 and len(t) == size else t, items_of)
+
+
+def samples_first(batch: Any, batch_dim: BatchDim) -> tuple[Any, tuple[int, ...]]:
+    """A batch whose tensors have their samples along the first dimension, and where these were in each.
+
+    Tensors without dimensions are kept, and have none of these. For 0 the batch is as it was.
+
+    Raises:
+        ValueError: If a tensor lacks the dimension, or lengths differ.
+    """
+    if batch_dim == 0:
+        return batch, ()
+    moved, dims = first_of([tensor for tensor in _tensors(batch) if tensor.ndim > 0], batch_dim)
+    return _with_tensors(batch, moved), dims
+
+
+def as_it_was(batch: Any, dims: tuple[int, ...]) -> Any:
+    """A copy of a batch from :func:`samples_first`, or of some of its samples, with these where they were."""
+    if not dims:
+        return batch
+    tensors = (tensor for tensor in _tensors(batch) if tensor.ndim > 0)
+    return _with_tensors(batch, [as_given(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)])
+
+
+def _with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
+    """A batch with these in place of its tensors that have a dimension, in their order."""
+    rest = iter(tensors)
+    return _rebuilt(batch, lambda tensor: next(rest) if tensor.ndim > 0 else tensor, lambda _: None)
+
+
+def _rebuilt(batch: Any, tensor_of: Callable[[Tensor], Tensor], items_of: Callable[[Any], Any]) -> Any:
+    """A batch of its own class with other tensors, and other lists where ``items_of`` has one."""
     if isinstance(batch, Tensor):
-        return batch[samples] if batch.ndim > 0 and len(batch) == size else batch
+        return tensor_of(batch)
     if isinstance(batch, Mapping):
-        parts = {key: _cut(value, size, samples) for key, value in batch.items()}
+        parts = {key: _rebuilt(value, tensor_of, items_of) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):
             return parts
         same = copy.copy(batch)  # of its own class, attributes and all
         same.update(parts)
         return same
     if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: _cut(getattr(batch, f.name), size, samples) for f in fields(batch) if f.init})
+        return replace(
+            batch, **{f.name: _rebuilt(getattr(batch, f.name), tensor_of, items_of) for f in fields(batch) if f.init}
+        )
     if isinstance(batch, list | tuple):
-        if len(batch) == size and not any(isinstance(value, Tensor | list | tuple | Mapping) for value in batch):
-            return batch[samples]  # one plain item a sample, for example names
-        items = [_cut(value, size, samples) for value in batch]
+        others = items_of(batch)
+        if others is not None:
+            return others
+        items = [_rebuilt(value, tensor_of, items_of) for value in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch

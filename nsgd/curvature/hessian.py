@@ -196,6 +196,10 @@ def check_finite(loss: Tensor, gradient: Tensor) -> None:
             raise FloatingPointError(f"the {name} is NaN or infinite; no curvature can be taken there")
 
 
+class NoProductError(RuntimeError):
+    """A loss that torch cannot take Hessian-vector products of; the message says why, and the way out."""
+
+
 _CAUSES = (
     (
         ("use_reentrant",),
@@ -242,5 +246,6 @@ def _explained(wanted: str) -> Iterator[None]:
     except RuntimeError as error:
         for words, advice in _CAUSES:
             if any(word in str(error).lower() for word in words):
-                raise RuntimeError(f"no {wanted}: {advice} (torch: {str(error).splitlines()[0]})") from error
+                kind = NoProductError if "product" in wanted else RuntimeError
+                raise kind(f"no {wanted}: {advice} (torch: {str(error).splitlines()[0]})") from error
         raise

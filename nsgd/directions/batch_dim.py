@@ -12,30 +12,30 @@ from nsgd.curvature.checks import plain, shown
 BatchDim = int | Sequence[int]
 
 
-def samples_first(
-    loss: object, tensors: Sequence[object], batch_dim: BatchDim = 0
-) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Views of the tensors of a batch with its samples along the first dimension, and where they were in each.
-
-    Args:
-        loss: A function of the batch.
-        tensors: The batch.
-        batch_dim: The dimension that counts samples: one for all tensors, or one for each.
-
-    Raises:
-        ValueError: If the loss cannot be called, there are no tensors or no samples, a tensor lacks the dimension, or
-            lengths differ.
-    """
+def check_loss(loss: object) -> None:
+    """Raise a ValueError unless this may be a function of a batch."""
     if not callable(loss):
         raise ValueError(
             f"expected the loss to be a function of the batch, got a {type(loss).__name__}; write lambda x, y: "
             "loss_fn(model(x), y)"
         )
+
+
+def samples_first(tensors: Sequence[object], batch_dim: BatchDim = 0) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Views of the tensors of a batch with its samples along the first dimension, and where they were in each.
+
+    Args:
+        tensors: The batch.
+        batch_dim: The dimension that counts samples: one for all tensors, or one for each.
+
+    Raises:
+        ValueError: If there are no tensors or no samples, a tensor lacks the dimension, or lengths differ.
+    """
     others = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor)]
     if others:
         raise ValueError(f"expected tensors, a row for each sample, got a {others[0]}; make it one by torch.as_tensor")
     known = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    dims = checked_dims(batch_dim, len(known))
+    dims = _checked_dims(batch_dim, len(known))
     for number, (tensor, dim) in enumerate(zip(known, dims, strict=True)):
         if dim and not -tensor.ndim <= dim < tensor.ndim:  # without any dimension it has length 0, below
             raise ValueError(
@@ -51,26 +51,23 @@ def samples_first(
     return [tensor.movedim(dim, 0) for tensor, dim in zip(known, dims, strict=True)], dims
 
 
-def checked_dims(batch_dim: object, count: int | None = None) -> tuple[int, ...]:
-    """A dimension for each of so many tensors; where their number is not known yet, as many as are given.
+def check_batch_dim(batch_dim: object) -> None:
+    """Raise a ValueError unless this is a dimension, or one for each of some tensors."""
+    _checked_dims(batch_dim, len(batch_dim) if isinstance(batch_dim, Sequence) else 1)
 
-    Raises:
-        ValueError: If these are no whole numbers, or not one for all or one for each tensor.
-    """
-    several = isinstance(batch_dim, Sequence) and not isinstance(batch_dim, str | bytes)
+
+def _checked_dims(batch_dim: object, count: int) -> tuple[int, ...]:
+    """A dimension for each of so many tensors."""
+    several = isinstance(batch_dim, Sequence) and not isinstance(batch_dim, str)
     dims = [plain(dim) for dim in batch_dim] if isinstance(batch_dim, Sequence) and several else [plain(batch_dim)]
     if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) for dim in dims):
         raise ValueError(
             "expected batch_dim to be the dimension that counts samples, or one for each tensor, got "
             f"{shown(batch_dim)}; batch-first is 0, time-major 1"
         )
-    if count is None:
-        return tuple(dims)
-    if not several:
-        return tuple(dims) * count
-    if len(dims) != count:
+    if several and len(dims) != count:
         raise ValueError(f"expected a batch_dim for each of {count} tensors, got {len(dims)}; pass one number for all")
-    return tuple(dims)
+    return tuple(dims) if several else tuple(dims) * count
 
 
 def as_given(part: Tensor, dim: int) -> Tensor:

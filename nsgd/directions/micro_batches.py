@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.checks import whole_number
-from nsgd.directions.batch_dim import BatchDim, as_given, samples_first
+from nsgd.directions.batch_dim import BatchDim, as_given, check_loss, samples_first
 
 
 def backward_in_chunks(
@@ -43,7 +43,8 @@ def backward_in_chunks(
         ValueError: If there are no tensors or no samples, a tensor has no such dimension, lengths differ, ``chunks`` is
             no count of at least 1, or a loss is no scalar, which is seen before the first backward pass.
     """
-    rows, dims = samples_first(loss, tensors, batch_dim)
+    check_loss(loss)
+    rows, dims = samples_first(tensors, batch_dim)
     samples = len(rows[0])
     chunks = whole_number("chunks", chunks, least=1)
     most = min(chunks, samples)

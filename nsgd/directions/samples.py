@@ -29,7 +29,7 @@ from nsgd.curvature.hessian import (
     gradient_of,
 )
 from nsgd.curvature.vectors import checked_params, split, vector_dtype
-from nsgd.directions.batch_dim import BatchDim, as_given, samples_first
+from nsgd.directions.batch_dim import BatchDim, as_given, check_loss, samples_first
 from nsgd.directions.one_dtype import OneDtype
 from nsgd.directions.passes import PassHook
 
@@ -56,7 +56,8 @@ class SampleLosses(list[tuple[Closure, int]]):
         chunk_size: int | None = None,
         batch_dim: BatchDim = 0,
     ) -> None:
-        tensors, dims = samples_first(loss, tensors, batch_dim)
+        check_loss(loss)
+        tensors, dims = samples_first(tensors, batch_dim)
         group_size = whole_number("group_size", group_size, least=1)
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(f"expected module to be the network, an nn.Module, got a {type(module).__name__}")

@@ -276,8 +276,8 @@ def test_a_step_that_fails_raises_its_own_error(make_trainer, watch, at):
                 raise ArithmeticError("of its own")
             return super().training_step(batch, batch_idx)
 
-    module = Fails(partial(NSGD, **SETTINGS, k=3, refresh_every=1))
-    with pytest.raises(ArithmeticError, match=r"^of its own$"):
+    module = Fails(partial(NSGD, **SETTINGS, k=3, refresh_every=1, solver="gradients"))  # "auto" would take products
+    with pytest.raises(ArithmeticError, match=r"^of its own\n"):
         make_trainer(callbacks=[RefreshDirections()]).fit(module, batches(Fails))
     assert "log" not in vars(module)
 
