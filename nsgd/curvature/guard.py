@@ -26,7 +26,8 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
     Of modules that is: values of parameters, buffers, train/eval modes, and attributes, such as a hidden state, a
     counter, or a weight that pruning computes. Inside, modules work on copies of their buffers and attributes: the
     originals are never written, so a graph that was recorded earlier still finds them unchanged. Covers the modules
-    given, and any other from its first forward pass on. Costs a copy of their parameters and buffers.
+    given, and any other from its first forward pass, or ``train`` or ``eval``, on. Costs a copy of their parameters and
+    buffers.
 
     Args:
         modules: Modules to guard from the start, with their children.
@@ -39,19 +40,41 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
 
     random_state = RandomState(device)
     hook = nn.modules.module.register_module_forward_pre_hook(on_forward)
-    _active.append(found)
+    _watch(found)
     try:
         for module in modules:
             found.note(module)
         yield
     finally:
         hook.remove()
-        _active.remove(found)
+        _leave(found)
         found.restore()
         random_state.restore()
 
 
 _active: list[_Found] = []  # of the guards that are open, the innermost last
+_trains: list[Any] = []  # torch's own ``nn.Module.train``, or what has taken its place, and ours while a guard is open
+
+
+def _watch(found: _Found) -> None:
+    """Open a guard. Torch has no hook for ``train`` and ``eval``, so that while one is open they note their module."""
+    if not _active:
+        as_found = nn.Module.train
+
+        def noted(module: nn.Module, mode: bool = True) -> nn.Module:
+            for guard in list(_active):
+                guard.note(module)
+            return as_found(module, mode)
+
+        _trains[:] = as_found, noted
+        nn.Module.train = noted  # type: ignore[method-assign, assignment]
+    _active.append(found)
+
+
+def _leave(found: _Found) -> None:
+    _active.remove(found)
+    if not _active and nn.Module.train is _trains[1]:
+        nn.Module.train = _trains[0]  # type: ignore[method-assign]
 
 
 class _Found:

@@ -101,6 +101,48 @@ def test_untouched_restores_buffers_modes_and_random_state(noisy, fails):
     same_random_states(states)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("source", ["closure", "batches", "groups"])
+def test_a_loss_that_evaluates_before_its_first_forward_pass_leaves_modes_as_found(noisy, source, fails):
+    model, losses = noisy
+    model.net[1].eval()  # a mixture of modes
+    before, states, train = snapshot(model), random_states(), nn.Module.train
+
+    def evaluated(of_loss):
+        model.eval()
+        model.net[2].train()
+        if fails:
+            raise KeyError("inside")
+        return of_loss()
+
+    given = [(lambda of_loss=of_loss: evaluated(of_loss), n) for of_loss, n in losses]
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        if source == "groups":
+            gradient_moment(given, list(model.parameters()))
+        else:
+            with loss_hessian(given[0][0] if source == "closure" else given, model.parameters()) as hessian:
+                hessian.hvp(torch.ones_like(hessian.gradient))
+    assert_untouched(model, before)
+    same_random_states(states)
+    assert nn.Module.train is train
+
+
+def test_guards_inside_each_other_leave_modes_as_found_and_what_others_put_in_place_of_train(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    calls, train = [], nn.Module.train
+    monkeypatch.setattr(nn.Module, "train", lambda module, mode=True: calls.append(mode) or train(module, mode))
+    others = nn.Module.train
+    with untouched():
+        model[1].eval()
+        with untouched():
+            model.eval()
+            assert not model.training
+        assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert all(m.training for m in model.modules())
+    assert nn.Module.train is others
+    assert len(calls) == 4  # of the parts, and the two of the whole's children
+
+
 def test_a_measurement_between_forward_and_backward_does_not_spoil_the_backward(noisy):
     """The buffers that the first graph has saved are not written to: torch would raise an in-place error."""
     model, losses = noisy
