@@ -103,7 +103,11 @@ def short() -> str:
         gradients, _, seconds = target.partition(" / ")
         body.append([label, lr, gradients, seconds or "", f"{reached} seeds", loss, accuracy])
     header = ["method", "lr", "gradients", "seconds", "reached by", "final training loss", "validation, %"]
-    return f"{markdown(header, body)}\n\nMedians over seeds; from `benchmarks/results/time_to_target.csv`."
+    source = (
+        "Medians over seeds; from `benchmarks/results/time_to_target.csv`. The row by single samples was made before\n"
+        "their mean gradient was taken out."
+    )
+    return f"{markdown(header, body)}\n\n{source}"
 
 
 def models() -> str:
@@ -134,6 +138,7 @@ TABLES["benchmarks/README.md"] = {
     "tracking": benchmark("tracking", "Means over points of each path; more trackers are in the file.", shown),
     "eigen": benchmark("eigen", "Medians over checkpoints and seeds.", lambda first: ", k = 10," in first),
     "step": benchmark("step", "Medians of iterations taken in turn."),
+    "centring": benchmark("centring", "Means over paired seeds."),
     "hvp": benchmark("hvp", "Medians of calls taken in turn.", lambda first: not first.endswith(", gradient")),
 }
 

@@ -201,9 +201,9 @@ class Damped(Optimizer):
     def weights(self) -> tuple[float, ...]:
         """Weights of the directions in their running average, a tuple of up to k, descending; one sync.
 
-        From gradients they are second moments: of the noise of a training batch's gradient ("differences"), or of
-        single samples' gradients. They fall with the loss, and are no eigenvalues. By products they are eigenvalues, of
-        random directions 1 each.
+        From gradients they are variances: of the noise of a training batch's gradient ("differences"), or of single
+        samples' gradients around their mean. They fall with the loss, and are no eigenvalues. By products they are
+        eigenvalues, of random directions 1 each.
         """
         weights: list[float] = self._directions.weights.tolist()
         if not self._directions.eigenvalues:  # of the noise, where there may be less of it than k

@@ -21,8 +21,8 @@ _OTHER_LOSS = (
     "over samples is the batch's, or take products (solver='lanczos')"
 )
 _EMPTY = (
-    "the gradients of the samples are all zero, so there are no directions; a loss that compares samples is constant "
-    "on one alone. Pass larger groups (group_size), or take products (solver='lanczos')"
+    "the gradients of the samples are all zero or alike, so there are no directions; a loss that compares samples is "
+    "constant on one alone. Pass larger groups (group_size), or take products (solver='lanczos')"
 )
 _UNKNOWN = (
     "the loss of one sample or more is NaN or has no value, so the directions come from the others; said once, and the "

@@ -17,7 +17,7 @@ from nsgd.directions.processes import alike, gathered, inner_modules_only, mean,
 from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis
 from nsgd.directions.running_average import Average, follow
-from nsgd.directions.sample_average import Past, cleaned, fold
+from nsgd.directions.sample_average import Past, centred, cleaned, fold
 from nsgd.directions.samples import SampleLosses, checked_groups, say_smaller, write_gradients
 from nsgd.directions.shards import is_sharded
 from nsgd.directions.work import ForwardFlops, averaging_share, sample_flops
@@ -151,6 +151,7 @@ def _follow_samples(
     if _is_known_at_once(home) and not new.good:
         directions.skip(directions.counts.steps, NOT_FINITE, depth=8)
         return False
+    new = centred(rows, new)
     directions.leave_differences()
     if directions.rank > directions.options.k:  # more than the parameters have entries, since some froze
         directions.forget()

@@ -1,4 +1,7 @@
-"""The running average of gradients of groups of samples, kept at rank k, without waiting for the device.
+"""The running average of the covariance of samples' gradients, kept at rank k, without waiting for the device.
+
+Of the covariance, and not of the second moment: that counts the mean gradient as well, which need not be sharp, and
+training whose step is damped along it was slower than SGD (``nsgd/README.md``, "Limits").
 
 One estimate from a few samples is mostly noise, and one from many is dear and soon stale. The exponential average of
 many small ones overlaps the exact directions better at a fraction of the price (benchmarks/results/tracking.csv).
@@ -7,7 +10,7 @@ many small ones overlaps the exact directions better at a fraction of the price 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +42,31 @@ class Cleaned:
     shares: Tensor  # (m,), of the groups, 1 together; 0 of those without a gradient, or of all
     scale: Tensor  # (), what the gradients are multiplied by, a power of two
     good: Tensor  # (), whether all of the rest are finite
+
+
+@torch.no_grad()
+@full_precision
+def centred(rows: Sequence[Tensor], new: Cleaned) -> Cleaned:
+    """Take the mean gradient out of the gradients of groups, in place, so that their covariance is left; no host sync.
+
+    With weights a_i the covariance's are a_i / (1 - sum a_j^2), for n equal ones 1 / (n - 1). Where the gradients agree
+    but for rounding none is left. Costs three passes over the rows.
+
+    Args:
+        rows: As :func:`cleaned` leaves them, (m, P) for each block.
+        new: What it says of them.
+    """
+    kept = (new.shares > 0).to(new.shares)
+    spread, rounding = torch.zeros_like(new.scale), torch.zeros_like(new.scale)
+    for row in rows:
+        if row.numel():
+            mean = like(new.shares, row) @ row  # (P,)
+            row.addr_(like(kept, row), mean, alpha=-1.0)
+            spread = torch.maximum(spread, like(torch.maximum(row.amax(), -row.amin()), spread))
+            bound = len(row) * torch.finfo(row.dtype).eps * torch.maximum(mean.amax(), -mean.amin())
+            rounding = torch.maximum(rounding, like(bound, rounding))
+    shares = torch.where(spread > rounding, new.shares / (1 - new.shares.square().sum()), 0.0)
+    return replace(new, shares=shares)
 
 
 @dataclass(frozen=True)
@@ -103,7 +131,7 @@ def fold(
     Args:
         blocks: The parameters, with r vectors each; they are replaced by k, or by r + m where that is less.
         rows: Gradients of the groups, (m, P) for each block.
-        new: What :func:`cleaned` says of them. They count for at most twice the usual trace.
+        new: What :func:`cleaned`, and :func:`centred`, say of them. They count for at most twice the usual trace.
         weights: Of the vectors so far, (r,); only those above zero count.
         past: Of the average; a count of zero begins anew.
         decay: Share of the last average, in [0, 1); 0 begins anew.

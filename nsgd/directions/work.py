@@ -47,7 +47,8 @@ def sample_flops(forward: ForwardFlops, samples: int, size: int) -> float:
 def averaging_share(*, groups: int, samples: int, k: int, size: int, flops: float) -> float:
     """Work of averaging gradients of groups into k directions, over the work of the gradients themselves.
 
-    Two Gram matrices and two mixtures: 4k^2 + 2k m + m^2 products and sums a parameter, with m groups.
+    Two Gram matrices, two mixtures, and a mean that is taken out: 4k^2 + 2k m + m^2 + 2m products and sums a parameter,
+    with m groups.
 
     Args:
         groups: Gradients that are averaged, m.
@@ -56,4 +57,4 @@ def averaging_share(*, groups: int, samples: int, k: int, size: int, flops: floa
         size: Number of parameters.
         flops: Of a forward pass on one sample.
     """
-    return 2 * size * (4 * k**2 + 2 * k * groups + groups**2) / (_GRADIENT * flops * samples)
+    return 2 * size * (4 * k**2 + 2 * k * groups + groups**2 + 2 * groups) / (_GRADIENT * flops * samples)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from nsgd import NSGD, damp, sample_losses
+from nsgd.directions import refresh
 
 FOLDER = Path(__file__).parent / "checkpoints_0_1_0"
 MAKERS = {
@@ -22,7 +23,8 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.usefixtures("averaging_is_free")  # in that release it was
-def test_a_run_goes_on_as_in_the_release_that_wrote_it(name):
+def test_a_run_goes_on_as_in_the_release_that_wrote_it(name, monkeypatch):
+    monkeypatch.setattr(refresh, "centred", lambda rows, new: new)  # in that release the mean gradient was left in
     saved = torch.load(FOLDER / f"{name}.pt", weights_only=True)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     model.load_state_dict(saved["model"])

@@ -97,11 +97,7 @@ def _eigenvalues_caption(files: Files, refreshed: dict[str, Rows]) -> str:
         return _MOMENTS
     solvers = {files.directions(method)["solver"] for method in refreshed if method not in from_training}
     kinds = [
-        *(
-            ["second moments of the gradients of small groups, which stand in for eigenvalues"]
-            if solvers - _EXACT
-            else []
-        ),
+        *(["variances of the gradients of small groups, which stand in for eigenvalues"] if solvers - _EXACT else []),
         *(["eigenvalues that products found"] if solvers & _EXACT else []),
     ]
     numbers = {files.directions(method)["k"] for method in refreshed}

@@ -282,6 +282,7 @@ def test_a_step_that_fails_raises_its_own_error(make_trainer, watch, at):
     assert "log" not in vars(module)
 
 
+@pytest.mark.filterwarnings("ignore:the gradients of the samples are all zero or alike")
 def test_a_gan_takes_the_directions_of_each_network_at_once(make_trainer, watch):
     class WithLoss(Adversarial):
         def curvature_loss(self, batch: list[Tensor]) -> Tensor:

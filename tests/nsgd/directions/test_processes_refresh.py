@@ -186,25 +186,26 @@ def moments(rank: int, world: int) -> dict[str, Any]:
 
 
 def test_uneven_samples_count_as_ddp_counts_them(tmp_path):
-    """Against dense matrices: the mean over the processes of each one's mean."""
+    """Against dense matrices: samples weigh as in the mean over the processes of each one's mean."""
     results = several(moments, 2, tmp_path)
-    moment, hessian = 0.0, 0.0
+    gradients, weights, hessian = [], [], 0.0
     model = fresh()
     sizes = [p.numel() for p in model.parameters()]
     names = [name for name, _ in model.named_parameters()]
 
     def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         parts = zip(names, theta.split(sizes), model.parameters(), strict=True)
-        weights = {name: part.view_as(p) for name, part, p in parts}
-        return cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+        values = {name: part.view_as(p) for name, part, p in parts}
+        return cross_entropy(torch.func.functional_call(model, values, (x,)), y)
 
     theta = nn.utils.parameters_to_vector(model.parameters()).detach()
     for result in results:
         x, y = result["products"]["x"], result["products"]["y"]
-        rows = torch.stack([torch.func.grad(loss)(theta, x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
-        moment = moment + rows.T @ rows / len(x) / 2
+        gradients += [torch.func.grad(loss)(theta, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+        weights += [1 / len(x) / 2] * len(x)
         hessian = hessian + torch.autograd.functional.hessian(lambda t, x=x, y=y: loss(t, x, y), theta) / 2
-    for matrix, name, top in ((moment, "samples", 3), (hessian, "products", 3)):
+    covariance = torch.cov(torch.stack(gradients).T, aweights=torch.tensor(weights))
+    for matrix, name, top in ((covariance, "samples", 3), (hessian, "products", 3)):
         values = torch.linalg.eigvalsh(matrix).flip(0)[:top]
         vectors = results[0][name]["directions"][:top]
         torch.testing.assert_close(

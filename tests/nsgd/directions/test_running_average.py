@@ -38,6 +38,11 @@ def noise(seed, count=8):
     return draws[0] @ torch.diag_embed(torch.tensor([5.0, 4.0, 3.0, *[0.0] * (SIZE - 3)]).double()) + 0.5 * draws[1]
 
 
+def along(vector):
+    """Two gradients whose covariance is the outer product of a vector with itself."""
+    return [vector / 2**0.5, -vector / 2**0.5]
+
+
 def overlap(one, other):
     return float((one @ other.T).square().sum() / len(one))
 
@@ -49,7 +54,7 @@ def overlap(one, other):
 def test_the_average_is_the_plain_mean_of_the_first_estimates_and_then_forgets(decay, most):
     toy, shares = Toy(decay=decay), np.zeros(SIZE)
     for n in range(1, SIZE):
-        toy.refresh([EYE[n], EYE[n]])  # a direction of its own, of weight 1
+        toy.refresh(along(EYE[n]))  # a direction of its own, of weight 1
         shares = shares * (1 - 1 / most if n > most else 1 - 1 / n)
         shares[n] = 1 / most if n > most else 1 / n
         expected = np.sort(shares[1 : n + 1])[::-1]
@@ -63,7 +68,7 @@ def test_the_average_is_the_plain_mean_of_the_first_estimates_and_then_forgets(d
 def test_without_a_decay_every_estimate_stands_alone():
     toy = Toy(decay=0.0)
     for n in range(1, 5):
-        toy.refresh([100.0**n * EYE[n]] * 2)
+        toy.refresh(along(100.0**n * EYE[n]))
         assert toy.optimizer.weights == pytest.approx((100.0 ** (2 * n),))
 
 
@@ -73,7 +78,8 @@ def test_a_new_parameter_begins_count_and_trace_anew():
         toy.refresh(noise(seed))
     other = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     toy.optimizer.add_param_group({"params": [other]})
-    toy.optimizer.refresh([(lambda: 100 * other.sum() + 0 * toy.weight.sum(), 1)] * 2)
+    vectors = along(100 * torch.ones(2, dtype=torch.float64))
+    toy.optimizer.refresh([(lambda v=v: v @ other + 0 * toy.weight.sum(), 1) for v in vectors])
     assert (toy.group()["averaged"], toy.group()["trace"]) == (1, pytest.approx(2e4))
     assert toy.optimizer.weights == pytest.approx((2e4,))
 
@@ -131,9 +137,9 @@ def test_strong_growth_is_followed_although_the_old_directions_take_up_all_of_k(
 def test_growth_that_lasts_counts_in_full_after_a_few_refreshes(factor):
     toy, weight, usual = Toy(k=3), 1.0, 1.0
     for _ in range(40):
-        toy.refresh([EYE[0]] * 2)
+        toy.refresh(along(EYE[0]))
     for _ in range(30):
-        toy.refresh([factor**0.5 * EYE[0]] * 2)
+        toy.refresh(along(factor**0.5 * EYE[0]))
         counted = min(factor, 2 * usual)  # of a new one
         usual = (usual + counted) / 2
         weight += 0.05 * (counted - weight)
@@ -145,7 +151,7 @@ def test_the_trace_that_clips_is_that_of_the_clipped():
     toy = Toy(k=3)
     weights = []
     for gradient, trace in ((1.0, 1.0), (1.2, 1.22), (100.0, 1.22 * 3 / 2)):
-        toy.refresh([gradient * EYE[0]] * 2)
+        toy.refresh(along(gradient * EYE[0]))
         assert toy.group()["trace"] == pytest.approx(trace)
         weights.append(toy.optimizer.weights[0])
     assert weights == pytest.approx([1.0, 1.22, (2 * 1.22 + 2 * 1.22) / 3])  # the mean of three, the last one clipped

@@ -18,7 +18,7 @@ from nsgd.curvature import guard, low_rank
 from nsgd.curvature.small import inverse_root, orthogonal_iteration
 from nsgd.directions import doubts, refresh
 from nsgd.directions.flat import blocks_of
-from nsgd.directions.sample_average import Cleaned, Past, cleaned, fold
+from nsgd.directions.sample_average import Cleaned, Past, centred, cleaned, fold
 
 SIZES = (14, 9)
 
@@ -105,6 +105,35 @@ def test_groups_without_a_label_count_for_nothing(unknown):
     other.add(gradients[kept])
     assert bool(new.good)
     np.testing.assert_allclose(average.found(), other.found(), rtol=0, atol=1e-6 * np.abs(other.found()).max())
+
+
+@pytest.mark.parametrize("unknown", [[], [2], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("common", [0.0, 1.0, 1e3])
+def test_what_is_centred_is_the_covariance_of_the_groups_that_are_known(unknown, common):
+    gradients, values = draws(8, 0) + common * draws(1, 99), torch.zeros(8)
+    values[unknown] = math.nan
+    counts = torch.tensor([4.0] * 7 + [1.0], dtype=torch.float64)
+    rows = [gradients[:, :14].clone(), gradients[:, 14:].clone()]
+    rows[0][unknown] = math.nan
+    new = centred(rows, cleaned(rows, values, counts))
+    whole = torch.cat(rows, 1).numpy() / float(new.scale)
+    kept = [i for i in range(8) if i not in unknown]
+    expected = np.cov(gradients[kept].numpy().T, aweights=counts[kept].numpy(), ddof=1)
+    np.testing.assert_allclose((whole.T * new.shares.numpy()) @ whole, expected, rtol=0, atol=1e-9 * expected.max())
+
+
+@pytest.mark.parametrize("second", [torch.float64, torch.float32], ids=["two blocks", "one block"])
+def test_gradients_that_agree_but_for_rounding_leave_no_direction(second):
+    average = Average(second)
+    gradients = draws(1, 0).expand(7, -1) * (1 + 1e-7 * torch.randn(7, 1, generator=torch.Generator().manual_seed(0)))
+    sizes = [block.size for block in average.blocks]
+    rows = [part.to(b.dtype) for part, b in zip(gradients.split(sizes, 1), average.blocks, strict=True)]
+    new = centred(rows, cleaned(rows, torch.zeros(7), torch.ones(7, dtype=torch.float64)))
+    assert bool(new.good)
+    assert not new.shares.any()
+    found = fold(average.blocks, rows, new, average.weights, average.past, decay=0.9, k=4)
+    assert not found.weights.any()
+    assert all(not block.basis.any() for block in average.blocks)
 
 
 def spoil(gradients, values, kind):

@@ -64,10 +64,10 @@ def test_what_has_no_product_counts_two_a_parameter():
 
 
 def test_the_share_of_averaging_is_that_of_its_products():
-    """Gram matrices of k and m vectors and of k, products with k and m of them and with k: counted one by one."""
+    """The mean, Gram matrices of k and m vectors and of k, products with k and m of them and with k: one by one."""
     k, m, size, flops = 5, 8, 1000, 7000.0
     gram = k * k + m * k + m * m
-    products = gram + k * (k + m) + k * k + k * k
+    products = 2 * m + gram + k * (k + m) + k * k + k * k
     expected = 2 * size * products / (3 * flops * 16)
     assert averaging_share(groups=m, samples=16, k=k, size=size, flops=flops) == pytest.approx(expected, rel=1e-12)
 
