@@ -110,6 +110,20 @@ def short() -> str:
     return f"{markdown(header, body)}\n\n{source}"
 
 
+def cost() -> str:
+    """What the drop-in's step and a refresh from samples take, counted and in seconds, for every network of step.py."""
+    rows = read_csv(RESULTS / "step.csv")
+    found = {(row["network"], row["batch"], row["method"]): row["ratio"] for row in rows}
+    body = []
+    for network, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows):
+        step = found[network, batch, "NSGD, k = 20"]
+        refresh = found[network, batch, "a refresh from 32 samples, k = 20"]
+        body.append([f"{network}, batch {batch:,}", "1.00", f"{step:.2f}", f"{32 / batch:.2f}", f"{refresh:.2f}"])
+    header = ["", "a step: gradients", "seconds", "a refresh from 32 samples: their gradients", "seconds"]
+    source = "In those of an iteration of SGD; medians, from `benchmarks/results/step.csv`."
+    return f"{markdown(header, body)}\n\n{source}"
+
+
 def models() -> str:
     """What works with which source, from the cases that tests/nsgd/test_models.py runs; equal rows are put together."""
     cases = importlib.import_module("model_cases")
@@ -129,7 +143,7 @@ def models() -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "short": short}
 }
-TABLES["nsgd/README.md"] = {"models": models}
+TABLES["nsgd/README.md"] = {"cost": cost, "models": models}
 TABLES["benchmarks/README.md"] = {
     "digits": digits,
     "time_to_target": benchmark("time_to_target", "Medians over paired seeds, as many as the counts say."),
