@@ -1151,8 +1151,8 @@ def test_the_weights_of_random_directions_are_no_curvature_and_adamw_has_no_limi
 
 
 def test_fewer_weights_at_first_than_later_are_drawn_with_a_gap(tmp_path, curves):
-    """Two groups a refresh give two directions more each time, up to k."""
-    options = NSGDOptions(k=5, refresh_every=2, samples=16, group_size=8, solver="gradients")
+    """Three groups a refresh, which differ in two directions, give two more each time, up to k."""
+    options = NSGDOptions(k=5, refresh_every=2, samples=16, group_size=6, solver="gradients")
     run_study(make_study(methods=["nsgd"], seeds=1, nsgd=options), tmp_path / "out", lambda *_: None)
     rows = [r for r in read_csv(tmp_path / "out" / "runs" / "nsgd-0" / "metrics.csv") if "weight_1" in r]
     assert [sum(name.startswith("weight_") for name in r) for r in rows] == [2, 4, 5, 5]
