@@ -22,6 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "reliability.md"
 TESTS = (
     "nsgd/test_models.py",
     "nsgd/test_faults.py",
+    "nsgd/test_bad_input.py",
     "nsgd/directions/test_chunks.py",
     "lightning_modules/callbacks/test_exceptions.py",
     "nsgd/test_long_runs.py",

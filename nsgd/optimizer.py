@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from nsgd.curvature.hessian import Closure
 from nsgd.curvature.low_rank import Which
+from nsgd.damping.checks import check_rate
 from nsgd.damping.step import Damped
 from nsgd.options import DampingOptions, Estimator
 
@@ -136,8 +137,7 @@ class NSGD(Damped, SGD):
             seed=seed,
         )
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not isinstance(value, Tensor) and not value >= 0:
-                raise ValueError(f"expected {name} >= 0, got {value}")
+            check_rate(name, value)
         super().__init__(
             params,
             lr,

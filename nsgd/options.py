@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard
 
 import torch
 
-from nsgd.curvature.checks import plain, shown, whole_number
+from nsgd.curvature.checks import check_choice, is_real, plain, shown, whole_number
 from nsgd.curvature.low_rank import Which
 
 # Where directions come from; "auto" goes by what the optimizer is given.
@@ -72,10 +71,8 @@ class DampingOptions:
                 default = "; None is the default" if name == "decay" else ""
                 raise ValueError(f"expected {name} to be a number >= 0 and below 1, got {shown(value)}{default}")
             self._set(name, float(value))
-        for name, choices in (("which", get_args(Which)), ("solver", get_args(Estimator))):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {shown(value)}")
+        check_choice("which", self.which, Which)
+        check_choice("solver", self.solver, Estimator)
         if self.solver == "random" and self.decay is not None:
             raise ValueError(
                 f"expected no decay with solver='random', whose directions are not averaged, got {self.decay!r}; leave "
@@ -104,7 +101,7 @@ _MOST = 1e6  # a factor on a step that float32 bears
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return is_real(plain(value))
 
 
 def check_factors(gamma: object, bulk_scale: object) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce, wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
+
+_LARGEST = int(np.finfo(np.float64).max)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -47,8 +50,8 @@ def count_or_none(name: str, value: Any, *, means: str = "the default") -> int |
 
 
 def is_real(value: Any) -> bool:
-    """Whether this is a number of Python's own."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether this is a number of Python's own, and one that 64 bits hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)
 
 
 def above_zero(name: str, value: Any) -> float:
@@ -57,6 +60,29 @@ def above_zero(name: str, value: Any) -> float:
     if not is_real(number) or not 0 < number < math.inf:
         raise ValueError(f"expected {name} to be a finite number above 0, got {shown(value)}")
     return float(number)
+
+
+def at_least_zero(name: str, value: Any) -> float:
+    """A finite number of at least 0; a ValueError for anything else."""
+    number = plain(value)
+    if not is_real(number) or not 0 <= number < math.inf:
+        raise ValueError(f"expected {name} to be a finite number of at least 0, got {shown(value)}")
+    return float(number)
+
+
+def not_zero(name: str, value: Any) -> float:
+    """A finite number other than 0; a ValueError for anything else."""
+    number = plain(value)
+    if not is_real(number) or number == 0 or not math.isfinite(number):
+        raise ValueError(f"expected {name} to be a finite number other than 0, got {shown(value)}")
+    return float(number)
+
+
+def check_numbers(**numbers: float) -> None:
+    """Raise a ValueError where one of these is NaN or infinite."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"expected {name} to be a finite number, got {number}")
 
 
 def check_vectors(size: int | None = None, **vectors: Tensor) -> None:
@@ -68,6 +94,18 @@ def check_vectors(size: int | None = None, **vectors: Tensor) -> None:
         size = len(vector)
 
 
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """Raise a ValueError unless this is one of the texts of a Literal."""
+    if not isinstance(value, str) or value not in get_args(kind):
+        raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {shown(value)}")
+
+
+def in_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in the widest of their dtypes, which is float64 for whole numbers; no copy of those that have it."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype if dtype.is_floating_point else torch.float64) for tensor in tensors]
+
+
 def shown(value: Any) -> str:
     """What was got, in a few words of one line."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
@@ -77,12 +115,13 @@ def shown(value: Any) -> str:
 
 
 def of_their_kind(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Check what a function is given by its annotations, at the entry: numbers, real tensors, callables.
+    """Check what a function is given by its annotations, at the entry: numbers, real tensors, callables, classes.
 
     Numbers of any library become Python's own. Ranges and shapes are the function's to check.
     """
     signature = inspect.signature(function)
-    kinds = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
+    annotations = {name: str(parameter.annotation) for name, parameter in signature.parameters.items()}
+    kinds = {name: _kinds(annotation, function) for name, annotation in annotations.items()}
 
     @wraps(function)
     def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -97,37 +136,77 @@ def of_their_kind(function: Callable[Parameters, Result]) -> Callable[Parameters
     return checked
 
 
-_LARGEST = int(np.finfo(np.float64).max)
+_CALLABLES = {
+    "Closure": "a function that computes the loss",
+    "HVP": "a function from (P,) to (P,)",
+    "Potential": "a function from arrays (n,) to (n,)",
+    "Map": "a function of tensors (n, d)",
+    "Update": "a function of a number and a text",
+}
 
 _WORDS = {
     "float": "a number",
     "int": "a whole number",
-    "Tensor": "a tensor of real numbers",
+    "bool": "True or False",
+    "str": "a text",
+    "Tensor": "a dense tensor of real numbers",
     "Sequence[float]": "a sequence of numbers",
-    "Closure": "a function that computes the loss",
-    "HVP": "a function from (P,) to (P,)",
+    "Sequence[Tensor]": "a sequence of dense tensors of real numbers",
+    "NDArray[np.float64]": "an array of numbers (n,)",
+    "dict[str, float]": "a dictionary of names and numbers",
+    "Callable": "a function",
     "None": "None",
+    **_CALLABLES,
 }
 
 
-def _of_kind(name: str, value: Any, annotation: str) -> Any:
-    kinds = annotation.split(" | ")
-    if not set(kinds) <= set(_WORDS):
+def _kinds(annotation: str, function: Callable[..., Any]) -> dict[str, type | None]:
+    """The kinds in an annotation, those that are classes of the function's own module with their class; or none."""
+    kinds: dict[str, type | None] = {}
+    for kind in ["Callable"] if annotation.startswith("Callable[") else annotation.split(" | "):
+        found = None if kind in _WORDS else inspect.unwrap(function).__globals__.get(kind)
+        if kind not in _WORDS and not isinstance(found, type):
+            return {}
+        kinds[kind] = found
+    return kinds
+
+
+def _of_kind(name: str, value: Any, kinds: Mapping[str, type | None]) -> Any:
+    if not kinds:
         return value
     if "Tensor" not in kinds or not isinstance(value, Tensor):
         value = plain(value)
-    if "float" in kinds and "int" not in kinds and type(value) is int and abs(value) < _LARGEST:
+    if "float" in kinds and "int" not in kinds and type(value) is int and is_real(value):
         value = float(value)  # a tensor takes no whole number of more than 64 bits
-    fits = {
-        "float": is_real(value),
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "Tensor": isinstance(value, Tensor) and not value.is_complex(),
-        "Sequence[float]": isinstance(value, Sequence | np.ndarray) and all(is_real(plain(item)) for item in value),
-        "Closure": callable(value),
-        "HVP": callable(value),
-        "None": value is None,
-    }
-    if not any(fits[kind] for kind in kinds):
-        words = " or ".join(_WORDS[kind] for kind in kinds)
+    if not any(_fits(value, kind, found) for kind, found in kinds.items()):
+        words = " or ".join(_WORDS.get(kind, f"a {kind}") for kind in kinds)
         raise ValueError(f"expected {name} to be {words}, got {shown(value)}")
-    return value
+    if "NDArray[np.float64]" in kinds:
+        return np.asarray(value, dtype=np.float64)
+    return {key: float(plain(number)) for key, number in value.items()} if "dict[str, float]" in kinds else value
+
+
+def _fits(value: Any, kind: str, found: type | None) -> bool:
+    if found is not None:
+        return isinstance(value, found)
+    if kind in _CALLABLES or kind == "Callable":
+        return callable(value)
+    if kind in ("Sequence[float]", "NDArray[np.float64]"):
+        many = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+        return many and all(is_real(plain(item)) for item in value)
+    if kind == "Sequence[Tensor]":
+        return isinstance(value, list | tuple) and all(isinstance(t, Tensor) and _is_real_tensor(t) for t in value)
+    if kind == "dict[str, float]":
+        return isinstance(value, Mapping) and all(isinstance(n, str) and is_real(plain(x)) for n, x in value.items())
+    if kind == "Tensor":
+        return isinstance(value, Tensor) and _is_real_tensor(value)
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "float":
+        return is_real(value)
+    return value is None if kind == "None" else isinstance(value, {"bool": bool, "str": str}[kind])
+
+
+def _is_real_tensor(value: Tensor) -> bool:
+    whole = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return whole and not value.is_complex() and value.dtype != torch.bool

@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nsgd.curvature.arpack import arpack
-from nsgd.curvature.checks import is_real, plain, shown, whole_number
+from nsgd.curvature.checks import check_choice, is_real, not_zero, plain, shown, whole_number
 from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian
 from nsgd.curvature.lanczos import lanczos, rounding
 from nsgd.curvature.low_rank import Which
@@ -88,9 +88,11 @@ def top_eigenpairs(
     """
     params = checked_params(params)
     size = sum(p.numel() for p in params)
-    k, max_hvps, tol, scale = plain(k), plain(max_hvps), plain(tol), plain(scale)
+    k, max_hvps, tol, scale = plain(k), plain(max_hvps), plain(tol), not_zero("scale", scale)
     seed = whole_number("seed", seed, least=0, most=2**63 - 1)
-    _check(size, k=k, which=which, solver=solver, start=start, max_hvps=max_hvps, tol=tol, scale=scale)
+    _check(size, k=k, which=which, solver=solver, start=start, max_hvps=max_hvps, tol=tol)
+    if not isinstance(repeated, bool):
+        raise ValueError(f"expected repeated to be True or False, got {shown(repeated)}")
     with ExitStack() as stack:
         hessian: LossHessian | None = None
         if isinstance(loss_or_hvp, Tensor | Sequence):
@@ -132,20 +134,17 @@ def top_eigenpairs(
     return Eigenpairs(values.to(vectors), vectors, residuals, hvp.count, cost, converged)
 
 
-def _check(size: int, *, k: Any, which: Any, solver: Any, start: Any, max_hvps: Any, tol: Any, scale: Any) -> None:
+def _check(size: int, *, k: Any, which: Any, solver: Any, start: Any, max_hvps: Any, tol: Any) -> None:
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
         raise ValueError(f"expected k to be a whole number from 1 to the number of parameters, {size}, got {shown(k)}")
-    for name, value, kind in (("which", which, Which), ("solver", solver, Solver)):
-        if not isinstance(value, str) or value not in get_args(kind):
-            raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {shown(value)}")
+    check_choice("which", which, Which)
+    check_choice("solver", solver, Solver)
     if max_hvps is not None and (not isinstance(max_hvps, int) or isinstance(max_hvps, bool) or max_hvps < k):
         raise ValueError(
             f"expected max_hvps of at least k = {k} (twice that for good directions), got {shown(max_hvps)}"
         )
     if not is_real(tol) or not tol >= 0:
         raise ValueError(f"expected tol >= 0, got {shown(tol)}")
-    if not is_real(scale) or scale == 0 or not math.isfinite(scale):
-        raise ValueError(f"expected scale to be a finite number other than 0, got {shown(scale)}")
     if start is not None and (not isinstance(start, Tensor) or not start.is_floating_point()):
         raise ValueError(f"expected start to be a tensor of real numbers, got {shown(start)}")
     if solver == "nystrom" and (start is None or start.ndim != 2 or len(start) < k):
@@ -174,8 +173,8 @@ class _Counted:
     def __call__(self, vector: Tensor) -> Tensor:
         self.count += 1
         result = self.hvp(vector)
-        if result.shape != vector.shape:
-            raise ValueError(f"expected products of shape {tuple(vector.shape)}, got {tuple(result.shape)}")
+        if not isinstance(result, Tensor) or result.shape != vector.shape:
+            raise ValueError(f"expected products of shape {tuple(vector.shape)}, got {shown(result)}")
         if not bool(torch.isfinite(result).all()):
             raise FloatingPointError(
                 f"Hessian-vector product {self.count} is NaN or infinite; no eigenpairs can be taken"

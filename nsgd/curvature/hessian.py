@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import not_zero, shown
 from nsgd.curvature.guard import RandomState, untouched
 from nsgd.curvature.vectors import checked_params, flatten, is_finite, split, vector_dtype
 
@@ -75,7 +76,7 @@ def loss_hessian(
         FloatingPointError: If the loss or its gradient is NaN or infinite.
         RuntimeError: If an operation in the loss has no double backward; the message names the way out.
     """
-    params = checked_params(params)
+    params, scale = checked_params(params), not_zero("scale", scale)
     if isinstance(loss, Tensor):
         source = _kept(loss, params, scale)
     elif callable(loss):
@@ -139,25 +140,30 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
 
 def checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
     """Pairs of closure and sample count as a list; a ValueError for anything else, and for none."""
-    pairs = list(losses) if isinstance(losses, Iterable) else [losses]
+    pairs = list(losses) if isinstance(losses, Iterable) and not isinstance(losses, Tensor) else [losses]
     if not pairs:
         raise ValueError("expected pairs of a closure that computes a loss and its sample count, got an empty list")
     for pair in pairs:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Integral) and int(pair[1]) >= 1):
             raise ValueError(
                 "expected a loss tensor, a closure that computes it, or pairs of such a closure and its sample count "
-                f"(1 or more), got {pair!r}"
+                f"(1 or more), got {shown(pair)}"
             )
     return [(closure, int(n)) for closure, n in pairs]
 
 
-def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
-    """Gradient of a loss, a block for each parameter; None for those that it does not reach, or that are frozen."""
+def check_loss(loss: Any) -> None:
+    """Raise a ValueError unless this is a scalar loss with its graph."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"expected a scalar loss tensor, got {got}; reduce it, for example with .mean()")
     if not loss.requires_grad:
         raise ValueError(NO_GRAPH)
+
+
+def gradient_of(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool = True) -> list[Tensor | None]:
+    """Gradient of a loss, a block for each parameter; None for those that it does not reach, or that are frozen."""
+    check_loss(loss)
     trainable = [p for p in params if p.requires_grad]
     with _explained("Hessian-vector product" if create_graph else "gradient"):
         derivatives = iter(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import check_choice, check_vectors, of_their_kind, shown, whole_number
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.small import small_eigh
 
@@ -22,6 +23,7 @@ NEGLIGIBLE = {torch.float32: 1e-5, torch.float64: 1e-12}
 _SAFE = (1e-12, 1e12)
 
 
+@of_their_kind
 @full_precision
 def low_rank(
     weights: Tensor, vectors: Tensor | Sequence[Tensor], *, k: int, which: Which = "LA"
@@ -39,8 +41,14 @@ def low_rank(
     Returns:
         Eigenvalues (r,), float64 on the CPU and descending, and orthonormal eigenvectors (r, P), with r the smaller
         of k and the rank of the sum.
+
+    Raises:
+        ValueError: If the shapes do not fit, the vectors are not in float32 or float64, or k is below 1.
     """
+    whole_number("k", k, least=1)
+    check_choice("which", which, Which)
     parts = [vectors] if isinstance(vectors, Tensor) else list(vectors)
+    _check_rows(weights, parts)
     parts, scale = _in_range(parts)
     weights = weights.cpu().double() * scale**2
     roots = weights.abs().sqrt()  # (m,)
@@ -62,6 +70,15 @@ def low_rank(
     for cut, part in zip(cuts[1:], parts[1:], strict=True):
         rows.addmm_(cut, part)
     return values[chosen] * longest, _orthonormal(rows)
+
+
+def _check_rows(weights: Tensor, parts: list[Tensor]) -> None:
+    check_vectors(weights=weights)
+    for part in parts:
+        if part.ndim != 2 or part.shape[1] != parts[0].shape[1] or part.dtype not in NEGLIGIBLE:
+            raise ValueError(f"expected vectors (m, P) in float32 or float64, got {shown(part)} in {part.dtype}")
+    if len(weights) == 0 or sum(map(len, parts)) != len(weights):
+        raise ValueError(f"expected a vector for each of {len(weights)} weights, got {sum(map(len, parts))}")
 
 
 def top_of_sum(gram: Tensor, weights: Tensor, k: int, *, negligible: float) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,8 @@ from torch.nn.parameter import is_lazy
 from nsgd.curvature.guard import full_precision
 
 
-def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
-    """Parameters as a list, each once, however often it is given.
-
-    Raises:
-        ValueError: Unless they are real parameters with a shape, of which at least one requires a gradient.
-    """
+def listed(params: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters as a list; a ValueError unless they are dense tensors of real numbers with a shape, one at least."""
     if not isinstance(params, Iterable) or isinstance(params, Tensor | str | bytes):
         raise ValueError(f"expected parameters, got a {type(params).__name__}; pass model.parameters()")
     found = list(params)
@@ -27,10 +23,22 @@ def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
         raise ValueError("got no parameters; pass those of the model, for example model.parameters()")
     if any(is_lazy(p) for p in found):
         raise ValueError("got parameters of a lazy module, without a shape yet; run the model once before")
-    if not any(p.requires_grad for p in found):
-        raise ValueError(f"none of the {len(found)} parameters requires a gradient; unfreeze some: requires_grad_()")
     if any(p.is_complex() for p in found):
         raise ValueError("got complex parameters; hold their real and imaginary parts as two real parameters")
+    if any(p.layout != torch.strided for p in found):
+        raise ValueError("got sparse parameters; hold them as dense ones, to_dense()")
+    return found
+
+
+def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters as a list, each once, however often it is given.
+
+    Raises:
+        ValueError: Unless they are real parameters with a shape, of which at least one requires a gradient.
+    """
+    found = listed(params)
+    if not any(p.requires_grad for p in found):
+        raise ValueError(f"none of the {len(found)} parameters requires a gradient; unfreeze some: requires_grad_()")
     return list({id(p): p for p in found}.values())
 
 

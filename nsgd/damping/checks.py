@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 from torch.optim import LBFGS
 
+from nsgd.curvature.checks import is_real, plain, shown
 from nsgd.curvature.vectors import checked_params
 from nsgd.damping.state import SHARED, group_key
 from nsgd.directions.shards import check_shards, is_sharded
@@ -16,26 +19,41 @@ if TYPE_CHECKING:
     from nsgd.damping.step import Damped
 
 
+def check_rate(name: str, value: Any, where: str = "") -> None:
+    """Raise a ValueError unless this is a number of at least 0, or a tensor, which only the device may know."""
+    if not isinstance(value, Tensor) and not (is_real(plain(value)) and value >= 0):
+        raise ValueError(f"expected {name} >= 0, got {shown(value)}{where}")
+
+
 def check_group_factors(optimizer: Damped, group: dict[str, Any]) -> None:
     """Raise a ValueError where a group's gamma or bulk scale is out of range."""
     check_factors(*(group[group_key(optimizer, name)] for name in ("gamma", "bulk_scale")))
 
 
+def check_group_shape(group: Any) -> None:
+    """Raise a ValueError unless this is a dictionary with parameters in it."""
+    if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
+        raise ValueError(f"expected a group of parameters and options, {{'params': ...}}, got {shown(group)}")
+
+
 def check_group(optimizer: Damped, group: dict[str, Any]) -> None:
     """Raise a ValueError where a group cannot be damped, or differs in what is one value for the whole optimizer."""
     check_group_factors(optimizer, group)
+    followed = plain(group[group_key(optimizer, "curvature")])
+    if not isinstance(followed, bool):
+        raise ValueError(f"expected curvature of a group to be True or False, got {shown(followed)}")
     if group.get("differentiable", False):
         raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
     lr = group.get("lr", 0)
-    if not isinstance(lr, Tensor) and not lr >= 0:
-        raise ValueError(f"expected lr >= 0, got {lr} for a group")
+    check_rate("lr", lr, " for a group")
     options = optimizer._directions.options
     shared = {name: getattr(options, name) for name in SHARED if name not in optimizer.defaults}
     shared["maximize"] = optimizer.param_groups[0].get("maximize")
     for name, value in shared.items():
-        if group.get(name, value) != value:
+        here = plain(group.get(name, value))
+        if isinstance(here, Tensor | np.ndarray) or here != value:
             raise ValueError(
-                f"{name} is one value for the whole optimizer, {value!r}, got {group[name]!r} for "
+                f"{name} is one value for the whole optimizer, {value!r}, got {shown(here)} for "
                 "one group; gamma, bulk_scale and curvature may differ between groups"
             )
 

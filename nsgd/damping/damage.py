@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nsgd.curvature.checks import is_real
 from nsgd.curvature.vectors import is_finite
 from nsgd.directions.differences import ROWS
 from nsgd.directions.kept import DIRECTIONS, FIRST_PASS, LAST
@@ -127,7 +128,7 @@ def _error(name: str, expected: str, got: Any) -> ValueError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, bool) or is_real(value)
 
 
 def _is_finite(value: Any) -> bool:

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Optimizer
 
-from nsgd.curvature.hessian import Closure, Losses
-from nsgd.curvature.vectors import checked_params
+from nsgd.curvature.checks import above_zero
+from nsgd.curvature.hessian import Closure, Losses, check_loss
+from nsgd.curvature.vectors import checked_params, listed
 from nsgd.damping import state
-from nsgd.damping.checks import check_followed, check_group, check_group_factors
+from nsgd.damping.checks import check_followed, check_group, check_group_factors, check_group_shape
 from nsgd.damping.correction import Correction, at_rest
 from nsgd.directions.directions import Directions
 from nsgd.directions.refresh import refresh
@@ -105,11 +106,13 @@ class Damped(Optimizer):
             batch_fraction: Samples in ``curvature`` over samples in a training batch, for ``cost_gradients``.
 
         Raises:
-            ValueError: If the loss is no tensor, or as :meth:`refresh`.
+            ValueError: If the loss is no scalar tensor with its graph, or as :meth:`refresh`.
         """
         if not isinstance(loss, Tensor):
             raise ValueError(f"expected the loss tensor, got a {type(loss).__name__}; a closure goes to curvature=")
+        check_loss(loss)
         if curvature is not None:
+            scale = above_zero("scale", scale)
             # A scaled loss may stand beside samples' that are not.
             batch_loss = loss.detach().mean() if scale == 1.0 else None
             self.refresh_if_due(curvature, scale, batch_fraction=batch_fraction, batch_loss=batch_loss)
@@ -216,7 +219,7 @@ class Damped(Optimizer):
         Orthonormal where the parameters are all those that have directions; r is 0 before the first. Of sharded
         parameters P counts what this process holds. Costs a copy of the basis, and one sync.
         """
-        vectors = self._directions.along(list(params))
+        vectors = self._directions.along(listed(params))
         return vectors[: len(self.weights)]
 
     @property
@@ -319,7 +322,8 @@ class Damped(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters join the directions at the next refresh, or step."""
-        if "_directions" in self.__dict__ and isinstance(param_group, dict):  # not while the base is constructed
+        if "_directions" in self.__dict__:  # not while the base is constructed
+            check_group_shape(param_group)
             check_group(self, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_directions" in self.__dict__:

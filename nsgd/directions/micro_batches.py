@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import whole_number
+from nsgd.curvature.checks import shown, whole_number
 from nsgd.directions.batch_dim import BatchDim, as_given, check_loss, samples_first
 
 
@@ -41,12 +41,15 @@ def backward_in_chunks(
 
     Raises:
         ValueError: If there are no tensors or no samples, a tensor has no such dimension, lengths differ, ``chunks`` is
-            no count of at least 1, or a loss is no scalar, which is seen before the first backward pass.
+            no count of at least 1, ``backward`` no function, or a loss is no scalar, which is seen before the first
+            backward pass.
     """
     check_loss(loss)
     rows, dims = samples_first(tensors, batch_dim)
     samples = len(rows[0])
     chunks = whole_number("chunks", chunks, least=1)
+    if not callable(backward):
+        raise ValueError(f"expected backward to be a function of a loss, got {shown(backward)}; leave it out")
     most = min(chunks, samples)
     equal = [count for count in range(2, most + 1) if samples % count == 0]
     parts = [tensor.tensor_split(equal[-1] if equal else most) for tensor in rows]

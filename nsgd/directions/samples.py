@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
-from nsgd.curvature.checks import count_or_none, whole_number
+from nsgd.curvature.checks import count_or_none, not_zero, shown, whole_number
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import (
     NO_GRAPH,
@@ -58,7 +58,7 @@ class SampleLosses(list[tuple[Closure, int]]):
     ) -> None:
         check_loss(loss)
         tensors, dims = samples_first(tensors, batch_dim)
-        group_size = whole_number("group_size", group_size, least=1)
+        group_size = whole_number("group_size", group_size, least=1, most=2**31 - 1)
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(f"expected module to be the network, an nn.Module, got a {type(module).__name__}")
         chunk_size = checked_chunk_size(chunk_size)
@@ -146,7 +146,7 @@ def gradient_moment(losses: Losses, params: Sequence[Tensor], *, scale: float = 
             is not one of the module's.
         FloatingPointError: If a loss or a gradient is NaN or infinite.
     """
-    losses, params = checked_groups(losses), checked_params(params)
+    losses, params, scale = checked_groups(losses), checked_params(params), not_zero("scale", scale)
     size = sum(p.numel() for p in params)
     with torch.inference_mode(False):  # what is written to
         rows = torch.empty(len(losses), size, dtype=vector_dtype(params), device=params[0].device)

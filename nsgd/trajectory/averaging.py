@@ -176,6 +176,8 @@ def squared_distance(spacing: int | Tensor, *, lr: float, curvatures: Tensor, no
         curvatures: h_i > 0, (m,).
         noise: s_i^2, one for all or (m,).
     """
+    if not isinstance(spacing, Tensor):
+        whole_number("spacing", spacing, least=0, most=2**63 - 1)
     steps: Tensor = torch.as_tensor(spacing, dtype=torch.float64)
     check_vectors(curvatures=curvatures)
     if isinstance(noise, Tensor) and noise.ndim:

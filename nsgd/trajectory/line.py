@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import check_vectors, of_their_kind
+from nsgd.curvature.checks import check_vectors, is_real, of_their_kind, plain, shown
 from nsgd.curvature.guard import RandomState, untouched
 from nsgd.curvature.hessian import Closure
 from nsgd.curvature.vectors import checked_params, split
@@ -76,8 +77,16 @@ def losses_along(loss: Closure, params: Iterable[Tensor], direction: Tensor, ste
     for step in steps:
         random_state.restore()
         with moved(params, direction, step), untouched(device=device):  # spectral norm changes with every pass
-            values.append(torch.as_tensor(loss()).detach().reshape(()).double().cpu())
+            values.append(_scalar(loss()))
     return torch.stack(values)
+
+
+def _scalar(loss: Any) -> Tensor:
+    """What a loss returned, float64 on the CPU."""
+    value = plain(loss.detach().cpu().reshape(-1)[0] if isinstance(loss, Tensor) and loss.numel() == 1 else loss)
+    if not is_real(value):
+        raise ValueError(f"expected the loss to return one number, got {shown(value)}; reduce it, as with .mean()")
+    return torch.tensor(float(value), dtype=torch.float64)
 
 
 @of_their_kind

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import check_vectors, of_their_kind, shown
+from nsgd.curvature.checks import at_least_zero, check_vectors, in_one_dtype, of_their_kind, shown, whole_number
 from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP, Closure, loss_hessian
@@ -41,8 +41,8 @@ def alignment(gradient: Tensor, directions: Tensor) -> Tensor:
     The root of the sum of their squares is the share of the gradient, in norm, that lies in the span.
     """
     check_vectors(gradient=gradient)
-    if directions.ndim != 2 or directions.shape[1] != len(gradient):
-        raise ValueError(f"expected directions of shape (k, {len(gradient)}), got {tuple(directions.shape)}")
+    _check_directions(directions, len(gradient))
+    gradient, directions = in_one_dtype(gradient, directions)
     length: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
     inside: Tensor = directions @ gradient
     return inside.double().cpu() / length.cpu()
@@ -60,7 +60,8 @@ def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor,
 
     def noted() -> Tensor:
         value = loss() if callable(loss) else loss
-        values.append(value.detach())
+        if isinstance(value, Tensor):  # anything else is refused where its gradient is taken
+            values.append(value.detach())
         return value
 
     with loss_hessian(noted, params) as hessian:
@@ -123,6 +124,8 @@ def step_losses(
         multiples: a, (n,).
     """
     check_vectors(gradient=gradient, direction=gradient if direction is None else direction)
+    if direction is not None:
+        gradient, direction = in_one_dtype(gradient, direction)
     move = gradient if direction is None else torch.dot(gradient, direction) * direction
     return losses_along(loss, params, -lr * move, multiples)
 
@@ -190,7 +193,10 @@ def damped_sharpness(
         tol: As in :func:`nsgd.top_eigenpairs`.
         seed: Of the starting vector.
     """
-    factor = 1 - math.sqrt(gamma)
+    params = checked_params(params)
+    _check_directions(directions, sum(p.numel() for p in params))
+    directions = directions.to(vector_dtype(params))
+    factor = 1 - math.sqrt(at_least_zero("gamma", gamma))
 
     @full_precision
     def root(vector: Tensor) -> Tensor:
@@ -200,11 +206,16 @@ def damped_sharpness(
     return top_eigenpairs(lambda v: root(hvp(root(v))), params, k=1, **options)
 
 
+def _check_directions(directions: Tensor, size: int) -> None:
+    if directions.ndim != 2 or directions.shape[1] != size:
+        raise ValueError(f"expected directions of shape (k, {size}), got {tuple(directions.shape)}")
+
+
 @of_their_kind
 def random_direction(params: Iterable[Tensor], *, seed: int) -> Tensor:
     """A direction (P,) of length 1, uniform on the sphere, the paper's control."""
     params = checked_params(params)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole_number("seed", seed, least=0, most=2**63 - 1))
     # Drawn on the CPU: the same direction whatever the device.
     vector = torch.randn(sum(p.numel() for p in params), generator=generator, dtype=torch.float64)
     unit: Tensor = vector / torch.linalg.vector_norm(vector)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import check_vectors, of_their_kind
+from nsgd.curvature.checks import check_vectors, in_one_dtype, of_their_kind
 from nsgd.trajectory.line import vertex
 
 
@@ -113,5 +113,6 @@ def cosine(one: Tensor, other: Tensor) -> float:
     Its mean depends on the batch size as well: noise hides the direction. The floor's position does not.
     """
     check_vectors(one=one, other=other)
+    one, other = in_one_dtype(one, other)
     lengths = torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)
     return float(torch.dot(one, other) / lengths) if lengths > 0 else math.nan

@@ -19,9 +19,19 @@ from numpy.typing import NDArray
 from scipy.integrate import cumulative_simpson, simpson
 from torch import Tensor
 
+from nsgd.curvature.checks import (
+    above_zero,
+    at_least_zero,
+    check_numbers,
+    check_vectors,
+    of_their_kind,
+    shown,
+    whole_number,
+)
 from nsgd.trajectory.escape.potentials import Potential
 
 
+@of_their_kind
 def temperature(*, lr: float, noise: float, batch_size: float) -> float:
     """Temperature of SGD, lr sigma^2 / (2 B); it depends on the batch size through lr / B alone.
 
@@ -29,10 +39,14 @@ def temperature(*, lr: float, noise: float, batch_size: float) -> float:
         lr: Learning rate.
         noise: Variance sigma^2 of the gradient of one sample, along one coordinate.
         batch_size: B.
+
+    Raises:
+        ValueError: If lr or the batch size is not above 0, or the noise negative.
     """
-    return lr * noise / (2 * batch_size)
+    return above_zero("lr", lr) * at_least_zero("noise", noise) / (2 * above_zero("batch_size", batch_size))
 
 
+@of_their_kind
 def escape_time(*, barrier: float, temperature: float, minimum: Tensor, saddle: Tensor) -> float:
     """Mean time of the diffusion from a minimum to the other side of a saddle (Eyring and Kramers), in any dimension.
 
@@ -49,7 +63,9 @@ def escape_time(*, barrier: float, temperature: float, minimum: Tensor, saddle: 
     Raises:
         ValueError: If the Hessians are not those of a minimum and of a saddle with one way down.
     """
-    low, high = _eigenvalues(minimum), _eigenvalues(saddle)
+    above_zero("temperature", temperature)
+    check_numbers(barrier=barrier)
+    low, high = _eigenvalues("minimum", minimum), _eigenvalues("saddle", saddle)
     if len(low) != len(high):
         raise ValueError(f"expected Hessians of one size, got {len(low)} and {len(high)} eigenvalues")
     if not bool((low > 0).all()):
@@ -57,9 +73,10 @@ def escape_time(*, barrier: float, temperature: float, minimum: Tensor, saddle: 
     if int((high < 0).sum()) != 1 or bool((high == 0).any()):
         raise ValueError(f"expected a saddle with exactly one negative eigenvalue and none of 0, got {high.tolist()}")
     log_determinants = float(high.abs().log().sum() - low.log().sum())
-    return 2 * math.pi / float(high.min().abs()) * math.exp(log_determinants / 2 + barrier / temperature)
+    return 2 * math.pi / float(high.min().abs()) * _exp(log_determinants / 2 + barrier / temperature)
 
 
+@of_their_kind
 def passage_time(
     potential: Potential, *, start: float, end: float, far: float, temperature: float, points: int = 20_001
 ) -> float:
@@ -76,12 +93,15 @@ def passage_time(
         points: Of the grid; Simpson's rule.
 
     Raises:
-        ValueError: If start is not between far and end, or f is not high enough at far.
+        ValueError: If start is not between far and end, f is not high enough at far, or a number is out of range.
     """
+    check_numbers(start=start, end=end, far=far)
+    above_zero("temperature", temperature)
+    _check_points(points)
     if not (far < start < end or end < start < far):
         raise ValueError(f"expected start between far and end, got far {far:g}, start {start:g} and end {end:g}")
     grid = np.linspace(far, end, points)
-    values = np.asarray(potential(grid), dtype=np.float64)
+    values = _values(potential, grid)
     lowest = values.min()
     if values[0] < lowest + 30 * temperature:
         raise ValueError(
@@ -93,9 +113,10 @@ def passage_time(
     inner = cumulative_simpson(np.exp((lowest - values) / temperature), x=position, initial=0)
     outer = cumulative_simpson(np.exp(np.minimum(values - highest, 0) / temperature) * inner, x=position, initial=0)
     spent = outer[-1] - np.interp(abs(start - far), position, outer)
-    return float(spent / temperature * math.exp((highest - lowest) / temperature))
+    return float(spent / temperature * _exp((highest - lowest) / temperature))
 
 
+@of_their_kind
 def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature: float, points: int = 20_001) -> Tensor:
     """Share of its time that the one-dimensional diffusion spends between consecutive edges: exp(-f / T), normalised.
 
@@ -107,6 +128,9 @@ def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature:
 
     Returns:
         Shares (n,) with sum 1.
+
+    Raises:
+        ValueError: If the edges do not ascend, or a number is out of range.
     """
     grids, densities = _gibbs(potential, edges, temperature, points)
     masses = [simpson(density, x=grid) for grid, density in zip(grids, densities, strict=True)]
@@ -114,6 +138,7 @@ def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature:
     return total / total.sum()
 
 
+@of_their_kind
 def gibbs_mean(
     potential: Potential,
     quantity: Potential,
@@ -130,13 +155,17 @@ def gibbs_mean(
         edges: (n + 1,), ascending, as for ``gibbs_mass``.
         temperature: T.
         points: Of the grid in each part.
+
+    Raises:
+        ValueError: As ``gibbs_mass``.
     """
     grids, densities = _gibbs(potential, edges, temperature, points)
     both = list(zip(grids, densities, strict=True))
-    weighted = sum(simpson(quantity(grid) * density, x=grid) for grid, density in both)
+    weighted = sum(simpson(_values(quantity, grid) * density, x=grid) for grid, density in both)
     return float(weighted / sum(simpson(density, x=grid) for grid, density in both))
 
 
+@of_their_kind
 def laplace_mass(*, depths: Tensor, curvatures: Tensor, temperature: float) -> Tensor:
     """Share of its time near each minimum at low temperature: det(H)^(-1/2) exp(-f / T), normalised.
 
@@ -150,11 +179,22 @@ def laplace_mass(*, depths: Tensor, curvatures: Tensor, temperature: float) -> T
 
     Returns:
         Shares (n,) with sum 1.
+
+    Raises:
+        ValueError: If the shapes do not fit, a curvature is not above 0, or the temperature is not.
     """
+    above_zero("temperature", temperature)
+    check_vectors(depths=depths)
+    if curvatures.ndim != 2 or len(curvatures) != len(depths) or not bool((curvatures > 0).all()):
+        raise ValueError(
+            f"expected curvatures above 0, of shape ({len(depths)}, d), a row for each minimum, got shape "
+            f"{tuple(curvatures.shape)} and least {float(curvatures.min()) if curvatures.numel() else 'none'}"
+        )
     logs = -curvatures.double().log().sum(1) / 2 - depths.double() / temperature
     return logs.softmax(0)
 
 
+@of_their_kind
 def excess_loss(curvatures: Tensor, *, lr: float, noise: float, batch_size: float) -> float:
     """Price of a large lr / B: mean loss of SGD at stationarity above a quadratic minimum, exact for every stable rate.
 
@@ -165,11 +205,22 @@ def excess_loss(curvatures: Tensor, *, lr: float, noise: float, batch_size: floa
         lr: Learning rate, below 2 / h_i.
         noise: Variance sigma^2 of the gradient of one sample, along one coordinate.
         batch_size: B.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
+    check_vectors(curvatures=curvatures)
+    lr, noise, batch_size = above_zero("lr", lr), at_least_zero("noise", noise), above_zero("batch_size", batch_size)
     return float((lr * noise / (2 * batch_size * (2 - lr * curvatures.double()))).sum())
 
 
-def _eigenvalues(hessian: Tensor) -> Tensor:
+def _eigenvalues(name: str, hessian: Tensor) -> Tensor:
+    square = hessian.ndim == 2 and hessian.shape[0] == hessian.shape[1]
+    if not (square or hessian.ndim == 1) or not hessian.numel() or not bool(hessian.isfinite().all()):
+        raise ValueError(
+            f"expected {name} to be a finite Hessian (d, d), or its eigenvalues (d,), got shape {tuple(hessian.shape)}"
+            f"{', with NaN or infinity in it' if hessian.numel() and (square or hessian.ndim == 1) else ''}"
+        )
     return torch.linalg.eigvalsh(hessian.double()) if hessian.ndim == 2 else hessian.double().sort().values
 
 
@@ -177,7 +228,30 @@ def _gibbs(
     potential: Potential, edges: NDArray[np.float64], temperature: float, points: int
 ) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
     """A grid between each two edges, and exp(-f / T) on it, up to one factor."""
+    above_zero("temperature", temperature)
+    _check_points(points)
+    if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or not (np.diff(edges) > 0).all():
+        raise ValueError(f"expected two or more finite edges, ascending, got {shown(edges.tolist())}")
     grids = [np.linspace(a, b, points) for a, b in pairwise(edges)]
-    values = [np.asarray(potential(grid), dtype=np.float64) for grid in grids]
+    values = [_values(potential, grid) for grid in grids]
     lowest = min(v.min() for v in values)
     return grids, [np.exp((lowest - v) / temperature) for v in values]
+
+
+def _values(potential: Potential, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A potential on a grid."""
+    values = potential(grid)
+    if not isinstance(values, np.ndarray) or values.shape != grid.shape or values.dtype.kind not in "fiu":
+        raise ValueError(
+            f"expected the potential to take arrays (n,) to numbers (n,), got {shown(values)} for {len(grid)} points"
+        )
+    return values.astype(np.float64, copy=False)
+
+
+def _check_points(points: int) -> None:
+    whole_number("points", points, least=3, most=2**24)  # Simpson's rule; more than that fill the memory
+
+
+def _exp(power: float) -> float:
+    """The exponential, infinite where Python has no number for it."""
+    return math.exp(power) if power < 709 else math.inf

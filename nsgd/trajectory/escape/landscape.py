@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, root
 from torch import Tensor
 
+from nsgd.curvature.checks import of_their_kind, shown
 from nsgd.trajectory.escape.potentials import Channel, DoubleWell, Potential
 
 BUILT_IN = ("double-well", "channel")
@@ -72,8 +73,15 @@ class Landscape:
         return float(self.start[0]), float(self.saddle[0]), float(self.goal[0])
 
 
+@of_their_kind
 def built_in_landscape(name: str, *, barrier: float, skew: float, walls: float) -> Landscape:
-    """The double well, or the channel along it."""
+    """The double well, or the channel along it.
+
+    Raises:
+        ValueError: If there is none of that name, or a number is out of range.
+    """
+    if name not in BUILT_IN:
+        raise ValueError(f"expected name to be one of {', '.join(BUILT_IN)}, got {shown(name)}")
     well = DoubleWell(barrier=barrier, skew=skew)
     left, right = well.minima
     points = torch.tensor([[left, 0.0], [0.0, 0.0], [right, 0.0]], dtype=torch.float64)
@@ -93,6 +101,7 @@ def built_in_landscape(name: str, *, barrier: float, skew: float, walls: float) 
     return Landscape(channel, channel.gradient, start, saddle, goal, steepest, reduced)
 
 
+@of_their_kind
 def landscape_between(
     potential: Map, start: Tensor, goal: Tensor, saddle: Tensor | None = None, *, name: str = "the potential"
 ) -> Landscape:

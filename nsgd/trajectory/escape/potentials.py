@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nsgd.curvature.checks import above_zero, at_least_zero, shown
+
 Potential = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # (n,) -> (n,)
 Numbers = TypeVar("Numbers", NDArray[np.float64], Tensor)
 
@@ -33,8 +35,10 @@ class DoubleWell:
     skew: float = 0.3
 
     def __post_init__(self) -> None:
-        if not (self.barrier > 0 and 0 <= self.skew < 1):
-            raise ValueError(f"expected a barrier above 0 and a skew in [0, 1), got {self.barrier:g} and {self.skew:g}")
+        object.__setattr__(self, "barrier", above_zero("barrier", self.barrier))
+        object.__setattr__(self, "skew", at_least_zero("skew", self.skew))
+        if not self.skew < 1:
+            raise ValueError(f"expected a skew in [0, 1), got {self.skew:g}")
 
     def __call__(self, x: Numbers) -> Numbers:
         """The potential, shaped like x, an array or a tensor."""
@@ -84,8 +88,9 @@ class Channel:
     walls: float = 40.0
 
     def __post_init__(self) -> None:
-        if not self.walls > 0:
-            raise ValueError(f"expected walls above 0, got {self.walls:g}")
+        if not isinstance(self.well, DoubleWell):
+            raise ValueError(f"expected well to be a DoubleWell, got {shown(self.well)}")
+        object.__setattr__(self, "walls", above_zero("walls", self.walls))
 
     def __call__(self, position: Tensor) -> Tensor:
         """The potential, (n, 2) to (n,)."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from nsgd.curvature.checks import above_zero, at_least_zero, of_their_kind
 from nsgd.trajectory.escape.diffusion import (
     escape_time,
     excess_loss,
@@ -20,6 +21,7 @@ from nsgd.trajectory.escape.landscape import Landscape
 from nsgd.trajectory.escape.potentials import Potential
 
 
+@of_their_kind
 def predicted_steps(
     landscape: Landscape, sgd: dict[str, float], *, out: float = 1.0, across: float = 1.0
 ) -> tuple[float, float]:
@@ -33,8 +35,14 @@ def predicted_steps(
         sgd: lr, noise and batch_size.
         out: Factor on the step along the way out.
         across: Factor on the step across it.
+
+    Raises:
+        ValueError: If a number is out of range, or one of sgd is missing.
     """
-    lr, heat = sgd["lr"], temperature(**sgd)
+    above_zero("out", out)
+    at_least_zero("across", across)
+    heat = temperature(**sgd)
+    lr = sgd["lr"]
     exact = leading = math.nan
     if landscape.reduced is not None:
         start, _, goal = landscape.along
@@ -48,6 +56,7 @@ def predicted_steps(
     return exact, leading
 
 
+@of_their_kind
 def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tuple[float, float]]:
     """Share of the flat minimum, and mean loss above the deeper minimum.
 
@@ -56,6 +65,9 @@ def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tup
     Args:
         landscape: Where SGD stays.
         sgd: lr, noise and batch_size.
+
+    Raises:
+        ValueError: If a number is out of range, or one of sgd is missing.
     """
     heat = temperature(**sgd)
     minima = (landscape.start, landscape.goal)

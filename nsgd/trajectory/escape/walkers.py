@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsgd.curvature.checks import above_zero, at_least_zero, of_their_kind, shown, whole_number
 from nsgd.trajectory.escape.diffusion import temperature
 from nsgd.trajectory.escape.landscape import Landscape, Map
+
+_MOST = 2**31 - 1  # of walkers, and of steps
 
 Update = Callable[[int, str], None]  # steps taken, how the walkers stand
 
@@ -57,6 +60,7 @@ class Escapes:
         return torch.where(late, early + rest, times), rest, arrivals
 
 
+@of_their_kind
 def simulate(
     gradient: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -88,13 +92,10 @@ def simulate(
     Raises:
         ValueError: If start is not (n, d), scale does not fit it, or a number is out of range.
     """
-    if start.ndim != 2 or len(start) == 0:
-        raise ValueError(f"expected starts of shape (walkers, dimensions), got {tuple(start.shape)}")
-    if not (lr > 0 and noise >= 0 and batch_size > 0 and steps > 0):
-        raise ValueError(
-            f"expected lr, batch_size and steps above 0 and noise of at least 0, got lr {lr}, batch_size {batch_size}, "
-            f"steps {steps}, noise {noise}"
-        )
+    if start.ndim != 2 or len(start) == 0 or not start.is_floating_point():
+        raise ValueError(f"expected starts of shape (walkers, dimensions), real numbers, got {shown(start)}")
+    lr, noise, batch_size = above_zero("lr", lr), at_least_zero("noise", noise), above_zero("batch_size", batch_size)
+    _check_counts(steps=steps, seed=seed)
     d = start.shape[1]
     if scale is not None and tuple(scale.shape) not in ((d,), (d, d)):
         raise ValueError(f"expected scale of shape ({d},) or ({d}, {d}), got {tuple(scale.shape)}")
@@ -107,10 +108,16 @@ def simulate(
     step = 0
     while len(running) and step < steps:
         shake = torch.randn(position.shape, generator=generator, dtype=start.dtype, device=start.device)
-        push = gradient(position) + shake.mul_(spread)
+        slope = gradient(position)
+        if not isinstance(slope, Tensor) or slope.shape != position.shape:
+            raise ValueError(f"expected a gradient of shape {tuple(position.shape)}, got {shown(slope)}")
+        push = slope + shake.mul_(spread)
         position -= push * factor if factor.ndim == 1 else push @ factor.T
         step += 1
-        arrived = goal(position).cpu()
+        there_now = goal(position)
+        if not isinstance(there_now, Tensor) or there_now.shape != position.shape[:1] or there_now.dtype != torch.bool:
+            raise ValueError(f"expected goal to give {len(position)} truth values, got {shown(there_now)}")
+        arrived = there_now.cpu()
         if bool(arrived.any()):
             there, rest = arrived.nonzero()[:, 0], (~arrived).nonzero()[:, 0]
             arrival_steps[running[there]] = step
@@ -122,6 +129,7 @@ def simulate(
     return Escapes(arrival_steps, step, ends)
 
 
+@of_their_kind
 def escape(
     landscape: Landscape,
     sgd: dict[str, float],
@@ -144,8 +152,9 @@ def escape(
         scale: Matrix that multiplies the step, (d, d).
 
     Raises:
-        ValueError: If walkers diverge.
+        ValueError: If walkers diverge, or a number is out of range.
     """
+    whole_number("walkers", walkers, least=1, most=_MOST)
     toward = landscape.goal - landscape.start
     there = float(landscape.goal @ toward)
     escapes = _walk(
@@ -163,13 +172,18 @@ def escape(
     return {**counts, "measured": escapes.mean, "standard_error": escapes.standard_error}
 
 
+@of_their_kind
 def stay(
     landscape: Landscape, sgd: dict[str, float], *, walkers: int, steps: int, seed: int, update: Update
 ) -> list[dict[str, Any]]:
     """Share of walkers on the flat minimum's side, from either minimum and from both, and their mean loss.
 
     Args: as for ``escape``; half of the walkers begin in each minimum.
+
+    Raises:
+        ValueError: As ``escape``.
     """
+    whole_number("walkers", walkers, least=2, most=_MOST)
     count = walkers // 2
     both = []
     for i, (name, begin) in enumerate(zip(landscape.names, (landscape.start, landscape.goal), strict=True)):
@@ -197,6 +211,11 @@ def stay(
         _row("share", "both", 2 * count, steps, share, error),
         _row("loss", "both", 2 * count, steps, loss, math.sqrt(variance)),
     ]
+
+
+def _check_counts(*, steps: int, seed: int) -> None:
+    whole_number("steps", steps, least=1, most=_MOST)
+    whole_number("seed", seed, least=0, most=2**63 - 2)  # the one after it is drawn from as well
 
 
 def _row(quantity: str, origin: str, walkers: int, steps: int, measured: float, error: float) -> dict[str, Any]:
@@ -237,6 +256,9 @@ def _walk(
     progress: Callable[[int, int], None],
     scale: Tensor | None = None,
 ) -> Escapes:
+    heat, d = temperature(**sgd), len(landscape.start)
+    if scale is not None and scale.shape != (d, d):
+        raise ValueError(f"expected scale of shape ({d}, {d}), got {tuple(scale.shape)}")
     escapes = simulate(
         landscape.gradient,
         start.float(),  # far finer than the noise, in half the time
@@ -250,7 +272,7 @@ def _walk(
         progress=progress,
     )
     # Nobody comes as high as this but by a step that is too long, which may well end beyond the goal.
-    heat = temperature(**sgd) * (1.0 if scale is None else max(1.0, float(torch.linalg.matrix_norm(scale, 2))))
+    heat = heat * (1.0 if scale is None else max(1.0, float(torch.linalg.matrix_norm(scale, 2))))
     highest = landscape.value(landscape.saddle) + 100 * heat
     if not bool((landscape.potential(escapes.ends.double()).detach() <= highest).all()):
         raise ValueError(

@@ -53,7 +53,7 @@ def test_an_option_out_of_range_is_a_value_error(options, message):
         (3.0, "expected a loss tensor.*got a float"),
         (None, "expected a loss tensor.*got a NoneType"),
         (torch.tensor(1.0), "no graph"),
-        (lambda v: v[:2], r"expected products of shape \(3,\), got \(2,\)"),
+        (lambda v: v[:2], r"expected products of shape \(3,\), got a Tensor of shape \(2,\)"),
     ],
 )
 def test_a_bad_operator_is_a_value_error(source, message):
