@@ -23,6 +23,7 @@ TESTS = (
     "nsgd/test_models.py",
     "nsgd/test_faults.py",
     "nsgd/test_bad_input.py",
+    "lightning_modules/commands/test_bad_command_lines.py",
     "nsgd/directions/test_chunks.py",
     "lightning_modules/callbacks/test_exceptions.py",
     "nsgd/test_long_runs.py",

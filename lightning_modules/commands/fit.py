@@ -25,7 +25,7 @@ from lightning_modules.commands.checkpoint import CheckCheckpoint, check_path
 from lightning_modules.commands.from_data import OWN_DATA, is_called, link_to_data, model_class, own_model, path_of
 from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
 from lightning_modules.commands.parsing.given_options import given_options
-from lightning_modules.commands.parsing.parser import Parser, name_publicly
+from lightning_modules.commands.parsing.parser import Parser, name_publicly, refuse_nulls
 from lightning_modules.models.classifier import Classifier
 from lightning_modules.report.measurements.report import write_measurements
 from lightning_modules.support.files import unused
@@ -105,6 +105,7 @@ class _Commands(LightningCLI):
             options += [f"--optimizer.{name}" for name in inspect.signature(NSGD).parameters]
             said = one_sentence(error, command=f"nsgd {args[0]}", given=given, options=options)
             raise ValueError(said) from error
+        refuse_nulls(self._subcommand_parsers[args[0]], self.config[args[0]])
         name_publicly(self.config)
 
     def before_instantiate_classes(self) -> None:

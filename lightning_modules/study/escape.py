@@ -26,6 +26,8 @@ from nsgd.trajectory.escape import temperature, walkers
 from nsgd.trajectory.escape.landscape import BUILT_IN, Landscape, Map, built_in_landscape, landscape_between
 from nsgd.trajectory.escape.theory import predicted_stay, predicted_steps
 
+_MOST = 2**31 - 1  # of walkers, of steps, of a seed
+
 
 @dataclass(frozen=True)
 class EscapeStudy:
@@ -78,6 +80,8 @@ class EscapeStudy:
         for name, count, least in (("walkers", self.walkers, 2), ("steps", self.steps, 1), ("seed", self.seed, 0)):
             if count < least:
                 raise ValueError(f"expected {name} of at least {least}, got {count}")
+            if count > _MOST:
+                raise ValueError(f"expected {name} of at most {_MOST:,}, got {count:.6g}")
 
     def landscape(self) -> Landscape:
         """The potential with its minima and its saddle."""

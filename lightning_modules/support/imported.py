@@ -21,7 +21,7 @@ def imported(path: str, *, option: str, known: str) -> Callable[..., Any]:
         ValueError: If there is no such function.
     """
     module, _, name = path.partition(":")
-    if not (module and name):
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
         raise ValueError(
             f"expected {option} to be one of {known}, or module:name of your own, got {path!r}"
             f"{meant(path, known.split(', '))}"

@@ -1,7 +1,7 @@
 """What is wrong with a command line, in one sentence; jsonargparse lists all types that a value is not of.
 
-Where the fault lies is read off the exceptions and the parsers that met them. Three expressions read jsonargparse's
-words: the key of a value, an option that there is not, and one that is missing.
+Where the fault lies is read off the exceptions and the parsers that met them. Four expressions read jsonargparse's
+words: the key of a value, an option that there is not, one that is missing, and a class whose help is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from lightning_modules.support.nearest import did_you_mean, meant
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _NO_OPTION = re.compile(r"(?:Group '(?P<group>[^']+)' .*)?[Oo]ption '(?P<option>[^']+)'")
 _MISSING = re.compile(r"arguments are required: ([\w., ]+)")
+
+_HELP_OF = re.compile(r"(--[\w.]+)\.help: [\w ]+: ?(.*)")
 
 _FEW = 20  # options that one sentence can name
 
@@ -46,8 +48,11 @@ def one_sentence(error: BadOption, *, command: str, given: Mapping[str, Any], op
     inner, words = errors[-1], " ".join(str(errors[-1]).split())
     key = ".".join(match[1] for e in errors if (match := _KEY.match(str(e))))
     lists = f"{command} --help lists the options"
+    if asked := _HELP_OF.match(words):
+        return f"expected {asked[1]}.help CLASS, a class by its import path or its name, got {asked[2]!r}; name one"
     if (cause := inner.__cause__) is None:  # words that no option takes
-        word = next((word for word in words.split() if word.startswith("-")), words.split()[-1]).partition("=")[0]
+        taken = words.partition("arguments:")[2].split() or ["''"]
+        word = next((word for word in taken if word.startswith("-")), taken[-1]).partition("=")[0]
         return f"expected an option of {command}, got {word}; {_option_meant(word, options) or lists}"
     if isinstance(cause, argparse.ArgumentError) and cause.argument_name:
         mapping = described(_type(inner.parser, cause.argument_name)).startswith("a mapping")
@@ -77,7 +82,10 @@ def _no_option(
             f"expected the options of {_last(kind)} in init_args, got them beside class_path; write {key} as "
             f"{{class_path: {kind}, init_args: {{OPTION: VALUE}}}}"
         )
-    known = [option.lstrip("-") for option in _options(parser)]
+    known = [option.lstrip("-") for option in _options(parser) if not option.endswith("help")]
+    if not re.fullmatch(r"[\w.]+", str(kind)):  # a mapping of options, and no class
+        mend = did_you_mean(name, known, f"--{key}.") or f"{command} --help lists the options"
+        return f"expected an option of --{key}, got {name} in it; {mend}"
     mend = did_you_mean(name, known, f"--{key}.") or f"{command} --{key}.help {kind} lists them"
     return f"expected an option of {_last(kind)}, got --{key}.{name}; {mend}"
 
@@ -85,6 +93,9 @@ def _no_option(
 def _bad_value(error: BadOption, key: str, words: str, command: str, given: Mapping[str, Any]) -> str:
     own_key = _KEY.match(str(error))
     kind, value = _type(error.parser, f"--{own_key[1]}") if own_key else None, _value(key, given)
+    if value is None:  # of a file that gives options inside it one by one, as key.name
+        inside = {name.removeprefix(f"{key}."): of for name, of in given.items() if name.startswith(f"{key}.")}
+        value = inside or None
     if key == "config":
         return f"expected --config to be a YAML file, got {value!r}, which {_state(value)}"
     if kind is None and isinstance(value, str) and any(o.startswith(f"--{key}.") for o in _options(error.parser)):

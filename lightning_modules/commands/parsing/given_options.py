@@ -17,7 +17,7 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
         of_files: First parts of the names that count in config files; empty for all.
 
     Raises:
-        ValueError: If a config file is no YAML, or no mapping.
+        ValueError: If a config file is no YAML, or no mapping, or names another one.
     """
     options: dict[str, Any] = {}
     for word, following in zip(argv, [*argv[1:], None], strict=True):
@@ -41,6 +41,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         what = "which is empty" if config is None else f"a {type(config).__name__}"
         raise ValueError(f"expected a config of options, a line NAME: VALUE for each, got {path}, {what}; write some")
+    if config.get("config") is not None:
+        raise ValueError(f"expected options in the config {path}, got another config in it; write its options there")
     return config
 
 
@@ -48,7 +50,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Options under dotted names, those of a class under the option that names it."""
     options: dict[str, Any] = {}
     for name, value in config.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name}".rstrip("+")
         if not isinstance(value, dict):
             options[key] = value
         elif "class_path" in value or "init_args" in value:

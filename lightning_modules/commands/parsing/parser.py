@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from contextlib import suppress
+from pkgutil import resolve_name
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_modules.commands.parsing.complaints import BadOption, one_sentence
 from lightning_modules.commands.parsing.given_options import given_options
+from lightning_modules.commands.parsing.types import described, takes_null
 from lightning_modules.support.import_paths import public_path
 
 
@@ -41,8 +44,37 @@ def parse(parser: Parser, argv: list[str], command: str, classes: Mapping[str, A
         given = {**(classes or {}), **given_options(argv, of_files=())}
         options = list(parser._option_string_actions)
         raise ValueError(one_sentence(error, command=command, given=given, options=options)) from error
+    refuse_nulls(parser, parsed)
     name_publicly(parsed)
     return parsed
+
+
+def refuse_nulls(parser: ArgumentParser, parsed: Namespace) -> None:
+    """Raise a ValueError where an option is null, as files have it, and its type is not; jsonargparse lets it pass.
+
+    An option of the parser's, or of a class that one of them names.
+    """
+    for option, action in parser._option_string_actions.items():
+        kind = getattr(action, "_typehint", None)
+        nullable = kind is None or action.default is None or takes_null(kind)
+        if not nullable and not option.endswith(".help") and parsed.get(action.dest) is None:
+            raise ValueError(f"expected {option} to be {described(kind)}, got null; leave it out for its default")
+        value = parsed.get(action.dest)
+        if isinstance(value, Namespace) and value.get("class_path") and value.get("init_args"):
+            _refuse_nulls_of(value["class_path"], option, vars(value["init_args"]))
+
+
+def _refuse_nulls_of(class_path: str, option: str, values: Mapping[str, Any]) -> None:
+    hints: dict[str, Any] = {}
+    for base in reversed(resolve_name(class_path).__mro__):
+        with suppress(Exception):  # of a class of the user's, whose annotations may be of any kind
+            hints |= get_type_hints(base.__init__)
+    for name, value in values.items():
+        kind = hints.get(name)
+        if value is None and kind is not None and not takes_null(kind):
+            raise ValueError(
+                f"expected {option}.{name} to be {described(kind)}, got null; leave it out for its default"
+            )
 
 
 def name_publicly(parsed: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
@@ -32,6 +32,11 @@ def takes_only_classes(kind: Any) -> bool:
     """Whether every value of a type, but None, is an object of a class, or a list of these."""
     leaves = [leaf for leaf in _leaves(kind) if leaf not in _UNSAID]
     return bool(leaves) and all(isinstance(leaf, type) and leaf not in _PLAIN for leaf in leaves)
+
+
+def takes_null(kind: Any) -> bool:
+    """Whether None is of a type."""
+    return any(leaf in (None, NoneType, Any) or isinstance(leaf, TypeVar) for leaf in _leaves(kind))
 
 
 def known_classes(kind: Any) -> set[str]:

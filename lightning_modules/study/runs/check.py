@@ -41,11 +41,22 @@ def check_study(subject: Subject) -> None:
     _check_endpoint(subject)
 
 
+# The least and the most of each, which a machine can plan.
+_COUNTS = {
+    "seeds": (1, 10_000),
+    "epochs": (1, 10**9),
+    "threads": (1, 1024),
+    "tune": (0, 10_000),
+    "sweep_points": (2, 10_000),
+}
+
+
 def _check_numbers(study: Study) -> None:
-    least = {"seeds": 1, "epochs": 1, "threads": 1, "tune": 0, "sweep_points": 2}
-    for name, bound in least.items():
-        if getattr(study, name) < bound:
-            raise ValueError(f"expected {name} of at least {bound}, got {getattr(study, name)}")
+    for name, (least, most) in _COUNTS.items():
+        if (count := getattr(study, name)) < least:
+            raise ValueError(f"expected {name} of at least {least}, got {count}")
+        if count > most:
+            raise ValueError(f"expected {name} of at most {most:,}, got {count:.6g}")
     if study.limit_test is not None and study.limit_test < 1:
         raise ValueError(f"expected limit_test to be a number of batches of at least 1, got {study.limit_test}")
     if study.schedule is not None:
