@@ -117,6 +117,10 @@ def _of_a_library(error: Exception) -> str | None:
             )
     if last != "fit.py" or _owner(frames[-1].filename) == "ours":
         return None  # classes of ours were at work: it may be a fault of theirs
+    if Path(frames[-1].filename).parent.name == "jsonargparse":  # what the class raised that it tried to make
+        *_, met = _chain(error)
+        if isinstance(met, Exception) and _frames(met):
+            error, frames = met, _frames(met)
     place = _module(frames[-1].filename)
     said = f"refuses it: {error}" if _on_purpose(frames[-1]) else f"ended with {_kind(error)}"
     return f"{place} {said}; give other options, nsgd fit --help all lists them"

@@ -77,6 +77,10 @@ def loss_hessian(
         RuntimeError: If an operation in the loss has no double backward; the message names the way out.
     """
     params, scale = checked_params(params), not_zero("scale", scale)
+    if any(p.is_meta for p in params):
+        raise ValueError(
+            "got parameters on the device meta, without values; give them some, with to_empty() and a load"
+        )
     if isinstance(loss, Tensor):
         source = _kept(loss, params, scale)
     elif callable(loss):

@@ -112,8 +112,8 @@ def is_ours(error, changed):
         return True
     own = str(Path(nsgd.__file__).parent) in path
     torchs_own = "torch/optim" in path and changed in ("lr", "params", "weight_decay", "param_group", "state_dict")
-    good = isinstance(error, ValueError | TypeError | FloatingPointError) and (own or torchs_own)
-    return good and on_purpose and "\n" not in str(error) and len(str(error)) > 15
+    good = isinstance(error, ValueError | TypeError | FloatingPointError) and ((own and on_purpose) or torchs_own)
+    return good and "\n" not in str(error) and len(str(error)) > 15
 
 
 def exchanged(whole, value, data):

@@ -38,10 +38,10 @@ def parse(parser: Parser, argv: list[str], command: str, classes: Mapping[str, A
     Raises:
         ValueError: In one sentence, if the options are bad.
     """
+    given = {**(classes or {}), **given_options(argv, of_files=())}  # first: it says what is wrong with a file
     try:
         parsed: Namespace = parser.parse_args(argv)
     except BadOption as error:
-        given = {**(classes or {}), **given_options(argv, of_files=())}
         options = list(parser._option_string_actions)
         raise ValueError(one_sentence(error, command=command, given=given, options=options)) from error
     refuse_nulls(parser, parsed)

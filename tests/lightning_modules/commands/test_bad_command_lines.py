@@ -213,17 +213,20 @@ def run_many(command: str, count: int, record_property: Callable[[str, object], 
         record_property("reliability: bad command lines", SEEN.total() - before)
 
 
+@pytest.mark.filterwarnings("ignore")  # they are no errors to a user
 @pytest.mark.parametrize(("command", "count"), [("compare", 40), ("escape", 100), ("fit", 12), ("test", 6)])
 def test_any_value_for_any_option(dry, record_property, command, count):
     run_many(command, count, record_property, derandomize=True)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("command", "count"), [("compare", 3000), ("escape", 3000), ("fit", 2000), ("test", 500)])
 def test_any_value_for_any_option_for_long(dry, record_property, command, count):
     run_many(command, count, record_property)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     ("argv", "text", "sentence"),
     [
@@ -239,12 +242,18 @@ def test_any_value_for_any_option_for_long(dry, record_property, command, count)
         (["compare", "digits", "--net", "{a: b}"], "", "expected net to be one of .*, or module:name of your own, got"),
         (["compare", "digits", "--schedule", "{lr: 0}"], "", "expected an option of --schedule, got lr in it"),
         (["compare", "digits", "--data.help", "[0]"], "", "expected --data.help CLASS, a class by its import path"),
+        (
+            ["fit", "--model.num_classes", "0"],
+            "",
+            "torchmetrics.*refuses it: Expected .*num_classes.*larger than 1.*got 0",
+        ),
+        (["escape"], b"out: \xff\n", "expected a config in YAML, got given.yaml: .*can't decode"),
         (["compare", "digits", ""], "", "expected an option of nsgd compare, got ''; nsgd compare --help"),
     ],
 )
 def test_what_this_has_found_is_said_in_one_sentence(dry, capsys, argv, text, sentence):
     if text:
-        Path("given.yaml").write_text(text)
+        Path("given.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         argv = [*argv, "--config", "given.yaml"]
     assert main(argv) == 2
     assert re.search(f"nsgd: .*{sentence}", capsys.readouterr().err)
