@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
-from nsgd.curvature.checks import count_or_none, not_zero, shown, whole_number
+from nsgd.curvature.checks import count_or_none, not_zero, whole_number
 from nsgd.curvature.guard import untouched
 from nsgd.curvature.hessian import (
     NO_GRAPH,
