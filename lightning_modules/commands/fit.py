@@ -105,7 +105,7 @@ class _Commands(LightningCLI):
             options += [f"--optimizer.{name}" for name in inspect.signature(NSGD).parameters]
             said = one_sentence(error, command=f"nsgd {args[0]}", given=given, options=options)
             raise ValueError(said) from error
-        refuse_nulls(self._subcommand_parsers[args[0]], self.config[args[0]])
+        refuse_nulls(self._subcommand_parsers[args[0]], self.config[args[0]], given_options(args, of_files=()))
         name_publicly(self.config)
 
     def before_instantiate_classes(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, NoReturn, get_type_hints
 
@@ -44,15 +45,16 @@ def parse(parser: Parser, argv: list[str], command: str, classes: Mapping[str, A
     except BadOption as error:
         options = list(parser._option_string_actions)
         raise ValueError(one_sentence(error, command=command, given=given, options=options)) from error
-    refuse_nulls(parser, parsed)
+    refuse_nulls(parser, parsed, given)
     name_publicly(parsed)
     return parsed
 
 
-def refuse_nulls(parser: ArgumentParser, parsed: Namespace) -> None:
+def refuse_nulls(parser: ArgumentParser, parsed: Namespace, given: Collection[str]) -> None:
     """Raise a ValueError where an option is null, as files have it, and its type is not; jsonargparse lets it pass.
 
-    An option of the parser's, or of a class that one of them names.
+    An option of the parser's, or of a class that one of them names; one without a default, which may come from the
+    data, only where it is among those that were given by hand.
     """
     for option, action in parser._option_string_actions.items():
         kind = getattr(action, "_typehint", None)
@@ -61,17 +63,19 @@ def refuse_nulls(parser: ArgumentParser, parsed: Namespace) -> None:
             raise ValueError(f"expected {option} to be {described(kind)}, got null; leave it out for its default")
         value = parsed.get(action.dest)
         if isinstance(value, Namespace) and value.get("class_path") and value.get("init_args"):
-            _refuse_nulls_of(value["class_path"], option, vars(value["init_args"]))
+            _refuse_nulls_of(value["class_path"], option, vars(value["init_args"]), given)
 
 
-def _refuse_nulls_of(class_path: str, option: str, values: Mapping[str, Any]) -> None:
+def _refuse_nulls_of(class_path: str, option: str, values: Mapping[str, Any], given: Collection[str]) -> None:
     hints: dict[str, Any] = {}
+    required: set[str] = set()
     for base in reversed(resolve_name(class_path).__mro__):
         with suppress(Exception):  # of a class of the user's, whose annotations may be of any kind
             hints |= get_type_hints(base.__init__)
+            required |= {name for name, p in signature(base).parameters.items() if p.default is p.empty}
     for name, value in values.items():
-        kind = hints.get(name)
-        if value is None and kind is not None and not takes_null(kind):
+        kind, by_hand = hints.get(name), f"{option.lstrip('-')}.{name}" in given
+        if value is None and kind is not None and not takes_null(kind) and (by_hand or name not in required):
             raise ValueError(
                 f"expected {option}.{name} to be {described(kind)}, got null; leave it out for its default"
             )
