@@ -40,12 +40,29 @@ from lightning_modules.support.study_folder import StudyFolder
 PLANS = Path(__file__).parent / "configs" / "cifar10"
 HUB = "uoft-cs/cifar10"
 IMAGES = 50_000  # of training
-KEPT = ("config.yaml", "environment.yaml", "methods.yaml", "settled.yaml", "results.csv", "summary.csv", "tuning.csv")
-COUNTS = ("methods", "tune", "seeds", "search", "sweep", "sweep_points")  # options that say which runs there are
+KEPT = (
+    "config.yaml",
+    "environment.yaml",
+    "methods.yaml",
+    "settled.yaml",
+    "results.csv",
+    "summary.csv",
+    "tuning.csv",
+    "sweep.csv",
+)
+COUNTS = (
+    "methods",
+    "tune",
+    "seeds",
+    "search",
+    "sweep",
+    "sweep_points",
+    "sweep_seeds",
+)  # options that say which runs there are
 # An iteration by a method beside one by SGD, on an H100; what is not here takes about as long.
 COSTS = {"gradients": 4.3, "lanczos": 20.0, "sam": 2.0}
 TOGETHER = 0.6  # seconds of twelve runs side by side, beside those of one after the other, on an H100
-SMOKE = {"epochs": 2, "seeds": 1, "sweep_points": 2, "target": None}
+SMOKE = {"epochs": 2, "seeds": 1, "sweep_points": 2, "sweep_seeds": 1, "target": None}
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

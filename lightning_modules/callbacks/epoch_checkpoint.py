@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from lightning_modules.support.whole_files import write_bytes
+from lightning_modules.support.whole_files import write_with
 
 EVERY = 30.0  # seconds between two checkpoints, at least: what takes less is as soon made again
 
@@ -22,7 +21,7 @@ class EpochCheckpoint(pl.Callback):
     """Keep one checkpoint of a training with everything that it goes on from, random state included.
 
     It is written at the end of an epoch, and not in the last one; it stands last among the callbacks, whose states it
-    holds. Memory: the checkpoint itself, while it is written.
+    holds.
 
     Args:
         path: Its file.
@@ -72,11 +71,9 @@ class EpochCheckpoint(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the checkpoint, where the last one is old enough."""
         if trainer.global_step < trainer.max_steps and time.monotonic() - self._written >= EVERY:
-            content = io.BytesIO()
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()
             _end_epoch(checkpoint["loops"]["fit_loop"])
-            torch.save(checkpoint, content)
-            write_bytes(self.path, content.getvalue())
+            write_with(self.path, lambda file: torch.save(checkpoint, file))
             self._written = time.monotonic()
 
 

@@ -71,6 +71,7 @@ class Study:
         search: Ranges of the trials by method, for example {nsgd: {lr: [0.01, 1], gamma: [0.05, 0.5]}}, log-uniform.
         sweep: lr to draw final loss and score against the learning rate, over each method's range.
         sweep_points: Learning rates of a sweep.
+        sweep_seeds: Seeds that each rate of a sweep is run with; the means are compared.
         target: Value of ``monitor`` whose cost is compared; null for the mean over seeds of the first method's best
             trial, and without trials for none.
         augment: Whether training data are augmented: sets the data's own option of that name; null leaves it to them.
@@ -104,6 +105,7 @@ class Study:
     search: dict[str, Ranges] = field(default_factory=dict)
     sweep: Literal["lr"] | None = None
     sweep_points: int = 9
+    sweep_seeds: int = 1
     target: float | None = None
     augment: bool | None = None
     limit_test: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from lightning_modules.report.study.numbers import MISSING, and_, count, estimat
 from lightning_modules.support.files import Rows
 from lightning_modules.support.score import TRAIN_LOSS, Measure
 
+_NEAR = 1.1  # times the best loss that counts as near it
 _ABOVE = 3  # times the loss before training: what diverged would flatten the rest of the axis
 _SENSITIVITY = (
-    "Training loss and {score} of the last weights against the learning rate, one run for each point, all "
-    "with the same seed; other settings are those of the study. Dotted: the loss of the first batch before training. "
+    "Training loss and {score} of the last weights against the learning rate, {runs}; other settings are those of the "
+    "study. Dotted: the loss of the first batch before training. "
     "Losses that are not finite are not drawn, nor are those above {above} times the dotted line."
 )
 
@@ -32,13 +34,43 @@ def stable_range(rows: Rows, start: float) -> tuple[float, float] | None:
         rows: Of one method's sweep: ``lr`` and ``train_loss``.
         start: Loss before training.
     """
-    ordered = sorted(rows, key=lambda row: row["lr"])
+    return _longest([(row["lr"], row["train_loss"] < start) for row in rows])
+
+
+def range_near_the_best(rows: Rows) -> tuple[float, float] | None:
+    """Lowest and highest learning rate of the unbroken range around the best whose final losses are within a tenth.
+
+    Args:
+        rows: Of one method's sweep: ``lr`` and ``train_loss``.
+    """
+    finite = [row["train_loss"] for row in rows if math.isfinite(row["train_loss"])]
+    best = min(finite, default=math.nan)
+    holds = [(row["lr"], row["train_loss"] <= _NEAR * best) for row in rows]
+    return _longest(holds)
+
+
+def _longest(holds: Sequence[tuple[float, bool]]) -> tuple[float, float] | None:
+    """Ends of the longest unbroken range of rates for which something holds."""
     best: list[float] = []
     current: list[float] = []
-    for row in ordered:
-        current = [*current, row["lr"]] if row["train_loss"] < start else []
+    for rate, held in sorted(holds):
+        current = [*current, rate] if held else []
         best = max(best, current, key=len)
     return (best[0], best[-1]) if best else None
+
+
+def means_over_seeds(rows: Rows) -> Rows:
+    """One row for each learning rate of one method's sweep: means over its seeds, of which a death has no loss."""
+    found: Rows = []
+    for lr in sorted({row["lr"] for row in rows}):
+        at = [row for row in rows if row["lr"] == lr]
+        names = [name for name in dict.fromkeys(n for row in at for n in row) if _is_number(at[0].get(name))]
+        found.append({name: float(np.mean([row.get(name, math.nan) for row in at])) for name in names} | {"lr": lr})
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -147,15 +179,19 @@ def _of_the_best(files: Files, method: str) -> str:
 
 
 def sensitivity_table(files: Files) -> dict[str, Any]:
-    """For each method the range of rates that lower the loss, and the best one."""
+    """For each method the range of rates that lower the loss, the decades near its best, and the best one."""
     rows = []
     for method in files.methods:
-        swept = [row for row in files.sweep if row["method"] == method]
+        swept = means_over_seeds([row for row in files.sweep if row["method"] == method])
         if swept:
-            rows.append([files.label(method), *_stability(swept), *_best_rate(swept, files)])
+            near = _decades(range_near_the_best(swept), swept)
+            rows.append([files.label(method), *_stability(swept), near, *_best_rate(swept, files)])
     return {
         "title": f"Learning rates that lower the loss, and the best by {files.criterion.label} with what it gives",
-        "header": ["method", "stable from", "to", "decades", "best", "training loss", files.score.validation.header],
+        "header": [
+            *("method", "stable from", "to", "decades", "decades within 10 % of the best loss", "best"),
+            *("training loss", files.score.validation.header),
+        ],
         "rows": rows,
     }
 
@@ -166,9 +202,16 @@ def _stability(rows: Rows) -> list[str]:
     stable = stable_range(rows, starts[0]) if starts else None
     if stable is None:
         return [MISSING] * 3
-    rates, (low, high) = [row["lr"] for row in rows], stable
-    more = "≥ " if low == min(rates) or high == max(rates) else ""  # it may go on beyond the grid
-    return [f"{low:g}", f"{high:g}", f"{more}{math.log10(high / low):.2f}"]
+    return [f"{stable[0]:g}", f"{stable[1]:g}", _decades(stable, rows)]
+
+
+def _decades(ends: tuple[float, float] | None, rows: Rows) -> str:
+    """How wide a range of rates is, at least where it ends with the rates that were tried."""
+    if ends is None:
+        return MISSING
+    rates, (low, high) = [row["lr"] for row in rows], ends
+    more = "≥ " if low == min(rates) or high == max(rates) else ""
+    return f"{more}{math.log10(high / low):.2f}"
 
 
 def _best_rate(rows: Sequence[Mapping[str, Any]], files: Files) -> list[str]:
@@ -191,7 +234,11 @@ def rate_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption: of the sweep and of the trials, where there were any."""
     figures = {}
     if files.sweep:
-        words = _SENSITIVITY.format(score=files.score.validation.label, above=_ABOVE)
+        seeds = max(Counter((row["method"], row["lr"]) for row in files.sweep).values())  # a death has no seed there
+        runs = "one run for each point, all with the same seed"
+        if seeds > 1:
+            runs = f"means over {seeds} seeds, which are the crosses"
+        words = _SENSITIVITY.format(score=files.score.validation.label, above=_ABOVE, runs=runs)
         figures["learning-rates"] = (_sensitivity(files), words)
     if any("lr" in row for row in files.tuning):
         words = (
@@ -206,12 +253,17 @@ def _sensitivity(files: Files) -> Figure:
     measure = files.score.validation
     figure, (losses, scores) = new_figure(2)
     for method, style in files.styles.items():
-        rows = sorted((row for row in files.sweep if row["method"] == method), key=lambda row: row["lr"])
-        if rows:
-            rates = [row["lr"] for row in rows]
-            plot(losses, style, rates, [row["train_loss"] for row in rows], marker="o")
-            values = [measure.factor * row.get(measure.column, math.nan) for row in rows]
-            plot(scores, style, rates, values, marker="o")
+        every = [row for row in files.sweep if row["method"] == method]
+        rows = means_over_seeds(every)
+        for axes, column, factor in ((losses, TRAIN_LOSS.column, 1.0), (scores, measure.column, measure.factor)):
+            if rows:
+                values = [factor * row.get(column, math.nan) for row in rows]
+                plot(axes, style, [row["lr"] for row in rows], values, marker="o")
+            if len(every) > len(rows):
+                values = [factor * row.get(column, math.nan) for row in every]
+                name = f"_{style.label}, seeds"  # that begins with _, so it is in no legend
+                rates = [row["lr"] for row in every]
+                axes.plot(rates, values, "x", color=style.color, markersize=4, label=name, gid=style.label)
     for axes in (losses, scores):
         axes.set(xlabel="learning rate", xscale="log")
     losses.set(ylabel="final training loss", yscale="log" if has_logarithm(losses) else "linear")

@@ -48,6 +48,7 @@ _COUNTS = {
     "threads": (1, 1024),
     "tune": (0, 10_000),
     "sweep_points": (2, 10_000),
+    "sweep_seeds": (1, 10_000),
 }
 
 

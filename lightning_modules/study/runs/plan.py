@@ -21,7 +21,7 @@ from lightning_modules.study.tuning import (
 from lightning_modules.support.files import Rows
 from lightning_modules.support.study_folder import Stage, StudyFolder, run_name
 
-_SWEEP_SEED = 2000  # never used by the study itself
+_SWEEP_SEED = 2000  # and those after it: never used by the study itself
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Run:
     stage: Stage
     method: Method
     seed: int
-    index: int  # trial, repeat, seed, or point of the sweep
+    index: int  # trial, repeat, seed, or point of the sweep, those of its first seed first
     needs: tuple[int, ...]  # runs whose results it is made from
 
     @property
@@ -73,8 +73,8 @@ def plan_runs(study: Study) -> list[Run]:
                 add("study", method, seed, seed, [*trials, paired[more_of[1], seed]])
     if study.sweep:
         for method in (m for m in first if "lr" in study.recipes[m].defaults):
-            for point in range(study.sweep_points):
-                add("sweep", method, _SWEEP_SEED, point, trials)
+            for index in range(study.sweep_points * study.sweep_seeds):
+                add("sweep", method, _SWEEP_SEED + index // study.sweep_points, index, trials)
     return runs
 
 
@@ -186,7 +186,9 @@ def settings_of(study: Study, folder: StudyFolder, run: Run) -> Settings:
     if run.tunes:
         return trial_settings(study, run.method)[_trial(folder, run)]
     settings: Settings = folder.document("settled")["settings"][run.method]
-    return settings if run.stage == "study" else {**settings, "lr": sweep_rates(study, run.method)[run.index]}
+    if run.stage == "study":
+        return settings
+    return {**settings, "lr": sweep_rates(study, run.method)[run.index % study.sweep_points]}
 
 
 def steps_of(subject: Subject, folder: StudyFolder, run: Run) -> int:

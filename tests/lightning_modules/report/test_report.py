@@ -24,7 +24,7 @@ from lightning_modules import Digits
 from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import read_folder
 from lightning_modules.report.study.numbers import ratio
-from lightning_modules.report.study.rates import edges, settings_table, stable_range
+from lightning_modules.report.study.rates import edges, range_near_the_best, settings_table, stable_range
 from lightning_modules.report.study.report import print_table, write_report
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
 from lightning_modules.report.study.tables import main_tables, overview
@@ -863,13 +863,49 @@ def test_the_range_of_stable_rates_ends_where_the_loss_rises_and_where_a_run_die
         },
     )
     assert report.table("method", "stable from") == [
-        ["SGD", "0.01", "0.1", "1.00", "0.1", "0.5000", "50.0"],
-        ["NSGD", "0.001", "0.1", "≥ 2.00", "0.1", "0.5000", "50.0"],
-        ["Bulk-SGD", "0.1", "1", "≥ 1.00", "0.1", "0.5000", "50.0"],
-        ["AdamW", "–", "–", "–", "0.01", "3.0000", "50.0"],
-        ["SAM", *["–"] * 6],
+        ["SGD", "0.01", "0.1", "1.00", "0.00", "0.1", "0.5000", "50.0"],
+        ["NSGD", "0.001", "0.1", "≥ 2.00", "0.00", "0.1", "0.5000", "50.0"],
+        ["Bulk-SGD", "0.1", "1", "≥ 1.00", "0.00", "0.1", "0.5000", "50.0"],
+        ["AdamW", "–", "–", "–", "0.00", "0.01", "3.0000", "50.0"],
+        ["SAM", *["–"] * 7],
     ]
     assert "≥ 2.00" in Page(write_report(folder)).text
+
+
+def test_rates_are_compared_by_means_over_the_seeds_of_a_sweep(tmp_path):
+    """Of seeds, one loss that is not finite, or one death, counts as such for its rate."""
+    folder = write_study(tmp_path, {"sgd": SGD})
+    losses = {0.01: (1.0, 1.2), 0.1: (0.9, 1.1), 1.0: (0.1, math.inf), 10.0: (0.1, DEAD)}
+    rows: list[dict[str, Any]] = []
+    for lr, seeds in losses.items():
+        for seed, loss in enumerate(seeds):
+            if loss is not DEAD:
+                scores = {"train_loss": loss, "val_loss": loss, "val_accuracy": 0.5, "start_loss": 2.3}
+                rows.append({"method": "sgd", "seed": 2000 + seed, "read_out": "last", "lr": lr, **scores})
+    write_csv(folder / "sweep.csv", rows)
+    dead = folder / "sweep" / "sgd-7"
+    dead.mkdir(parents=True)
+    (dead / "run.yaml").write_text(yaml.safe_dump({"method": "sgd", "lr": 10.0}))
+    write_csv(folder / "deaths.csv", [{"run": "sweep/sgd-7", "method": "sgd", "seed": 2001}])
+    report = Report(folder)
+    assert report.table("method", "stable from") == [
+        ["SGD", "0.01", "0.1", "≥ 1.00", "≥ 1.00", "0.1", "1.0000", "50.0"]
+    ]
+    assert "means over 2 seeds, which are the crosses" in Page(write_report(folder)).text
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ([2.0, 1.0, 1.05, 1.2], (0.2, 0.4)),
+        ([1.0, 1.09, 1.2, 1.0], (0.1, 0.2)),
+        ([math.nan, 1.0, math.inf, math.nan], (0.2, 0.2)),
+        ([math.nan] * 4, None),
+    ],
+)
+def test_the_range_near_the_best_loss_is_within_a_tenth_of_it(losses, found):
+    rows = [{"lr": lr, "train_loss": loss} for lr, loss in zip((0.1, 0.2, 0.4, 0.8), losses, strict=True)]
+    assert range_near_the_best(rows[::-1]) == found
 
 
 def test_a_report_is_written_without_torch_and_lightning(tmp_path):

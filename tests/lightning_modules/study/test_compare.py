@@ -525,6 +525,15 @@ def test_trials_lie_in_the_ranges_evenly_in_their_logarithm(method):
     assert stats.kstest(places, "uniform").statistic < 0.05
 
 
+def test_each_rate_of_a_sweep_runs_with_every_seed_of_it(tmp_path):
+    chosen = study(methods=["sgd"], seeds=1, epochs=1, sweep="lr", sweep_points=2, sweep_seeds=2)
+    run_study(chosen, tmp_path, silent)
+    low, high = sweep_rates(chosen, "sgd")
+    rows = read_csv(tmp_path / "sweep.csv")
+    assert [(row["lr"], row["seed"]) for row in rows] == [(low, 2000), (high, 2000), (low, 2001), (high, 2001)]
+    assert len({row["train_loss"] for row in rows}) == 4
+
+
 def test_a_sweep_makes_a_run_at_each_rate_with_the_other_settings_as_chosen(tmp_path):
     chosen = study(methods=["sgd"], seeds=1, sweep="lr", sweep_points=3, settings={"sgd": {"momentum": 0.5}})
     run_study(chosen, tmp_path, silent)
