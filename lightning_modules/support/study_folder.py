@@ -150,7 +150,8 @@ class StudyFolder:
         }
         written: dict[Document, Mapping[str, Any]] = {**documents, "environment": machine}
         for name, values in written.items():
-            write_yaml_once(self.file(name), values)  # what starts at the same time claims it too
+            if not self.file(name).exists():
+                write_yaml_once(self.file(name), values)  # what starts at the same time claims it too
             if name in documents:  # or claimed it just now for another study, config before all else
                 _same(out, {**_flat(unsaid.get(name, {})), **_flat(read_yaml(self.file(name)))}, values)
 

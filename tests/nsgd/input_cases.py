@@ -334,7 +334,7 @@ INNER = {
     "nsgd.curvature.arpack": ["arpack"],
     "nsgd.curvature.copies": ["copied_attributes"],
     "nsgd.curvature.guard": ["full_precision", "untouched", "RandomState"],
-    "nsgd.curvature.hessian": ["check_finite", "check_loss", "checked_pairs", "gradient_of"],
+    "nsgd.curvature.hessian": ["check_finite", "check_loss", "checked_pairs", "gradient_of", "NoProductError"],
     "nsgd.curvature.lanczos": ["lanczos", "rounding"],
     "nsgd.curvature.low_rank": ["leading_indices", "squared_lengths", "top_of_sum"],
     "nsgd.curvature.nystrom": ["nystrom"],

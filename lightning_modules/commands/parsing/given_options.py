@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
         ValueError: If a config file is no YAML, or no mapping, or names another one.
     """
     options: dict[str, Any] = {}
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip_longest(argv, argv[1:]):
         if not word.startswith("-"):
             continue
         name, equals, attached = word.lstrip("-").partition("=")

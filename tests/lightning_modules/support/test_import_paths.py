@@ -25,6 +25,7 @@ from lightning_modules.study.compare import run_study
 from lightning_modules.support.import_paths import public_path
 
 DIGITS = Path(__file__).parents[3] / "benchmarks" / "results" / "digits"  # a study of 0.1.0
+NEW = {"side": None}  # options of its data that came later
 
 OLD = [  # path in 0.1.0, and module that the class is in now
     ("averages.ReadOuts", "callbacks.averages"),
@@ -112,7 +113,7 @@ def test_the_data_of_the_committed_study_are_built_from_its_config():
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
     data = parser.instantiate_classes(parser.parse_object({"data": written})).data
     assert type(data) is Digits
-    assert dict(data.hparams) == written["init_args"]
+    assert dict(data.hparams) == {**written["init_args"], **NEW}
 
 
 def test_the_committed_study_is_run_from_its_config_and_records_the_public_path(tmp_path, monkeypatch, capsys):
@@ -120,7 +121,8 @@ def test_the_committed_study_is_run_from_its_config_and_records_the_public_path(
     short = ["--methods", "[sgd]", "--seeds", "1", "--epochs", "1", "--out", "out", "--run", "0"]
     assert main(["compare", str(DIGITS / "config.yaml"), *short]) == 0
     old, new = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (DIGITS, tmp_path / "out"))
-    assert new["data"] == {**old["data"], "class_path": "lightning_modules.Digits"}
+    init_args = {**old["data"]["init_args"], **NEW}
+    assert new["data"] == {"class_path": "lightning_modules.Digits", "init_args": init_args}
 
 
 def test_a_study_folder_of_old_goes_on_and_keeps_its_config(tmp_path):
