@@ -1,6 +1,6 @@
 """Inject faults, try models, end commands and make long runs; count what was lost. Hours on one core.
 
-python benchmarks/reliability.py            # writes benchmarks/results/reliability.md, test after test
+python benchmarks/reliability.py --jobs 2   # writes benchmarks/results/reliability.md, test after test
 python benchmarks/reliability.py --quick    # the short form, in minutes: no command is ended, and runs are short
 python benchmarks/reliability.py --smoke    # a few faults, and writes nothing
 """
@@ -87,11 +87,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the short form")
     parser.add_argument("--smoke", action="store_true", help="a few faults, and write nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="tests side by side")
     args = parser.parse_args()
     os.chdir(ROOT)
     command = f"python benchmarks/reliability.py{' --quick' if args.quick else ''}"
     counts = Counts(None if args.smoke else RESULTS, command)
     chosen = [] if args.quick else ["-m", "", "-k", "not quick"]
+    chosen += ["-n", str(args.jobs)] if args.jobs > 1 else []
     tests = [str(ROOT / "tests" / name) for name in TESTS]
     if args.smoke:
         chosen, tests = ["-k", "batch_of_one"], [str(ROOT / "tests" / "nsgd" / "test_faults.py")]
