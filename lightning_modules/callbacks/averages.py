@@ -21,7 +21,7 @@ from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.batch_loss import batch_losses
 from nsgd.curvature.guard import untouched
 
-ReadOut = Literal["last", "ema", "swa", "two-point"]
+ReadOut = Literal["last", "ema", "swa", "two-point", "best"]
 READ_OUTS: tuple[ReadOut, ...] = get_args(ReadOut)
 
 
@@ -32,17 +32,28 @@ class ReadOuts(pl.Callback):
         ema_decay: Decay of the exponential moving average, updated every step; (1 + t) / (10 + t) while that is less.
         swa_share: Share of the steps, at the end, that the uniform average (SWA) runs over, step by step.
         two_point_share: Distance of the two averaged points, as a share of all steps; the second is the last.
+        best_by: Name of what the module logs in validation, and whether less or more of it is better ("min", "max").
+            The weights with the best of it are a read-out too, "best", and :attr:`start` holds those before training;
+            None for neither.
 
     A run whose number of steps is not known beforehand has the EMA only. Averages are kept in float32 at least,
-    whatever the weights are in, and rounded where they are read out. Memory: three times the parameters. State is
-    saved in checkpoints.
+    whatever the weights are in, and rounded where they are read out. Memory: three times the parameters, five times
+    with the best. State is saved in checkpoints.
     """
 
-    def __init__(self, ema_decay: float = 0.99, swa_share: float = 0.25, two_point_share: float = 0.1) -> None:
+    def __init__(
+        self,
+        ema_decay: float = 0.99,
+        swa_share: float = 0.25,
+        two_point_share: float = 0.1,
+        best_by: tuple[str, Literal["min", "max"]] | None = None,
+    ) -> None:
         for name, value in (("ema_decay", ema_decay), ("swa_share", swa_share), ("two_point_share", two_point_share)):
             if not 0 < value < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value}")
         self.ema_decay, self.swa_share, self.two_point_share = ema_decay, swa_share, two_point_share
+        self.best_by, self.start = best_by, list[Tensor]()
+        self._best = math.inf  # so far, turned round where more is better
         self.apart: Callable[[], AbstractContextManager[None]] = nullcontext  # around what gathering takes
         self._averages: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
@@ -61,6 +72,17 @@ class ReadOuts(pl.Callback):
         self._training = [m.training for m in pl_module.modules()]
         with self.apart(), evaluation_weights(trainer.optimizers):
             self._gather(trainer, pl_module, self._batches)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the weights, where they are the best so far, as the optimizer is judged by them."""
+        if self.best_by is None or trainer.sanity_checking or self.best_by[0] not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.best_by[0]])
+        value = -value if self.best_by[1] == "max" else value
+        if value < self._best:
+            with self.apart():
+                self._best = value
+                self._averages["best"] = [_wide(p).clone() for p in pl_module.parameters()]
 
     def _gather(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         # Without a warm-up a short run would read out its initial weights.
@@ -121,20 +143,24 @@ class ReadOuts(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""
-        return {"averages": self._averages, "counts": self._counts, "seen": self._seen, "batches": self._batches}
+        so_far = {"averages": self._averages, "counts": self._counts, "seen": self._seen, "batches": self._batches}
+        return {**so_far, "best": self._best, "start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with saved averages."""
         self._averages, self._counts = state_dict["averages"], state_dict["counts"]
         self._seen = state_dict["seen"]
         self._batches = state_dict.get("batches", self._seen)
+        self._best, self.start = state_dict.get("best", math.inf), state_dict.get("start", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move loaded averages to the module's device, and to the type that they are kept in."""
+        """Move loaded averages to the module's device, and to the type that they are kept in; keep the start."""
         self._averages = {
             name: [a.to(_wide(p)) for a, p in zip(values, pl_module.parameters(), strict=True)]
             for name, values in self._averages.items()
         }
+        if self.best_by is not None and not self.start:
+            self.start = [p.detach().clone() for p in pl_module.parameters()]
 
 
 def _wide(p: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from lightning_modules.data.digits import Digits
 from lightning_modules.study.methods import Method, NSGDOptions, Recipe, Schedule, Settings
 from lightning_modules.study.methods.built_in import recipes_of
+from lightning_modules.study.spectrum import Spectrum
 from lightning_modules.support.import_paths import public_path
 from lightning_modules.support.score import Mode, Score, better
 
@@ -82,6 +83,9 @@ class Study:
         precision: Of the runs and their scores, as the Trainer takes it: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
             averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
+        spectrum: Whether to measure, at the end of each run that counts and at its best validation, the Hessian's
+            Frobenius norm, largest eigenvalue and the distance from the start, for example {k: 50, samples: 2560}; the
+            weights of the best validation are read out as well. null for no.
         nsgd: Options of NSGD.
         data_config: Class path and options of the data as a file has them; null for those that they save as
             hyperparameters.
@@ -113,16 +117,21 @@ class Study:
     accelerator: str = "auto"
     precision: Precision = "32-true"
     measure: list[str] = field(default_factory=list)
+    spectrum: Spectrum | None = None
     nsgd: NSGDOptions = field(default_factory=NSGDOptions)
     data_config: dict[str, Any] | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain values; as a file it is a study of its own."""
-        apart = {"data", "data_config", "schedule", "nsgd"} | ({"net", "sizes"} if self.model is not None else set())
+        apart = {"data", "data_config", "schedule", "spectrum", "nsgd"} | (
+            {"net", "sizes"} if self.model is not None else set()
+        )
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         score = {"monitor": self.score.monitor, "mode": self.score.mode}
         schedule = None if self.schedule is None else asdict(self.schedule)
-        return {"data": self._data(), **plain, **score, "schedule": schedule, "nsgd": asdict(self.nsgd)}
+        spectrum = None if self.spectrum is None else asdict(self.spectrum)
+        nested = {"schedule": schedule, "spectrum": spectrum, "nsgd": asdict(self.nsgd)}
+        return {"data": self._data(), **plain, **score, **nested}
 
     @cached_property
     def recipes(self) -> dict[Method, Recipe]:

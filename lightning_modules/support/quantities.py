@@ -15,6 +15,12 @@ MEASUREMENTS = (SHARPNESS, VALLEY, QUADRATIC, AVERAGING)
 LR = "lr"
 LOSS = "loss"
 
+# -- where a run of a study ended, and was best ----------------------------------------------------------------------
+
+FROBENIUS = "frobenius"
+LAMBDA_1 = "lambda_1"
+DISTANCE = "distance"
+
 # -- sharpness -------------------------------------------------------------------------------------------------------
 
 PARAMETERS = "parameters"

@@ -20,7 +20,7 @@ from lightning_modules.support.score import Measure
 
 SEEDS = "final-values"  # name of the figure
 
-_MARKERS = {"last": "o", "ema": "^", "swa": "s", "two-point": "D"}
+_MARKERS = {"last": "o", "ema": "^", "swa": "s", "two-point": "D", "best": "*"}
 _LANE = 0.19  # of a method's row, between its read-outs
 _DODGE = 0.045  # of a row, between points of one value
 _ROW = 0.75  # inches

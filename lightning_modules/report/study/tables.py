@@ -21,6 +21,7 @@ from lightning_modules.report.study.numbers import (
     upper,
 )
 from lightning_modules.report.study.rates import sensitivity_table
+from lightning_modules.report.study.spectrum import spectrum_tables
 from lightning_modules.support.score import Measure
 
 Table = dict[str, Any]
@@ -120,13 +121,13 @@ def _cost_cells(files: Files, method: str) -> list[str]:
 
 
 def main_tables(files: Files) -> list[Table]:
-    """The endpoint, what is beside it, cost of a run, cost to the target, and sensitivity to the learning rate."""
+    """The endpoint, what is beside it, costs, sensitivity to the learning rate, and curvature where runs ended."""
     tables = [*(_scores(files, measure) for measure in shown_measures(files)), _costs(files)]
     if files.target is not None:
         tables.append(_target(files, files.target))
     if files.sweep:
         tables.append(sensitivity_table(files))
-    return tables
+    return [*tables, *spectrum_tables(files)]
 
 
 def _scores(files: Files, measure: Measure) -> Table:

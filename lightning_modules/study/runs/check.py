@@ -62,6 +62,8 @@ def _check_numbers(study: Study) -> None:
         raise ValueError(f"expected limit_test to be a number of batches of at least 1, got {study.limit_test}")
     if study.schedule is not None:
         study.schedule.check()
+    if study.spectrum is not None:
+        study.spectrum.check()
     if study.sweep not in (None, "lr"):
         raise ValueError(f"expected sweep to be lr or null, got {study.sweep!r}")
     for name in ("lr", "weight_decay"):

@@ -12,6 +12,7 @@ from lightning_modules.callbacks.averages import ReadOut, ReadOuts, calibration_
 from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.base import Split
 from lightning_modules.models.batch_loss import batch_losses
+from lightning_modules.study.spectrum import Spectrum, spectrum_columns
 from lightning_modules.support.quiet import quiet
 from lightning_modules.support.score import EVALUATED, Score
 
@@ -30,6 +31,7 @@ def score_read_outs(
     score: Score,
     stages: Sequence[Split],
     test_batches: int | None = None,
+    spectrum: Spectrum | None = None,
 ) -> Iterator[tuple[ReadOut, Scores]]:
     """Scores of each wanted read-out of a run that has ended.
 
@@ -41,6 +43,7 @@ def score_read_outs(
         score: What is compared.
         stages: "val", "test", or both.
         test_batches: Batches of the test data, at most; None for all.
+        spectrum: What to measure of the Hessian in the last weights and in the best; None for nothing.
 
     Yields:
         A read-out, and its training loss on the same samples for all, without dropout or augmentation, and scores.
@@ -56,6 +59,8 @@ def score_read_outs(
         module.to(device)
         with read_outs.applied(name, module, calibration):
             scores = {"train_loss": _mean_loss(module, samples)}
+            if spectrum is not None and name in ("last", "best"):
+                scores |= spectrum_columns(spectrum, module, samples, read_outs.start)
             for stage in stages:
                 limits = {} if test_batches is None or stage == "val" else {"limit_test_batches": test_batches}
                 scores |= wanted_scores(logged_scores(judge(**limits), module, data, stage), stage, score)

@@ -61,7 +61,9 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
     files.begin(plain, measurements=MEASUREMENTS)
     measured = study.measure if run.stage == "study" and run.seed == 0 else []
     measurements = make_measurements(measured, folder=files.path)
-    record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts()
+    counted = run.stage == "study"
+    best_by = (study.score.monitor, study.score.mode) if counted and study.spectrum is not None else None
+    record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts(best_by=best_by)
     read_outs.apart = record.apart
     kept = None if measured or not subject.goes_on else EpochCheckpoint(files.checkpoint, plain)
     trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, record, [read_outs], measurements, kept)
@@ -132,6 +134,7 @@ def _results(
         score=study.score,
         stages=stages,
         test_batches=study.limit_test,
+        spectrum=study.spectrum if counted else None,
     )
     return [{**about, "read_out": name, **rate, **scores, **counts} for name, scores in scored]
 

@@ -15,6 +15,7 @@ from lightning_modules.study.compare import run_one, run_study
 from lightning_modules.study.methods import Schedule
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.subject import Subject
+from lightning_modules.study.spectrum import Spectrum
 from lightning_modules.support.files import read_csv
 
 METHODS: list[Any] = [
@@ -45,8 +46,10 @@ def stopping(study: Study, folder: Any, number: int, at: int) -> None:
 
 def chosen(**options: Any) -> Study:
     data = Digits(batch_size=50, limit=300, augment=True)  # 4 steps an epoch
-    schedule = Schedule("cosine", warmup=0.1)
-    return study(**{"data": data, "epochs": 4, "seeds": 1, "lr": 0.05, "schedule": schedule, **options})
+    schedule, spectrum = Schedule("cosine", warmup=0.1), Spectrum(k=2, samples=50)
+    return study(
+        **{"data": data, "epochs": 4, "seeds": 1, "lr": 0.05, "schedule": schedule, "spectrum": spectrum, **options}
+    )
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path, monkeypatch):
