@@ -158,6 +158,14 @@ def _scaled(hvp: HVP, scale: float) -> HVP:
     return hvp if scale == 1.0 else lambda vector: hvp(vector) / scale
 
 
+def product_of(hvp: HVP, vector: Tensor) -> Tensor:
+    """A product with a vector; a ValueError where what is called gives something else."""
+    result = hvp(vector)
+    if not isinstance(result, Tensor) or result.shape != vector.shape:
+        raise ValueError(f"expected products of shape {tuple(vector.shape)}, got {shown(result)}")
+    return result
+
+
 class _Counted:
     """A product that counts its calls and refuses NaN and infinity.
 
@@ -172,9 +180,7 @@ class _Counted:
 
     def __call__(self, vector: Tensor) -> Tensor:
         self.count += 1
-        result = self.hvp(vector)
-        if not isinstance(result, Tensor) or result.shape != vector.shape:
-            raise ValueError(f"expected products of shape {tuple(vector.shape)}, got {shown(result)}")
+        result = product_of(self.hvp, vector)
         if not bool(torch.isfinite(result).all()):
             raise FloatingPointError(
                 f"Hessian-vector product {self.count} is NaN or infinite; no eigenpairs can be taken"

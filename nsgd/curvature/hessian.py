@@ -148,7 +148,8 @@ def checked_pairs(losses: Any) -> list[tuple[Closure, int]]:
     if not pairs:
         raise ValueError("expected pairs of a closure that computes a loss and its sample count, got an empty list")
     for pair in pairs:
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Integral) and int(pair[1]) >= 1):
+        two = isinstance(pair, Sequence) and len(pair) == 2
+        if not (two and callable(pair[0]) and isinstance(pair[1], Integral) and int(pair[1]) >= 1):
             raise ValueError(
                 "expected a loss tensor, a closure that computes it, or pairs of such a closure and its sample count "
                 f"(1 or more), got {shown(pair)}"

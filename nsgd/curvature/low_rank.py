@@ -43,7 +43,8 @@ def low_rank(
         of k and the rank of the sum.
 
     Raises:
-        ValueError: If the shapes do not fit, the vectors are not in float32 or float64, or k is below 1.
+        ValueError: If the shapes do not fit, the vectors are not in float32 or float64, something is not finite, or k
+            is below 1.
     """
     whole_number("k", k, least=1)
     check_choice("which", which, Which)
@@ -54,6 +55,8 @@ def low_rank(
     roots = weights.abs().sqrt()  # (m,)
     gram = _gram(parts) * roots[:, None] * roots
     longest = float(gram.diagonal().max())
+    if not math.isfinite(longest):
+        raise ValueError("expected weights and vectors that are finite, got NaN or infinite ones; leave such rows out")
     if longest == 0:
         return torch.empty(0, dtype=torch.float64), parts[0][:0]
     negligible = NEGLIGIBLE[parts[0].dtype]

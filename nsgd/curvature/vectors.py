@@ -34,9 +34,11 @@ def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
     """Parameters as a list, each once, however often it is given.
 
     Raises:
-        ValueError: Unless they are real parameters with a shape, of which at least one requires a gradient.
+        ValueError: Unless they are real parameters with a shape and values, of which at least one requires a gradient.
     """
     found = listed(params)
+    if any(p.is_meta for p in found):
+        raise ValueError("got parameters on the meta device, which hold no values; give them some, by to_empty()")
     if not any(p.requires_grad for p in found):
         raise ValueError(f"none of the {len(found)} parameters requires a gradient; unfreeze some: requires_grad_()")
     return list({id(p): p for p in found}.values())

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def check_rate(name: str, value: Any, where: str = "") -> None:
-    """Raise a ValueError unless this is a number of at least 0, or a tensor, which only the device may know."""
-    if not isinstance(value, Tensor) and not (is_real(plain(value)) and value >= 0):
+    """Raise a ValueError unless this is a number of at least 0, or a tensor of one, which only the device may know."""
+    fits = value.numel() == 1 if isinstance(value, Tensor) else is_real(plain(value)) and value >= 0
+    if not fits:
         raise ValueError(f"expected {name} >= 0, got {shown(value)}{where}")
 
 

@@ -26,10 +26,11 @@ def drawn_mse_loss(prediction: Tensor) -> Tensor:
     Raises:
         ValueError: If the prediction is no tensor of real numbers with a dimension of samples.
     """
-    if not isinstance(prediction, Tensor) or not prediction.is_floating_point() or not prediction.ndim:
-        got = (
-            f"{prediction.dtype}, {prediction.ndim} dimensions" if isinstance(prediction, Tensor) else type(prediction)
-        )
+    is_dense = isinstance(prediction, Tensor) and prediction.layout == torch.strided
+    if not is_dense or not prediction.is_floating_point() or not prediction.ndim:
+        got = type(prediction).__name__
+        if isinstance(prediction, Tensor):
+            got = f"{prediction.dtype}, {prediction.layout}, {prediction.ndim} dimensions"
         raise ValueError(f"expected predictions of real numbers, one row a sample, got {got}; pass model(x)")
     size = max(1, math.prod(prediction.shape[1:]))
     noise = torch.randn_like(prediction.detach()) * (size / 2) ** 0.5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.checks import at_least_zero, check_vectors, in_one_dtype, of_their_kind, shown, whole_number
-from nsgd.curvature.eigen import Eigenpairs, top_eigenpairs
+from nsgd.curvature.eigen import Eigenpairs, product_of, top_eigenpairs
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.hessian import HVP, Closure, loss_hessian
 from nsgd.curvature.vectors import checked_params, vector_dtype
@@ -203,7 +203,7 @@ def damped_sharpness(
         return vector - factor * ((directions @ vector) @ directions)
 
     options: dict[str, Any] = {"max_hvps": max_hvps, "tol": tol, "seed": seed, "repeated": False}
-    return top_eigenpairs(lambda v: root(hvp(root(v))), params, k=1, **options)
+    return top_eigenpairs(lambda v: root(product_of(hvp, root(v))), params, k=1, **options)
 
 
 def _check_directions(directions: Tensor, size: int) -> None:

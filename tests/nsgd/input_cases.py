@@ -333,6 +333,7 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
 INNER = {
     "nsgd.curvature.arpack": ["arpack"],
     "nsgd.curvature.copies": ["copied_attributes"],
+    "nsgd.curvature.eigen": ["product_of"],
     "nsgd.curvature.guard": ["full_precision", "untouched", "RandomState"],
     "nsgd.curvature.hessian": ["check_finite", "check_loss", "checked_pairs", "gradient_of", "NoProductError"],
     "nsgd.curvature.lanczos": ["lanczos", "rounding"],
