@@ -21,6 +21,7 @@ OUT_OF_RANGE = [
     ({"basis_dtype": torch.float8_e4m3fn}, "expected basis_dtype to be torch.bfloat16, .*got torch.float8_e4m3fn"),
     ({"bulk_scale": -1}, "expected bulk_scale to be a finite number >= 0"),
     ({"bulk_scale": float("inf")}, "expected bulk_scale to be a finite number >= 0"),
+    ({"bulk_scale": True}, "expected bulk_scale to be a finite number >= 0 .*got True"),
     ({"refresh_every": 0}, "expected refresh_every to be 'auto' or a whole number of at least 1, got 0"),
     ({"refresh_every": "often"}, "expected refresh_every to be 'auto' or a whole number of at least 1, got 'often'"),
     ({"overhead": 0}, "expected overhead to be a number above 0, .*got 0"),
