@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from lightning_modules import Digits
+from lightning_modules.commands.failures import BAD_INPUT, FAILED, sentence_on
 from lightning_modules.commands.main import main
 from lightning_modules.support import whole_files
 from lightning_modules.support.files import read_csv
@@ -193,6 +195,45 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(Digits, "normalise", names["normalise"])
     with pytest.raises(AttributeError, match="no_such_name"):
         main(["fit", *QUIET])
+
+
+def chained(*errors: Exception, link: str = "__context__") -> Exception:
+    """The first of some exceptions, each of which the next one led to; what was never raised has no frames."""
+    for error, cause in itertools.pairwise(errors):
+        setattr(error, link, cause)
+    return errors[0]
+
+
+@pytest.mark.parametrize("link", ["__context__", "__cause__"])
+@pytest.mark.parametrize("kind", [IndexError, RuntimeError, OSError, MemoryError])
+def test_causes_whose_frames_a_library_dropped_are_read_all_the_same(kind, link):
+    """As by a client that tries again: the sentence that we raised is found behind them, and no error is added."""
+    sentence = "expected a data set of the hub, got nobody/nothing; give another"
+    behind = sentence_on(chained(RuntimeError("gave up"), kind("five times"), ValueError(sentence), link=link))
+    alone = sentence_on(chained(RuntimeError("gave up"), kind("five times"), link=link))
+    if kind is MemoryError:  # the machine's word comes first
+        words = "expected more memory than there is (five times); give smaller batches or a smaller network"
+        assert behind == alone == (words, FAILED)
+    else:
+        assert behind == (sentence, BAD_INPUT)
+        assert alone is None  # nobody's: it keeps its traceback
+
+
+@pytest.mark.parametrize("raised", ["error", "cause"])
+def test_of_an_error_and_its_cause_the_one_with_frames_is_said(raised):
+    """The frames that are left are this test's, which is a user to the command."""
+
+    def with_frames(error: Exception) -> Exception:
+        try:
+            raise error
+        except Exception as met:
+            return met
+
+    errors = {"error": RuntimeError("gave up"), "cause": IndexError("five times")}
+    errors[raised] = with_frames(errors[raised])
+    sentence, code = sentence_on(chained(*errors.values())) or ("", 0)
+    assert sentence.startswith(f"{type(errors[raised]).__name__}: {errors[raised]} in with_frames (")
+    assert code == FAILED
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
