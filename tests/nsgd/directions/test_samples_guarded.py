@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
 import torch
 from sample_cases import SAMPLES, Case
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
@@ -191,6 +192,58 @@ def test_a_module_is_an_nn_module(module):
 def test_what_is_no_batch_is_one_clear_sentence(take, args, message):
     with pytest.raises(ValueError, match=message):
         take(*args)
+
+
+def hugging_face(family: str, attention: str) -> nn.Module:
+    """A tiny transformer of 3 classes, or of 9 words, without dropout."""
+    transformers = pytest.importorskip("transformers")
+    names = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    names |= {"vocab_size": 9, "max_position_embeddings": 8, "attn_implementation": attention}
+    torch.manual_seed(0)
+    if family == "Llama":
+        config = transformers.LlamaConfig(**names, bos_token_id=1, eos_token_id=1)
+        return transformers.LlamaForCausalLM(config)
+    names |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**names))
+
+
+@pytest.mark.parametrize(("family", "attention"), [("Llama", "eager"), ("Llama", "sdpa"), ("Bert", "eager")])
+def test_samples_with_an_attention_mask_are_those_one_by_one_or_refused_with_the_way_out(family, attention):
+    """Some of these models ask whether a mask is all ones, which vmap cannot answer for each sample."""
+    model = hugging_face(family, attention)
+    params = list(model.parameters())
+    ids, labels = torch.randint(1, 9, (5, 7)), torch.randint(3, (5,))
+    mask = (torch.arange(7) < torch.tensor([[7], [5], [3], [7], [4]])).long()  # padding on the right
+
+    def loss(ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        words = ids.masked_fill(mask == 0, -100)  # padding has no loss
+        return model(input_ids=ids, attention_mask=mask, labels=words if family == "Llama" else labels).loss
+
+    def alone(i: int) -> Tensor:
+        """The gradient of a sample without its padding, by torch alone."""
+        length = int(mask[i].sum())
+        part = loss(ids[i : i + 1, :length], mask[i : i + 1, :length], labels[i : i + 1])
+        grads = torch.autograd.grad(part, params, allow_unused=True)
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads, strict=True)]
+        )
+
+    expected = torch.stack([alone(i) for i in range(5)])
+    _, one_by_one = gradient_moment(sample_losses(loss, ids, mask, labels), params)
+    torch.testing.assert_close(one_by_one, expected, rtol=0, atol=1e-6)
+    at_once = sample_losses(loss, ids, mask, labels, module=model)
+    before, refusal = snapshot(model), ""
+    try:
+        _, found = gradient_moment(at_once, params)
+    except RuntimeError as error:
+        refusal = str(error)
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    if refusal:
+        assert (family, attention) != ("Llama", "eager")
+        words = r"the gradients of samples cannot be taken at once, by torch.func.vmap \(.*\); leave module out, and .*"
+        assert re.fullmatch(words, refusal)
+    assert_untouched(model, before)
 
 
 def test_what_vmap_cannot_run_is_an_error_and_leaves_everything_as_found():
