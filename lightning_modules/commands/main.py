@@ -49,7 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if args is None else args)
     path = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))  # for module files of the user's
-    again = "; the same command keeps the finished runs and goes on" if argv[:1] in (["compare"], ["escape"]) else ""
+    goes_on = argv[:1] in (["compare"], ["escape"]) and "--worker" not in argv  # whose study goes on without it
+    again = "; the same command keeps the finished runs and goes on" if goes_on else ""
     try:
         with raising_at_sigterm():
             code = _run(argv)

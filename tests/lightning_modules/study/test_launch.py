@@ -237,19 +237,23 @@ def test_a_study_that_is_ended_leaves_no_process(tmp_path, sent):
     assert workers
 
 
-def test_a_worker_that_is_killed_takes_one_run_with_it_which_is_tried_again(tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [(signal.SIGKILL, "ended by signal 9"), (signal.SIGTERM, "nsgd: ended by SIGTERM")],
+    ids=["SIGKILL", "SIGTERM"],
+)
+def test_a_worker_that_is_killed_takes_one_run_with_it_which_is_tried_again(tmp_path, sent, words):
     killed: list[int] = []
     said: list[str] = []
 
     def progress(*_: Any) -> None:
         if not killed:
             killed.append(processes(str(tmp_path / "two"))[0])
-            os.kill(killed[0], signal.SIGKILL)
+            os.kill(killed[0], sent)
 
     options: dict[str, Any] = {"methods": ["sgd", "nsgd"], "seeds": 2, "epochs": 20}
     assert run_study(study(**options), tmp_path / "two", progress, jobs=2, say=said.append) == []
-    (words,) = said[1:]
-    assert words.endswith("died, it is tried once more: ended by signal 9")
+    assert [line.partition(" died, it is tried once more: ")[2] for line in said[1:]] == [words]
     assert without_seconds(tmp_path / "two") == without_seconds(finished(tmp_path / "one", **options))
 
 
