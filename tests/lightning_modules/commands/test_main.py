@@ -115,6 +115,61 @@ def test_a_run_that_a_dropped_signal_ends_is_unfinished_and_the_same_command_goe
         assert read_csv(out / "results.csv") == read_csv(tmp_path / "whole" / "results.csv")
 
 
+FIT = [
+    *(
+        "fit",
+        "--optimizer",
+        "torch.optim.SGD",
+        "--optimizer.lr",
+        "0.1",
+        "--data.batch_size",
+        "50",
+        "--data.limit",
+        "600",
+    ),
+    *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+]
+RUN = [
+    *("compare", "--run", "0", "--data.limit", "300", "--data.batch_size", "50", "--epochs", "2", "--seeds", "1"),
+    *("--lr", "0.2", "--methods", "[sgd]", "--out", "out"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [(FIT, ""), (RUN, "; the same command keeps the finished runs and goes on")],
+    ids=["fit", "compare --run"],
+)
+def test_a_signal_in_a_step_ends_it_there_with_its_code_and_one_line(
+    capsys, monkeypatch, tmp_path, command, again, dropped
+):
+    monkeypatch.chdir(tmp_path)
+    step = torch.optim.SGD.step
+    steps: list[int] = []
+
+    def stepping(self: Any, closure: Any = None) -> Any:
+        steps.append(0)
+        if len(steps) == 5:
+            Dropping() if dropped else signal.raise_signal(signal.SIGTERM)
+        return step(self, closure)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.SGD, "step", stepping)
+        assert main(command) == 143
+    assert len(steps) == 5, "it went on"
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nsgd:") or not dropped]
+    assert said == [f"nsgd: ended by SIGTERM{again}"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    if command is RUN:
+        assert list(tmp_path.rglob("results.csv")) == list(tmp_path.rglob("failed.txt")) == []
+        assert main(command) == 0
+        assert len(list(tmp_path.rglob("results.csv"))) == 1
+
+
 def test_the_processes_of_a_study_end_with_it(capsys, monkeypatch):
     code = "import os, time; input(); print(f'[{os.getpid()}, 0.5, null]', flush=True); time.sleep(600)"
     worker = [sys.executable, "-c", code]
