@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_modules.models.batch_loss import loss_in, run_step, unnoticed
 from lightning_modules.models.classifier import Classifier
+from nsgd.curvature.copies import fresh_batch
 from nsgd.curvature.guard import RandomState, untouched
 
 
@@ -51,7 +52,7 @@ class _Steps(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Take a step; what the module's own ``training_step`` gives back before it."""
-        drawn = RandomState(self.device)
+        drawn, again = RandomState(self.device), fresh_batch(batch)  # the first pass may consume its batch
         output = run_step(super().training_step, batch, batch_idx)
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -62,7 +63,7 @@ class _Steps(pl.LightningModule):
         def gradient_at_perturbed_weights() -> None:
             with untouched(self, device=self.device) if has_own else unnoticed(self):
                 drawn.restore()  # the same dropout
-                self.manual_backward(self.curvature_loss(batch, batch_idx))
+                self.manual_backward(self.curvature_loss(again, batch_idx))
 
         optimizer.step(gradient_at_perturbed_weights)  # one for trainer.global_step
         self._step_schedulers(batch_idx)
@@ -85,9 +86,9 @@ class SharpnessAware(_Steps, Classifier):
     """The classifier trained by SAM (Foret et al., ICLR 2021) over ``torch.optim.SGD``, by manual optimization.
 
     A step takes two gradients of the batch: one at the weights, and one ``rho`` along it, which is the one that SGD
-    steps with from the weights, both with the same dropout. What is logged, and BatchNorm's running statistics, are of
-    the first pass alone. ``rho=0`` is SGD, bit for bit. Learning-rate schedulers are stepped as under automatic
-    optimization.
+    steps with from the weights, both with the same dropout, and the second on a copy of the batch, which a loss may
+    consume. What is logged, and BatchNorm's running statistics, are of the first pass alone. ``rho=0`` is SGD, bit for
+    bit. Learning-rate schedulers are stepped as under automatic optimization.
 
     Args:
         net: As in :class:`Classifier`, with the next three and ``sizes``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -192,6 +193,25 @@ class Drawing(Data):
     def train_dataloader(self):
         return DataLoader(self.train, self.batch, shuffle=True, generator=self.generator)
 
+class OfDicts(Mine):
+    def training_step(self, batch):
+        return nn.functional.mse_loss(self.body((batch["x"] - 0.5) / 2), batch["y"])
+
+    def judge(self, batch, stage):
+        super().judge(((batch["x"] - 0.5) / 2, batch["y"]), stage)
+
+class Consumes(OfDicts):
+    """The same, and of its batch nothing is left as it was: one part is taken out, the other normalised in place."""
+
+    def training_step(self, batch):
+        y = batch.pop("y")
+        return nn.functional.mse_loss(self.body(batch["x"].sub_(0.5).div_(2)), y)
+
+class Dicts(Data):
+    def setup(self, stage):
+        super().setup(stage)
+        self.train, self.held_out = ([{"x": x, "y": y} for x, y in part] for part in (self.train, self.held_out))
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from samples(50, 0)
@@ -342,6 +362,25 @@ def test_sam_leaves_attributes_of_the_module_alone_and_takes_the_losses_of_its_s
         assert rows["sgd", read_out]["train_loss"] == rows["sam", read_out]["train_loss"]
     # All read-outs at the same epoch: the average of the last steps is near the last one, not half of it.
     assert rows["sgd", "two-point"]["train_loss"] == pytest.approx(rows["sgd", "last"]["train_loss"], rel=0.3)
+
+
+@pytest.mark.parametrize("solver", ["differences", "gradients", "lanczos"])
+def test_a_step_that_consumes_its_batch_is_compared_like_one_that_does_not(own, tmp_path, solver):
+    """Each read-out takes its training loss and its BatchNorm statistics from the same batches as the one before."""
+    options = replace(OPTIONS, solver=solver, group_size=4)
+    given: dict[str, Any] = {"data": __import__(own).Dicts(), "data_config": {"class_path": f"{own}.Dicts"}}
+    given |= {"methods": ["sgd", "nsgd", "sam"], "nsgd": options}
+    folders = {name: ran(tmp_path / name, study(own, name, **given)) for name in ("OfDicts", "Consumes")}
+    rows = read_csv(folders["OfDicts"] / "results.csv")
+    assert len({row["train_loss"] for row in rows}) == len({row["val/error"] for row in rows}) == 3 * 4  # read-outs
+    assert read_csv(folders["Consumes"] / "results.csv") == rows
+    for method in ("sgd", "nsgd", "sam"):
+        losses = [
+            [row["loss"] for row in read_csv(folder / "runs" / f"{method}-0" / "metrics.csv")]
+            for folder in folders.values()
+        ]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 10
 
 
 def test_names_of_validation_test_and_the_study_do_not_get_mixed_up(own, tmp_path):
