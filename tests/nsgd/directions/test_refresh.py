@@ -204,3 +204,18 @@ def test_k_is_cut_down_with_a_warning_where_parameters_froze_since(training, sol
     run.loss(0).backward()
     optimizer.step()
     assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_flat_descent_direction_is_not_damped(dtype):
+    """The second eigenvalue that products find is rounding, and positive: the first number falls as under SGD."""
+    theta = nn.Parameter(torch.zeros(40, dtype=dtype))
+    optimizer = NSGD([theta], lr=0.005, k=2, solver="lanczos", refresh_every=10)
+    for _ in range(100):
+        optimizer.zero_grad()
+        rest = theta[2:] - 0.001
+        loss = -theta[0] + 10 * (theta[1] - 0.01) ** 2 + 0.05 * rest.square().sum()
+        optimizer.backward(loss, curvature=loss)
+        optimizer.step()
+    assert optimizer.eigenvalues[1] > 0
+    assert float(theta[0].detach()) == pytest.approx(0.5, rel=1e-6)
