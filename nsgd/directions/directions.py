@@ -32,7 +32,11 @@ from nsgd.options import FROM_TRAINING, DampingOptions
 
 _SILENCE = 10  # steps without a refresh, where directions come from nothing else, before that is said
 
-NOT_FINITE = "the loss is NaN or infinite, or its gradient is; no curvature can be taken there"
+NOT_FINITE = (
+    "the loss is NaN or infinite, or its gradient is; no curvature can be taken there. Where a single sample has no "
+    "loss, as with a variance over samples (VICReg), pass larger groups (group_size), or take products "
+    "(solver='lanczos')"
+)
 
 
 class Directions:

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from nsgd import NSGD, sample_losses
 
 
-def said_by(net, loss, *, given=(16, 6), steps=3, solver="gradients", module=False, labels=None, samples=16):
+def said_by(
+    net, loss, *, given=(16, 6), steps=3, solver="gradients", module=False, labels=None, samples=16, group_size=1
+):
     """What an optimizer says in some steps of a network, and the optimizer."""
     torch.manual_seed(1)
     optimizer = NSGD(
@@ -26,7 +28,7 @@ def said_by(net, loss, *, given=(16, 6), steps=3, solver="gradients", module=Fal
             optimizer.zero_grad()
             part = x[:samples], y[:samples]
             curvature = (
-                sample_losses(loss, *part, module=net if module else None)
+                sample_losses(loss, *part, group_size=group_size, module=net if module else None)
                 if solver == "gradients"
                 else lambda part=part: loss(*part)
             )
@@ -101,6 +103,31 @@ def test_a_loss_of_pairs_has_no_directions_and_says_so():
     assert optimizer.weights == ()
     assert sum("are all zero or alike, so there are no directions" in message for message in said) == 1
     assert sum("another mean" in message for message in said) == 1
+
+
+def vicreg(net):
+    """The variance term of VICReg (Bardes et al. 2022, eq. 1): of a single sample it is NaN."""
+    return lambda x, y: F.relu(1 - (net(x).var(dim=0) + 1e-4).sqrt()).mean()
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_loss_that_is_nan_on_single_samples_names_the_ways_out_once(module):
+    net = network()
+    said, optimizer = said_by(net, vicreg(net), module=module)
+    assert (optimizer.refreshes, optimizer.skipped_refreshes) == (0, 3)
+    said = [message for message in said if "degrees of freedom" not in message]
+    assert len(said) == 1
+    assert "group_size" in said[0]
+    assert "solver='lanczos'" in said[0]
+
+
+@pytest.mark.parametrize("way_out", [{"group_size": 4}, {"solver": "lanczos"}])
+def test_the_ways_out_of_a_loss_that_is_nan_on_single_samples_work(way_out):
+    net = network()
+    said, optimizer = said_by(net, vicreg(net), **way_out)
+    assert said == []
+    assert (optimizer.refreshes, optimizer.skipped_refreshes) == (3, 0)
+    assert max(optimizer.weights) > 0
 
 
 @pytest.mark.parametrize("module", [False, True])
