@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,13 +22,14 @@ Result = TypeVar("Result")
 
 @contextmanager
 def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Leave modules and random state (torch, Python, NumPy) as found, also after an exception.
+    """Leave modules and random state (torch, Python, NumPy) as found, also after an exception; compile nothing inside.
 
     Of modules that is: values of parameters, buffers, train/eval modes, and attributes, such as a hidden state, a
     counter, or a weight that pruning computes. Inside, modules work on copies of their buffers and attributes: the
     originals are never written, so a graph that was recorded earlier still finds them unchanged. Covers the modules
     given, and any other from its first forward pass, or ``train`` or ``eval``, on. Costs a copy of their parameters and
-    buffers.
+    buffers. Compiled modules run as if they were not: the compiler would trace the guard as well, anew each time, and
+    what it makes has no double backward.
 
     Args:
         modules: Modules to guard from the start, with their children.
@@ -44,12 +46,18 @@ def untouched(*modules: nn.Module, device: torch.device | None = None) -> Iterat
     try:
         for module in modules:
             found.note(module)
-        yield
+        with _uncompiled():
+            yield
     finally:
         hook.remove()
         _leave(found)
         found.restore()
         random_state.restore()
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    # To import the compiler takes a second, and where nobody has, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 _active: list[_Found] = []  # of the guards that are open, the innermost last

@@ -224,8 +224,8 @@ _CAUSES = (
     ),
     (
         ("aot_autograd", "compiled"),
-        "a module under torch.compile has no double backward; compute this loss with the uncompiled module "
-        "(compiled._orig_mod), for example on a small sample through the curvature argument",
+        "a module under torch.compile has no double backward; pass a closure that computes the loss, in which nothing "
+        "is compiled, for example on a small sample through the curvature argument",
     ),
     (
         ("cudnn",),

@@ -30,7 +30,7 @@ class Way:
 
 NO_VMAP = {AT_ONCE: Way("taken at once.*leave module out", "leave `module` out")}
 FUSED = {PRODUCTS: Way("fused attention has no double backward; run", "take `SDPBackend.MATH`")}
-COMPILED = {PRODUCTS: Way("under torch.compile has no double backward; compute", "take the uncompiled module")}
+COMPILED = {PRODUCTS: Way("under torch.compile has no double backward; pass", "pass a closure")}
 SPARSE = Way(r"with sparse gradients \(1\) train under the base optimizer alone", "all but the embedding")
 DENSE = Way("expected dense gradients, got a sparse one; build", "`sparse=False`")
 REENTRANT = Way("cannot be differentiated by torch.autograd.grad; pass use_reentrant=False", "`use_reentrant=False`")

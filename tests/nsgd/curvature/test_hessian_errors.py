@@ -115,17 +115,45 @@ def test_the_way_out_of_fused_attention_works():
         assert torch.isfinite(hessian.hvp(torch.ones(1))).all()
 
 
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()  # after some modules of one kind it would go on without compiling
+    yield lambda module: torch.compile(module, backend="aot_eager")
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's compiler has warnings of its own
-def test_a_compiled_module_names_the_cause_and_the_way_out():
+def test_a_compiled_module_names_the_cause_and_the_way_out(compiled):
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
-    compiled = torch.compile(model, backend="aot_eager")
-    try:
-        loss = compiled(torch.ones(4, 3)).square().sum()
-        with pytest.raises(RuntimeError, match=r"torch\.compile has no double backward.*_orig_mod"):  # noqa: SIM117
-            with loss_hessian(loss, model.parameters()) as hessian:
-                hessian.hvp(torch.ones_like(hessian.gradient))
-    finally:
-        torch._dynamo.reset()
+    loss = compiled(model)(torch.ones(4, 3)).square().sum()
+    with pytest.raises(RuntimeError, match=r"torch\.compile has no double backward; pass a closure"):  # noqa: SIM117
+        with loss_hessian(loss, model.parameters()) as hessian:
+            hessian.hvp(torch.ones_like(hessian.gradient))
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.parametrize("of", ["loss", "batches"])
+def test_the_way_out_of_a_compiled_module_works(compiled, of):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    params, x = list(model.parameters()), torch.randn(8, 3)
+    fast, vector = compiled(model), torch.randn(sum(p.numel() for p in model.parameters()))
+    fast(x).sum().backward()  # as training does
+    found = [buffer.clone() for buffer in model.buffers()]
+
+    def product(net):
+        def closure():
+            return net(x).square().mean()
+
+        with loss_hessian(closure if of == "loss" else [(closure, 3), (closure, 5)], params) as hessian:
+            return hessian.hvp(vector)
+
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(product(fast), product(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+    assert all(map(torch.equal, model.buffers(), found))
+    fast(x)  # and training goes on with what was compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_backward_before_the_curvature_names_the_cause_and_the_way_out():
