@@ -74,6 +74,11 @@ class SampleLosses(list[tuple[Closure, int]]):
             try:
                 return loss(*own)
             except Exception as error:
+                if "more than 1 value per channel" in str(error) and len(parts[0]) == 1:
+                    raise ValueError(
+                        "BatchNorm has no statistics of a group of one sample; pass a larger group_size, such as 8, "
+                        f"that leaves no group of one (torch: {error})"
+                    ) from error
                 shapes = ", ".join(str(tuple(part.shape)) for part in own)
                 error.add_note(f"this is the loss of a group of samples, tensors of shape {shapes}; {_CUT_ELSEWHERE}")
                 raise

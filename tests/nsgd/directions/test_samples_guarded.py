@@ -283,3 +283,27 @@ def test_a_loss_that_does_not_reach_the_module_is_the_error_that_it_is_without(s
         said.append(str(error.value))
         assert optimizer.refreshes == 0
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(("samples", "group_size"), [(8, 1), (9, 4)])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_batch_norm_on_a_group_of_one_names_the_way_out(at_once, samples, group_size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    x, params = torch.randn(samples, 4), list(net.parameters())
+    found, states = snapshot(net), random_states()
+
+    def losses(group_size):
+        return sample_losses(
+            lambda x: net(x).square().mean(), x, group_size=group_size, module=net if at_once else None
+        )
+
+    with pytest.raises(
+        ValueError, match=r"BatchNorm has no statistics of a group of one sample; pass .*group_size"
+    ) as e:
+        gradient_moment(losses(group_size), params)
+    assert "\n" not in str(e.value)
+    assert not hasattr(e.value, "__notes__")
+    assert_untouched(net, found)
+    same_random_states(states)
+    assert gradient_moment(losses(3), params)[1].isfinite().all()
