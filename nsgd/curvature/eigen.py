@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nsgd.curvature.arpack import arpack
 from nsgd.curvature.checks import check_choice, is_real, not_zero, plain, shown, whole_number
-from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian
+from nsgd.curvature.hessian import HVP, Losses, LossHessian, loss_hessian, say_unreached
 from nsgd.curvature.lanczos import lanczos, rounding
 from nsgd.curvature.low_rank import Which
 from nsgd.curvature.nystrom import nystrom
@@ -60,7 +60,7 @@ def top_eigenpairs(
         loss_or_hvp: A loss with its graph; pairs of closure and sample count (see
             :func:`nsgd.curvature.hessian.loss_hessian`); or a callable from (P,) to (P,), the product itself.
         params: The parameters, each counted once. P is the number of their entries; dtype and device of the result
-            follow them.
+            follow them. A matrix among them that trains and that the loss does not reach is warned of.
         k: Number of pairs.
         which: "LA" for the largest eigenvalues, "SA" for the smallest, "LM" for the largest in absolute value.
             Whatever the choice, they are returned in descending order of their signed values.
@@ -97,6 +97,7 @@ def top_eigenpairs(
         hessian: LossHessian | None = None
         if isinstance(loss_or_hvp, Tensor | Sequence):
             hessian = stack.enter_context(loss_hessian(loss_or_hvp, params, scale=scale))
+            say_unreached(hessian.unreached, params, depth=2)
             product: HVP = hessian.hvp
         elif callable(loss_or_hvp):
             product = _scaled(loss_or_hvp, scale)

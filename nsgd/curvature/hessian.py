@@ -8,6 +8,7 @@ batch's graph is in memory at a time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ NOT_REACHED = (
     "the loss reaches none of the parameters; pass the parameters of the model that computed it, and the loss of that "
     "model"
 )
+NO_SHARE = (
+    "the directions have no share in the parameter {}, whose gradients are zero on the samples; usual causes are a "
+    "time-major batch that is cut along time (pass batch_dim), activation checkpointing by use_reentrant=True behind a "
+    "frozen stem (pass use_reentrant=False), and a parameter that the loss does not use"
+)
 SPARSE = "expected dense gradients, got a sparse one; build the embedding with sparse=False"
 
 
@@ -43,6 +49,7 @@ class LossHessian:
     hvp: HVP  # (P,) -> (P,)
     gradient: Tensor  # (P,)
     product_cost: int  # gradients of work in one product: 2 on a kept graph, 3 on a rebuilt one
+    unreached: frozenset[int]  # numbers of the trainable parameters that the loss does not reach
 
     def cost(self, hvps: int) -> float:
         """Gradients of work, on this sample, in the gradient and ``hvps`` products."""
@@ -111,7 +118,7 @@ def _kept(loss: Tensor, params: list[Tensor], scale: float) -> Generator[LossHes
             return _product(grads, params, vector) / scale
 
     try:
-        yield LossHessian(hvp, gradient, product_cost=2)
+        yield LossHessian(hvp, gradient, product_cost=2, unreached=_unreached(grads, params))
     finally:
         is_open = False
         grads.clear()  # whoever still holds hvp does not hold the graph
@@ -134,12 +141,35 @@ def _rebuilt(losses: Losses, params: list[Tensor], scale: float) -> Generator[Lo
     def hvp(vector: Tensor) -> Tensor:
         return weighted(lambda loss: _product(gradient_of(loss, params), params, vector))
 
+    unreached: list[frozenset[int]] = []  # by each batch
+
     def first(loss: Tensor) -> Tensor:
-        gradient = flatten(gradient_of(loss, params, create_graph=False), params)
+        grads = gradient_of(loss, params, create_graph=False)
+        unreached.append(_unreached(grads, params))
+        gradient = flatten(grads, params)
         check_finite(loss, gradient)
         return gradient
 
-    yield LossHessian(hvp, weighted(first), product_cost=3)
+    gradient = weighted(first)
+    yield LossHessian(hvp, gradient, product_cost=3, unreached=frozenset.intersection(*unreached))
+
+
+def _unreached(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> frozenset[int]:
+    return frozenset(i for i, (g, p) in enumerate(zip(grads, params, strict=True)) if g is None and p.requires_grad)
+
+
+def say_unreached(unreached: Iterable[int], params: Sequence[Tensor], depth: int) -> None:
+    """Warn of weights that train and that a loss does not reach, so that they seem to have no curvature.
+
+    Args:
+        unreached: Numbers of the parameters, as :class:`LossHessian` has them.
+        params: The parameters.
+        depth: So many calls from here lies the line that the warning is of.
+    """
+    names = [f"number {i}, of shape {tuple(params[i].shape)}" for i in sorted(unreached) if params[i].ndim > 1]
+    if names:
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(NO_SHARE.format(names[0] + more), stacklevel=depth + 1)
 
 
 def checked_pairs(losses: Any) -> list[tuple[Closure, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nsgd.curvature.hessian import NO_SHARE
 from nsgd.directions.alarm import OnHost
 
 # The mean of the samples' losses may differ from the batch's by this share of the larger, and by so many standard
@@ -76,10 +77,7 @@ class Doubts:
             self._note(
                 f"share of {name}",
                 some & ~share,
-                f"the directions have no share in the parameter {name}, whose gradients are zero on the samples; usual "
-                "causes are a time-major batch that is cut along time (pass batch_dim), activation checkpointing by "
-                "use_reentrant=True behind a frozen stem (pass use_reentrant=False), and a parameter that the loss "
-                "does not use",
+                NO_SHARE.format(name),
             )
 
     def say(self, warn_once: Callable[[str, str], None]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nsgd.curvature.checks import at_least_zero, check_vectors, in_one_dtype, of_their_kind, shown, whole_number
 from nsgd.curvature.eigen import Eigenpairs, product_of, top_eigenpairs
 from nsgd.curvature.guard import full_precision
-from nsgd.curvature.hessian import HVP, Closure, loss_hessian
+from nsgd.curvature.hessian import HVP, Closure, loss_hessian, say_unreached
 from nsgd.curvature.vectors import checked_params, vector_dtype
 from nsgd.trajectory.line import losses_along
 from nsgd.trajectory.quadratic import OwnBatch
@@ -56,6 +56,14 @@ def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor,
         ValueError: As :func:`nsgd.curvature.hessian.loss_hessian`.
         FloatingPointError: If the loss or its gradient is NaN or infinite.
     """
+    params = checked_params(params)
+    gradient, own, unreached = _own_batch(loss, params)
+    say_unreached(unreached, params, depth=3)
+    return gradient, own
+
+
+def _own_batch(loss: Tensor | Closure, params: list[Tensor]) -> tuple[Tensor, OwnBatch, frozenset[int]]:
+    """The same, with the numbers of the parameters that the loss does not reach."""
     values: list[Tensor] = []
 
     def noted() -> Tensor:
@@ -67,7 +75,8 @@ def own_batch(loss: Tensor | Closure, params: Iterable[Tensor]) -> tuple[Tensor,
     with loss_hessian(noted, params) as hessian:
         gradient = hessian.gradient
         curvature = torch.dot(gradient, hessian.hvp(gradient))
-    return gradient, OwnBatch(float(values[0]), float(torch.dot(gradient, gradient)), float(curvature))
+    own = OwnBatch(float(values[0]), float(torch.dot(gradient, gradient)), float(curvature))
+    return gradient, own, hessian.unreached
 
 
 @of_their_kind
@@ -79,10 +88,11 @@ def batch_sharpness(losses: Iterable[Tensor | Closure], params: Iterable[Tensor]
     if not isinstance(losses, Iterable) or isinstance(losses, Tensor | str | bytes):
         raise ValueError(f"expected the losses of batches, got {shown(losses)}; pass a list of them")
     params = checked_params(params)
-    values = [own_batch(loss, params)[1].sharpness for loss in losses]
-    if not values:
+    found = [_own_batch(loss, params)[1:] for loss in losses]
+    if not found:
         raise ValueError("expected the loss of one batch or more, got none")
-    return sum(values) / len(values)
+    say_unreached(frozenset.intersection(*(unreached for _, unreached in found)), params, depth=3)
+    return sum(own.sharpness for own, _ in found) / len(found)
 
 
 @of_their_kind

@@ -335,7 +335,9 @@ INNER = {
     "nsgd.curvature.copies": ["copied_attributes"],
     "nsgd.curvature.eigen": ["product_of"],
     "nsgd.curvature.guard": ["full_precision", "untouched", "RandomState"],
-    "nsgd.curvature.hessian": ["check_finite", "check_loss", "checked_pairs", "gradient_of", "NoProductError"],
+    "nsgd.curvature.hessian": [
+        *("check_finite", "check_loss", "checked_pairs", "gradient_of", "NoProductError", "say_unreached"),
+    ],
     "nsgd.curvature.lanczos": ["lanczos", "rounding"],
     "nsgd.curvature.low_rank": ["leading_indices", "squared_lengths", "top_of_sum"],
     "nsgd.curvature.nystrom": ["nystrom"],

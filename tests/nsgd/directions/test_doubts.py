@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nsgd import NSGD, sample_losses
+from nsgd import NSGD, sample_losses, top_eigenpairs
+from nsgd.trajectory.sharpness import batch_sharpness, own_batch
 
 
 def said_by(
@@ -161,6 +162,30 @@ def test_reentrant_checkpointing_behind_a_frozen_stem_is_said(solver):
         said, _ = said_by(net, lambda x, y, net=net: F.cross_entropy(net(x), y), solver=solver)
         assert len(said) == (1 if reentrant else 0)
         assert all("use_reentrant=False" in message for message in said)
+
+
+MEASURES = {
+    "eigenpairs": lambda loss, params: top_eigenpairs(loss, params, k=1),
+    "eigenpairs, a closure": lambda loss, params: top_eigenpairs([(lambda: loss, 16)], params, k=1),
+    "own batch": own_batch,
+    "batch sharpness": lambda loss, params: batch_sharpness([loss, loss], params),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # torch's own word on it, which says nothing of curvature
+@pytest.mark.parametrize("measure", MEASURES)
+def test_functions_say_once_which_weights_reentrant_checkpointing_hides(measure):
+    x, y = torch.randn(16, 6), torch.arange(16) % 3
+    for reentrant in (True, False):
+        net = Stem(reentrant)
+        loss, params = F.cross_entropy(net(x), y), [p for p in net.parameters() if p.requires_grad]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            MEASURES[measure](loss, params)
+        assert [w.filename for w in said] == ([__file__] if reentrant else [])
+        expected = "the directions have no share in the parameter number 0, of shape (5, 6), whose gradients"
+        assert all(str(w.message).startswith(expected) for w in said)
+        assert all("use_reentrant=False" in str(w.message) for w in said)
 
 
 def test_a_batch_that_is_cut_along_time_names_the_recurrent_weights():
