@@ -58,7 +58,7 @@ class Characters(pl.LightningDataModule):
         return self._splits
 
     def _windows(self, text: str) -> TensorDataset:
-        tokens = torch.tensor([self._tokens.get(c, _UNKNOWN) for c in text])
+        tokens = torch.tensor([self._tokens.get(c, _UNKNOWN) for c in text], device="cpu")
         used = (len(tokens) - 1) // self.context * self.context  # the last character is a target only
         return TensorDataset(tokens[:used].view(-1, self.context), tokens[1 : used + 1].view(-1, self.context))
 

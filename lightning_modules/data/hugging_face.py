@@ -89,7 +89,7 @@ class HuggingFace(ImageData):
             raise ValueError(f"expected images in {self.path}, got an empty split")
         stacked = torch.from_numpy(pixels)  # (N, H, W) or (N, H, W, C)
         stacked = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
-        labels = torch.tensor(dataset[label][:], dtype=torch.int64)
+        labels = torch.tensor(dataset[label][:], dtype=torch.int64, device="cpu")
         if int(labels.min()) < 0:
             raise ValueError(
                 f"expected labels from 0 on in {self.path}, got {int(labels.min())}: a split without labels"

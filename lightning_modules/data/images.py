@@ -102,7 +102,7 @@ class ImageData(pl.LightningDataModule, ABC):
             # By grey level: a float copy of all pixels would take eight times their memory.
             channels = self._splits["train"].pixels.transpose(0, 1).flatten(1)  # (C, pixels)
             counts = torch.stack([torch.bincount(c, minlength=256) for c in channels]).double()
-            total, levels = counts.sum(1), torch.arange(256).double() / 255
+            total, levels = counts.sum(1), torch.arange(256, device="cpu").double() / 255
             mean = counts @ levels / total  # (C,)
             variance = (counts * (levels - mean[:, None]).square()).sum(1) / (total - 1)
             self._mean, self._std = mean.float(), variance.sqrt().float().clamp(min=1e-3)

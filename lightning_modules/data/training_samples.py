@@ -51,7 +51,7 @@ def training_samples(
         )
     dataset: Any = loader.dataset
     generator = torch.Generator().manual_seed(seed % 2**63)
-    chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()[share[0] :: share[1]]
+    chosen = torch.randperm(len(dataset), generator=generator, device="cpu")[:count].tolist()[share[0] :: share[1]]
 
     def batch_of(indices: list[int]) -> tuple[Any, int]:
         whole = loader.batch_sampler is None  # the data set makes whole batches itself

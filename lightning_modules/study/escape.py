@@ -113,8 +113,8 @@ def _own_landscape(
         )
     if saddle is not None and len(saddle) != len(start):
         raise ValueError(f"expected --saddle to have {len(start)} coordinates, got {saddle}")
-    left, right = torch.tensor([start, goal], dtype=torch.float64)
-    near = None if saddle is None else torch.tensor(saddle, dtype=torch.float64)
+    left, right = torch.tensor([start, goal], dtype=torch.float64, device="cpu")
+    near = None if saddle is None else torch.tensor(saddle, dtype=torch.float64, device="cpu")
     return landscape_between(potential, left, right, near, name=path)
 
 
@@ -162,7 +162,10 @@ class _Damping:
 
     def matrix(self, gamma: float) -> Tensor:
         """What multiplies the step, (d, d)."""
-        return torch.eye(len(self.direction)) - (1 - gamma) * torch.outer(self.direction, self.direction).float()
+        return (
+            torch.eye(len(self.direction), device="cpu")
+            - (1 - gamma) * torch.outer(self.direction, self.direction).float()
+        )
 
 
 def _dampings(study: EscapeStudy, landscape: Landscape) -> list[_Damping]:

@@ -100,6 +100,11 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"expected {name} to be one of {', '.join(get_args(kind))}, got {shown(value)}")
 
 
+def in_float64(value: float | Sequence[float] | Tensor) -> Tensor:
+    """Numbers as a tensor in float64: where they are if they are one, else on the CPU, whatever the default device."""
+    return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 def in_one_dtype(*tensors: Tensor) -> list[Tensor]:
     """Tensors in the widest of their dtypes, which is float64 for whole numbers; no copy of those that have it."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

@@ -202,7 +202,7 @@ def _start_vector(
     elif hessian is not None:
         vector = hessian.gradient
     else:
-        vector = torch.zeros(sum(p.numel() for p in params)).to(like)
+        vector = torch.zeros(sum(p.numel() for p in params), device="cpu").to(like)
     norm = length(vector)
     if norm > 0 and math.isfinite(norm):
         return vector / norm

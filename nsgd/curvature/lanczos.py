@@ -67,11 +67,11 @@ def lanczos(
     """
     size = start.numel()
     basis = start.new_empty(limit, size)  # (m, P)
-    projected = torch.zeros(limit, limit, dtype=torch.float64)  # basis H basis^T
+    projected = torch.zeros(limit, limit, dtype=torch.float64, device="cpu")  # basis H basis^T
     # Of each broken chain its last vector, and what that one's product had outside, with the norm of it.
     tails: list[tuple[int, float, Tensor]] = []
     probing_from: int | None = None  # first vector of the random chain that looks for missing pairs
-    settled = torch.empty(0, dtype=torch.float64)  # the values when that chain began
+    settled = torch.empty(0, dtype=torch.float64, device="cpu")  # the values when that chain began
     vector = start
     for j in range(limit):
         basis[j] = vector

@@ -58,7 +58,7 @@ def low_rank(
     if not math.isfinite(longest):
         raise ValueError("expected weights and vectors that are finite, got NaN or infinite ones; leave such rows out")
     if longest == 0:
-        return torch.empty(0, dtype=torch.float64), parts[0][:0]
+        return torch.empty(0, dtype=torch.float64, device="cpu"), parts[0][:0]
     negligible = NEGLIGIBLE[parts[0].dtype]
     squares, mixing = torch.linalg.eigh(gram / longest)
     kept = squares > negligible * squares.max()
@@ -131,7 +131,7 @@ def _gram(parts: list[Tensor]) -> Tensor:
 def _orthonormal(rows: Tensor) -> Tensor:
     """The orthonormal rows closest to rows that are so but for rounding; themselves where that is close enough."""
     gram = (rows @ rows.T).cpu().double()
-    if float((gram - torch.eye(len(rows))).abs().max()) < NEGLIGIBLE[rows.dtype]:
+    if float((gram - torch.eye(len(rows), device="cpu")).abs().max()) < NEGLIGIBLE[rows.dtype]:
         return rows
     squares, mixing = torch.linalg.eigh(gram)
     whitening: Tensor = ((mixing / squares.sqrt()) @ mixing.T).to(rows)
@@ -141,7 +141,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
 def leading_indices(ascending: Tensor, k: int, which: Which) -> Tensor:
     """Indices (k,) of the wanted ones among ascending values, in descending order of value."""
     if which == "SA":
-        return torch.arange(k).flip(0)
+        return torch.arange(k, device="cpu").flip(0)
     if which == "LM":
         return ascending.abs().argsort(descending=True, stable=True)[:k].sort(descending=True).values
-    return torch.arange(len(ascending) - k, len(ascending)).flip(0)
+    return torch.arange(len(ascending) - k, len(ascending), device="cpu").flip(0)

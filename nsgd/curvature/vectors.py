@@ -93,7 +93,7 @@ def length(vector: Tensor) -> float:
 def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
     """A vector of length 1 in a random direction, (P,) as ``like``; the same one whatever the device."""
     # So it is drawn on the CPU.
-    vector = torch.randn(like.numel(), generator=generator, dtype=torch.float64).to(like)
+    vector = torch.randn(like.numel(), generator=generator, dtype=torch.float64, device="cpu").to(like)
     norm: Tensor = torch.linalg.vector_norm(vector)
     return vector / norm
 

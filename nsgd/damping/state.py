@@ -82,7 +82,7 @@ def announce(optimizer: Damped) -> None:
     names = blank(directions.options, directions.blocks, whole=False)
     for p in _params(optimizer):
         if id(p) in names:
-            optimizer.state[p].update(dict.fromkeys(names[id(p)], torch.empty(0)))
+            optimizer.state[p].update(dict.fromkeys(names[id(p)], torch.empty(0, device="cpu")))
 
 
 def withdraw(optimizer: Damped) -> None:

@@ -50,14 +50,16 @@ class Differences:
         self.together = False  # whether those are all of one step
         # What the outer product of a row counts for: 1/2 of a difference, which holds the noise of two gradients, or 0
         # where one was not finite.
-        self.shares = torch.zeros(ROWS)
-        self.mass = torch.zeros(())  # of the rows in the average, decayed: 1 where it is full
-        self.usual = torch.zeros(())  # squared length of a step's rows, times their shares, of late
+        self.shares = torch.zeros(ROWS, device="cpu")
+        self.mass = torch.zeros((), device="cpu")  # of the rows in the average, decayed: 1 where it is full
+        self.usual = torch.zeros((), device="cpu")  # squared length of a step's rows, times their shares, of late
         self._now: list[Tensor] = []  # gradients (P,) for each block: of the step that comes, and of the last
         self._last: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of both, like the parameters; made when they are needed
         self._present: list[list[bool]] = []  # whether a parameter had a gradient in the last step
-        self._known = torch.zeros((), dtype=torch.bool)  # whether there is a last gradient that was finite
+        self._known = torch.zeros(
+            (), dtype=torch.bool, device="cpu"
+        )  # whether there is a last gradient that was finite
 
     def arrange(self, blocks: Sequence[Block]) -> None:
         """Make room for rows of these blocks, and begin the average anew."""
@@ -190,7 +192,7 @@ class Differences:
         """Take over what :meth:`saved` gave."""
         self.arrange(blocks)
         self.recorded, self.pending, self.folds = values["recorded"], values["pending"], values["folds"]
-        self.shares[: self.pending] = torch.tensor(values["shares"])
+        self.shares[: self.pending] = torch.tensor(values["shares"], device="cpu")
         self.mass.fill_(values["mass"])
         self.usual.fill_(values["usual"])
         self._known.fill_(values["known"])

@@ -50,7 +50,7 @@ class Directions:
     def __init__(self, options: DampingOptions) -> None:
         self.options = options
         self.blocks: list[Block] = []
-        self.weights = torch.empty(0, dtype=torch.float64)  # (r,), where the first block is
+        self.weights = torch.empty(0, dtype=torch.float64, device="cpu")  # (r,), where the first block is
         self.damped: Tensor | None = None  # (r,), which of the directions are damped, where it is not all
         self.eigenvalues: list[float] = []
         self.counts = Counts()
@@ -59,9 +59,11 @@ class Directions:
         self.differences: Differences | None = None  # until the first refresh from a second look at the loss
         if options.solver in FROM_TRAINING:
             self.differences = Differences()
-        self.past = Past(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+        self.past = Past(
+            torch.zeros((), dtype=torch.float64, device="cpu"), torch.zeros((), dtype=torch.float64, device="cpu")
+        )
         self.last_step: dict[str, Tensor] = {}  # coefficients (k,), squared norm, mean square outside the basis
-        self.last_overlap = torch.tensor(math.nan)
+        self.last_overlap = torch.tensor(math.nan, device="cpu")
         self.outcome: OnHost | None = None  # whether the last refresh was any good, while the host has not asked
         self.doubts = Doubts()
         self.complete = True  # whether every parameter has had a refresh
@@ -190,7 +192,7 @@ class Directions:
             for block in self.blocks:
                 block.basis = block.rows(self.options.k)
         self.weights, overlap = self.differences.fold(self.blocks, self.weights, self.options.step_decay)
-        self.last_overlap = overlap if self.counts.refreshes else torch.tensor(math.nan)
+        self.last_overlap = overlap if self.counts.refreshes else torch.tensor(math.nan, device="cpu")
         self.counts.refreshes += 1
         self.counts.refreshed_at = self.counts.steps
 
@@ -285,7 +287,7 @@ class Directions:
     def forget(self) -> None:
         """Have no directions, as before the first."""
         self.weights, self.damped = self.weights[:0], None
-        self.eigenvalues, self.last_overlap = [], torch.tensor(math.nan)
+        self.eigenvalues, self.last_overlap = [], torch.tensor(math.nan, device="cpu")
         self.last_step.clear()
         for block in self.blocks:
             block.basis = block.rows(0)
@@ -311,9 +313,9 @@ class Directions:
             cosines = _products(old, block.basis).to(self.weights)
             shared = cosines if shared is None else shared + cosines
         assert shared is not None
-        there = (self.weights != 0).sum() if not self.eigenvalues else torch.tensor(self.rank)
+        there = (self.weights != 0).sum() if not self.eigenvalues else torch.tensor(self.rank, device="cpu")
         fewer = there.clamp(min=1, max=max(1, len(weights)))
-        self.last_overlap = shared.square().sum() / fewer if self.rank else torch.tensor(math.nan)
+        self.last_overlap = shared.square().sum() / fewer if self.rank else torch.tensor(math.nan, device="cpu")
         self.weights, self.damped = weights.detach().clone(), damped
         self.note_change(eigenvalues)
 
@@ -400,7 +402,7 @@ class Directions:
         self.forget()
         self.outcome = None
         held = (float(values.get(name, 0.0)) for name in ("averaged", "trace"))
-        self.past = Past(*(torch.tensor(value, dtype=torch.float64) for value in held))
+        self.past = Past(*(torch.tensor(value, dtype=torch.float64, device="cpu") for value in held))
         self.pace = Pace()
         self.alarm = Alarm(bool(values.get("alarm", False)))
         self.complete = True
@@ -415,12 +417,14 @@ class Directions:
             self.differences.passes.watch(self.blocks)
         mean_square = values.get("mean_square", math.nan)
         if not math.isnan(mean_square):
-            self.last_step["mean_square"] = torch.tensor(mean_square, dtype=torch.float64)
+            self.last_step["mean_square"] = torch.tensor(mean_square, dtype=torch.float64, device="cpu")
         if known and count:
-            self.weights = torch.tensor(values["weights"], dtype=torch.float64)
-            self.damped = None if values["damped"] is None else torch.tensor(values["damped"], dtype=torch.bool)
+            self.weights = torch.tensor(values["weights"], dtype=torch.float64, device="cpu")
+            self.damped = (
+                None if values["damped"] is None else torch.tensor(values["damped"], dtype=torch.bool, device="cpu")
+            )
             self.eigenvalues = list(values["eigenvalues"])
-            self.last_overlap = torch.tensor(values["overlap"], dtype=torch.float64)
+            self.last_overlap = torch.tensor(values["overlap"], dtype=torch.float64, device="cpu")
             self._fill(known)
             if {rows.dtype for rows in known.values()} != {block.basis_dtype for block in self.blocks}:
                 self._move()

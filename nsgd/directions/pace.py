@@ -108,7 +108,7 @@ def settled_interval(pace: Pace, overhead: float, device: torch.device) -> int:
         device: Where the parameters are.
     """
     refresh, step = pace.price()
-    (shared,) = of_the_first(device, torch.tensor([interval_of(refresh, step, overhead)]))
+    (shared,) = of_the_first(device, torch.tensor([interval_of(refresh, step, overhead)], device="cpu"))
     interval = int(shared)
     _LOG.info(
         "the directions are refreshed every %d steps from here on: a refresh took %.3g ms, a step %.3g ms, and "

@@ -55,7 +55,7 @@ class Passes:
     def __init__(self) -> None:
         self.patience = 0  # steps for which passes are still kept
         self.first: list[Tensor] = []  # the first pass's deviation in the last step, (P,) for each block
-        self.likeness = torch.zeros(2)  # decayed sums of cosines between steps, and of their weights
+        self.likeness = torch.zeros(2, device="cpu")  # decayed sums of cosines between steps, and of their weights
         self._fired: list[int] = []  # passes, by parameter
         self._odd = False  # whether one had a gradient that cannot be kept
         self._params: list[Tensor] = []

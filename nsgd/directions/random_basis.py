@@ -23,6 +23,6 @@ def random_basis(params: Sequence[Tensor], *, k: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     # In float32 the last of P directions would be lost to rounding.
-    normal = torch.randn(k, sum(p.numel() for p in params), generator=generator, dtype=torch.float64)
-    _, directions = low_rank(torch.ones(k), normal, k=k)
+    normal = torch.randn(k, sum(p.numel() for p in params), generator=generator, dtype=torch.float64, device="cpu")
+    _, directions = low_rank(torch.ones(k, device="cpu"), normal, k=k)
     return directions

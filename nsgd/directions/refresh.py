@@ -193,7 +193,7 @@ def _draw(directions: Directions, params: list[Tensor], batch_fraction: float) -
     seed = (directions.options.seed * 1_000_003 + counts.refreshes) % 2**63
     basis = random_basis(params, k=directions.options.k, seed=seed)
     (basis,) = of_the_first(directions.blocks[0].device, basis)
-    ones = torch.ones(len(basis))  # weights that have them damped, and say no more
+    ones = torch.ones(len(basis), device="cpu")  # weights that have them damped, and say no more
     directions.take(ones, basis, params, [], ones > 0)
 
 
@@ -209,7 +209,9 @@ def _averaged(directions: Directions, estimate: tuple[Tensor, Tensor], params: l
             past = int(directions.past.count), float(directions.past.usual)
             last = Average(directions.weights.cpu().double(), vectors, *past)
     now = follow(last, estimate, decay=decay, k=directions.options.k, which=directions.options.which)
-    directions.past = Past(torch.tensor(float(now.count)), torch.tensor(now.usual, dtype=torch.float64))
+    directions.past = Past(
+        torch.tensor(float(now.count), device="cpu"), torch.tensor(now.usual, dtype=torch.float64, device="cpu")
+    )
     return now.weights, now.vectors
 
 

@@ -199,7 +199,7 @@ def write_gradients(
     Raises:
         ValueError: If a loss is no scalar that reaches the parameters, or a parameter is not one of the module's.
     """
-    counts = torch.tensor([n for _, n in losses], dtype=torch.float64)
+    counts = torch.tensor([n for _, n in losses], dtype=torch.float64, device="cpu")
     forward = nullcontext() if forward is None else forward
     if isinstance(losses, SampleLosses) and losses.module is not None:
         values = _at_once(losses, losses.module, params, rows, forward)

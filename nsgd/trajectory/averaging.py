@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import check_vectors, of_their_kind, whole_number
+from nsgd.curvature.checks import check_vectors, in_float64, of_their_kind, whole_number
 
 
 @of_their_kind
@@ -34,7 +34,7 @@ def ema_weights(steps: int, *, decay: float) -> Tensor:
     _check(steps)
     if not 0 <= decay < 1:
         raise ValueError(f"expected decay in [0, 1), got {decay}")
-    weights = (1 - decay) * decay ** torch.arange(steps, -1, -1, dtype=torch.float64)
+    weights = (1 - decay) * decay ** torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu")
     weights[0] = decay**steps
     return weights
 
@@ -51,7 +51,7 @@ def swa_weights(steps: int, *, window: int) -> Tensor:
         raise ValueError(
             f"expected a window of 1 to {steps + 1} iterates, all there are after {steps} steps, got {window}"
         )
-    weights = torch.zeros(steps + 1, dtype=torch.float64)
+    weights = torch.zeros(steps + 1, dtype=torch.float64, device="cpu")
     weights[-window:] = 1 / window
     return weights
 
@@ -66,7 +66,7 @@ def two_point_weights(steps: int, *, spacing: int) -> Tensor:
     _check(steps)
     if not 1 <= spacing <= steps:
         raise ValueError(f"expected a spacing of 1 to {steps} steps, all there are, got {spacing}")
-    weights = torch.zeros(steps + 1, dtype=torch.float64)
+    weights = torch.zeros(steps + 1, dtype=torch.float64, device="cpu")
     weights[[-1, -1 - spacing]] = 0.5
     return weights
 
@@ -107,10 +107,10 @@ def equivalent_schedule(weights: Tensor, *, lr: float, curvature: float | Tensor
         ValueError: If the weights do not sum to 1.
     """
     weights = _checked(weights)
-    h = torch.as_tensor(curvature, dtype=torch.float64)
+    h = in_float64(curvature)
     rho = 1 - lr * h
     before = weights.cumsum(0)  # (T + 1,)
-    rates = torch.zeros((*h.shape, len(weights) - 1), dtype=torch.float64)
+    rates = torch.zeros((*h.shape, len(weights) - 1), dtype=torch.float64, device="cpu")
     ahead = torch.zeros_like(h)  # e_t
     for t in range(len(weights) - 2, -1, -1):
         ahead = weights[t + 1] + rho * ahead
@@ -133,7 +133,7 @@ def stationary_variance(*, lr: float, curvature: float | Tensor, noise: float | 
     Raises:
         ValueError: If the rate or a curvature is not positive, or a noise negative.
     """
-    h, spread = (torch.as_tensor(value, dtype=torch.float64) for value in (curvature, noise))
+    h, spread = (in_float64(value) for value in (curvature, noise))
     if not lr > 0 or not bool((h > 0).all()) or not bool((spread >= 0).all()):
         raise ValueError(
             f"expected lr and curvature above 0 and noise of at least 0, got {lr}, {h.tolist()} and {spread.tolist()}; "
@@ -156,7 +156,7 @@ def variance_ratio(weights: Tensor, *, lr: float, curvature: float | Tensor) -> 
         curvature: h, or several (m,).
     """
     weights = _checked(weights)
-    rho = 1 - lr * torch.as_tensor(curvature, dtype=torch.float64)
+    rho = 1 - lr * in_float64(curvature)
     total, before = torch.zeros_like(rho), torch.zeros_like(rho)  # before: sum_{i < j} w_i rho^(j - i)
     for weight in weights:
         total = total + weight * (weight + 2 * before)
@@ -178,7 +178,7 @@ def squared_distance(spacing: int | Tensor, *, lr: float, curvatures: Tensor, no
     """
     if not isinstance(spacing, Tensor):
         whole_number("spacing", spacing, least=0, most=2**63 - 1)
-    steps: Tensor = torch.as_tensor(spacing, dtype=torch.float64)
+    steps: Tensor = in_float64(spacing)
     check_vectors(curvatures=curvatures)
     if isinstance(noise, Tensor) and noise.ndim:
         check_vectors(len(curvatures), noise=noise)
@@ -196,8 +196,8 @@ def two_point_loss(losses: Sequence[float] | Tensor, *, curvature: float | Tenso
         losses: L_a and L_b.
         curvature: d^T H d, with d the difference of the points: one Hessian-vector product.
     """
-    ends: Tensor = torch.as_tensor(losses, dtype=torch.float64)
-    return ends.mean() - torch.as_tensor(curvature, dtype=torch.float64) / 8
+    ends: Tensor = in_float64(losses)
+    return ends.mean() - in_float64(curvature) / 8
 
 
 def _check(steps: int) -> None:

@@ -86,7 +86,7 @@ def _scalar(loss: Any) -> Tensor:
     value = plain(loss.detach().cpu().reshape(-1)[0] if isinstance(loss, Tensor) and loss.numel() == 1 else loss)
     if not is_real(value):
         raise ValueError(f"expected the loss to return one number, got {shown(value)}; reduce it, as with .mean()")
-    return torch.tensor(float(value), dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 @of_their_kind

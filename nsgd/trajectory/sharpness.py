@@ -227,6 +227,6 @@ def random_direction(params: Iterable[Tensor], *, seed: int) -> Tensor:
     params = checked_params(params)
     generator = torch.Generator().manual_seed(whole_number("seed", seed, least=0, most=2**63 - 1))
     # Drawn on the CPU: the same direction whatever the device.
-    vector = torch.randn(sum(p.numel() for p in params), generator=generator, dtype=torch.float64)
+    vector = torch.randn(sum(p.numel() for p in params), generator=generator, dtype=torch.float64, device="cpu")
     unit: Tensor = vector / torch.linalg.vector_norm(vector)
     return unit.to(device=params[0].device, dtype=vector_dtype(params))

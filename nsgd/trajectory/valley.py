@@ -103,7 +103,7 @@ def floor_barriers(floors: Tensor) -> Tensor:
             rises.append(top - bottom)
             bottom = value
         top = value
-    return torch.tensor([rise for rise in rises if rise > 0], dtype=torch.float64)
+    return torch.tensor([rise for rise in rises if rise > 0], dtype=torch.float64, device="cpu")
 
 
 @of_their_kind

@@ -143,7 +143,7 @@ class AveragingExperiment(Measurement):
         before: dict[int, Tensor] = {}  # spacing to the iterate so many steps before the last
         last = start
         for t, last in enumerate(
-            self._branch(loss_of, batches, params, torch.full((self.steps,), lr, dtype=torch.float64))
+            self._branch(loss_of, batches, params, torch.full((self.steps,), lr, dtype=torch.float64, device="cpu"))
         ):
             for name, average in averages.items():
                 average.add_(last, alpha=float(weights[name][t]))

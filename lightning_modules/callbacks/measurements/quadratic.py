@@ -67,11 +67,11 @@ class BatchQuadratic(Measurement):
         note(step, quantities.CURVATURE, quadratic.curvature)
         note(step, quantities.BEST_RATE, best)
         # Without positive curvature there is no best rate; the learning rate gives the scale.
-        rates = torch.tensor(_MULTIPLES, dtype=torch.float64) * (best if math.isfinite(best) else lr)
+        rates = torch.tensor(_MULTIPLES, dtype=torch.float64, device="cpu") * (best if math.isfinite(best) else lr)
         losses = losses_along(self.evaluation.loss(loss_of, seen), params, gradient, [-float(rate) for rate in rates])
         predicted = quadratic.predicted(rates)
         rates, losses, predicted = (
-            torch.cat([torch.tensor([first], dtype=torch.float64), rest])
+            torch.cat([torch.tensor([first], dtype=torch.float64, device="cpu"), rest])
             for first, rest in ((0.0, rates), (start, losses), (start, predicted))
         )
         for rate, loss, prediction in zip(rates.tolist(), losses.tolist(), predicted.tolist(), strict=True):

@@ -235,7 +235,7 @@ class SharpnessMonitor(Measurement):
         self, step: int, optimizer: Damped, gamma: float, hessian: LossHessian, params: list[nn.Parameter]
     ) -> None:
         """The sharpness that a damped step feels."""
-        damped = torch.tensor(optimizer.weights) > 0
+        damped = torch.tensor(optimizer.weights, device="cpu") > 0
         directions = optimizer.directions(params)[damped.to(params[0].device)]
         felt = damped_sharpness(hessian.hvp, params, directions, gamma=gamma, max_hvps=_DAMPED_PRODUCTS, seed=self.seed)
         self.evaluation.spend(hessian.product_cost * felt.hvps)

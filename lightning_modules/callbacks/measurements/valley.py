@@ -123,7 +123,7 @@ class ValleyWalk(Measurement):
     def _finish(self, trainer: pl.Trainer) -> None:
         if self._last is None:
             return
-        for i, barrier in enumerate(floor_barriers(torch.tensor(self._floors, dtype=torch.float64))):
+        for i, barrier in enumerate(floor_barriers(torch.tensor(self._floors, dtype=torch.float64, device="cpu"))):
             self.table.note(self.rows[-1]["step"], quantities.FLOOR_BARRIER, barrier, at=i)
         self._left, self._last, self._gradient = 0, None, None
         self.table.write(trainer)
@@ -134,11 +134,11 @@ class ValleyWalk(Measurement):
         params = self._params(module)
         iterate = self._iterate(module)
         direction = iterate - self._last
-        alphas = torch.linspace(0, 1, self.points + 1, dtype=torch.float64)
+        alphas = torch.linspace(0, 1, self.points + 1, dtype=torch.float64, device="cpu")
         back = [float(alpha) - 1 for alpha in alphas[1:]]
         losses = torch.cat(
             [
-                torch.tensor([self._last_loss], dtype=torch.float64),
+                torch.tensor([self._last_loss], dtype=torch.float64, device="cpu"),
                 losses_along(self.evaluation.loss(loss_of), params, direction, back),
             ]
         )

@@ -134,7 +134,7 @@ def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature:
     """
     grids, densities = _gibbs(potential, edges, temperature, points)
     masses = [simpson(density, x=grid) for grid, density in zip(grids, densities, strict=True)]
-    total = torch.tensor(masses, dtype=torch.float64)
+    total = torch.tensor(masses, dtype=torch.float64, device="cpu")
     return total / total.sum()
 
 

@@ -84,7 +84,7 @@ def built_in_landscape(name: str, *, barrier: float, skew: float, walls: float) 
         raise ValueError(f"expected name to be one of {', '.join(BUILT_IN)}, got {shown(name)}")
     well = DoubleWell(barrier=barrier, skew=skew)
     left, right = well.minima
-    points = torch.tensor([[left, 0.0], [0.0, 0.0], [right, 0.0]], dtype=torch.float64)
+    points = torch.tensor([[left, 0.0], [0.0, 0.0], [right, 0.0]], dtype=torch.float64, device="cpu")
     if name == "double-well":
         start, saddle, goal = points[:, :1]
         steepest = well.curvature(left)
@@ -133,7 +133,7 @@ def landscape_between(
     if float((left - right).norm()) < 1e-6:
         raise ValueError(f"expected start and goal near two minima, got one, at {left.tolist()}; move them apart")
     if saddle is None:
-        line = torch.lerp(left, right, torch.linspace(0, 1, 1001, dtype=torch.float64)[:, None])
+        line = torch.lerp(left, right, torch.linspace(0, 1, 1001, dtype=torch.float64, device="cpu")[:, None])
         saddle = line[int(potential(line).argmax())]
     top = _stationary_point(potential, saddle.double(), negative=1)
 

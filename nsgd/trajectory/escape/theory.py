@@ -72,9 +72,11 @@ def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tup
     heat = temperature(**sgd)
     minima = (landscape.start, landscape.goal)
     curvatures = torch.stack([landscape.curvatures(point) for point in minima])
-    depths = torch.tensor([landscape.value(point) - landscape.lowest for point in minima], dtype=torch.float64)
+    depths = torch.tensor(
+        [landscape.value(point) - landscape.lowest for point in minima], dtype=torch.float64, device="cpu"
+    )
     mass = laplace_mass(depths=depths, curvatures=curvatures, temperature=heat)
-    prices = torch.tensor([excess_loss(c, **sgd) for c in curvatures], dtype=torch.float64)
+    prices = torch.tensor([excess_loss(c, **sgd) for c in curvatures], dtype=torch.float64, device="cpu")
     flat = landscape.names.index("flat")
     share = loss = math.nan
     if landscape.reduced is not None:

@@ -100,10 +100,10 @@ def simulate(
     if scale is not None and tuple(scale.shape) not in ((d,), (d, d)):
         raise ValueError(f"expected scale of shape ({d},) or ({d}, {d}), got {tuple(scale.shape)}")
     generator = torch.Generator(start.device).manual_seed(seed)
-    factor = lr * (torch.ones(d, dtype=start.dtype) if scale is None else scale).to(start)
+    factor = lr * (torch.ones(d, dtype=start.dtype, device="cpu") if scale is None else scale).to(start)
     spread = math.sqrt(noise / batch_size)
-    arrival_steps = torch.full((len(start),), -1, dtype=torch.int64)
-    running = torch.arange(len(start))  # those still under way
+    arrival_steps = torch.full((len(start),), -1, dtype=torch.int64, device="cpu")
+    running = torch.arange(len(start), device="cpu")  # those still under way
     position, ends = start.clone(), start.clone()
     step = 0
     while len(running) and step < steps:
@@ -224,7 +224,7 @@ def _row(quantity: str, origin: str, walkers: int, steps: int, measured: float, 
 
 
 def _never(points: Tensor) -> Tensor:
-    return torch.zeros(len(points), dtype=torch.bool)
+    return torch.zeros(len(points), dtype=torch.bool, device="cpu")
 
 
 def _stationary(there: float, back: float, count: int) -> tuple[float, float]:
