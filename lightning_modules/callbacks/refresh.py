@@ -95,12 +95,14 @@ class RefreshDirections(pl.Callback):
         self._logged: dict[int, int] = {}  # optimizer to the step that it was last logged at
         self._told: set[str] = set()
         self._at_once = True  # until vmap meets a training_step that it cannot run
+        self.one_by_one = False  # once gradients of samples have been taken so, which is slower
         self._in_samples = True  # until a batch of which single samples have no loss
         self._left: set[Damped] = set()  # to the gradients of training, as torch has no products of their loss
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to refresh."""
         self._full_size, self._logged, self._at_once, self._in_samples = 1, {}, True, True
+        self.one_by_one = False
         self._told.clear()
         self._left.clear()
         names = ", ".join(type(o).__name__ for o in trainer.optimizers)
@@ -280,6 +282,7 @@ class RefreshDirections(pl.Callback):
                     "RefreshDirections takes the gradients of the samples one by one, which is slower: torch.func.vmap "
                     f"cannot run this training_step ({reason})"
                 )
+        self.one_by_one = True
         with batch_losses(module) as loss_of:  # gradients need each loss only once: one guard serves for all
             return optimizer.refresh([(partial(alone, loss_of, batch), n) for batch, n in parts], **options)
 

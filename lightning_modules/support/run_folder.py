@@ -12,6 +12,7 @@ from lightning_modules.support.files import Rows, read_csv, read_yaml, write_csv
 from lightning_modules.support.whole_files import CannotWrite, no_room, write_text
 
 _RUN, _COUNTS = "run.yaml", "rows"  # settings of a run, and under which name the numbers of its rows
+_ONE_BY_ONE = "samples_one_by_one"  # and that gradients of samples were taken so
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,18 @@ class RunFolder:
             path.unlink(missing_ok=True)
         write_yaml(self.path / _RUN, settings)
 
-    def end(self, steps: Rows, results: Rows) -> None:
-        """Write the rows of its steps, how many rows there are, and last its results."""
+    def end(self, steps: Rows, results: Rows, *, one_by_one: bool = False) -> None:
+        """Write the rows of its steps, how many rows there are, and last its results.
+
+        Args:
+            steps: One row for each optimizer step.
+            results: One row for each read-out.
+            one_by_one: Whether gradients of samples were taken one by one, which is slower; noted where it is so.
+        """
         write_csv(self.path / "metrics.csv", steps)
-        write_yaml(self.path / _RUN, {**self.settings(), _COUNTS: {"metrics": len(steps), "results": len(results)}})
+        noted = {_ONE_BY_ONE: True} if one_by_one else {}
+        counts = {_COUNTS: {"metrics": len(steps), "results": len(results)}}
+        write_yaml(self.path / _RUN, {**self.settings(), **noted, **counts})
         write_csv(self.path / "results.csv", results)
         self.checkpoint.unlink(missing_ok=True)
 
@@ -78,7 +87,12 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """Settings that the run trained with; empty where it never began."""
-        return {name: value for name, value in self._described().items() if name != _COUNTS}
+        return {name: value for name, value in self._described().items() if name not in (_COUNTS, _ONE_BY_ONE)}
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the run took gradients of samples one by one."""
+        return self._described().get(_ONE_BY_ONE) is True
 
     def steps(self) -> Rows:
         """One row for each optimizer step; none where they were not kept."""

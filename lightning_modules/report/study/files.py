@@ -35,6 +35,7 @@ class Files:
         times: Seconds of each run.
         summary: What :func:`lightning_modules.study.statistics.summarise` made of the results.
         metrics: Method to seed to steps; none in a folder that was kept without its runs.
+        one_by_one: Methods of which some run took gradients of samples one by one.
         deaths: Names of the runs that died.
         tuning: One row for each trial.
         tuning_seed: Seed of the trials.
@@ -53,6 +54,7 @@ class Files:
     times: Rows
     summary: Rows
     metrics: dict[str, dict[int, Rows]]
+    one_by_one: list[str]
     deaths: list[str]
     tuning: Rows
     tuning_seed: int | None
@@ -203,6 +205,11 @@ def read_folder(path: Path) -> Files:
             }
             for method in methods
         },
+        one_by_one=[
+            method
+            for method in methods
+            if any(folder.run(run_name("study", method, seed)).one_by_one for seed in range(config["seeds"]))
+        ],
         deaths=deaths,
         tuning=tuning,
         tuning_seed=tuning[0].get("seed", folder.run(first_trial).settings().get("seed")) if tuning else None,

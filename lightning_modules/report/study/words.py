@@ -160,7 +160,7 @@ def notes(files: Files) -> str:
     reach = "A run" if files.target is None else f"To {aim(files, files.target)}, and a run"
     reach = f" {reach}: medians over seeds." if config["seeds"] > 1 else ""
     control = " A control gets what NSGD gets, but for the sharpest directions." if _controls(files) else ""
-    words = f"{upper(tuned)}.{cells}{control}{reach}{_fallen_back(files)}{_lost(files)}"
+    words = f"{upper(tuned)}.{cells}{control}{reach}{_one_by_one(files)}{_fallen_back(files)}{_lost(files)}"
     return " ".join(filter(None, [endpoint(files), words]))
 
 
@@ -178,6 +178,18 @@ def _changes(files: Files, base: str) -> str:
     if effects == {"difference"}:
         return f"difference to {base}"
     return f"ratio to {base}" if effects == {"ratio"} else f"change from {base} (of losses a ratio)"
+
+
+def _one_by_one(files: Files) -> str:
+    """Whose seconds are more than they need be."""
+    labels = and_([files.label(method) for method in files.one_by_one])
+    return (
+        f" {labels}: gradients of samples were taken one by one, since torch.func.vmap could not take this "
+        "training_step (torchmetrics in it, for one) or its batch; at once they take fewer seconds, which a "
+        "curvature_loss(batch) without these allows."
+        if labels
+        else ""
+    )
 
 
 def _fallen_back(files: Files) -> str:

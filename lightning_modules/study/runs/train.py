@@ -13,6 +13,7 @@ from lightning_modules.callbacks.epoch_checkpoint import EpochCheckpoint
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
+from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.models.base import Split
 from lightning_modules.study.methods import Method, NSGDOptions, Settings, prepare
 from lightning_modules.study.rehearsal import rehearse, rehearsed_options
@@ -67,7 +68,9 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
     read_outs.apart = record.apart
     kept = None if measured or not subject.goes_on else EpochCheckpoint(files.checkpoint, plain)
     trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, record, [read_outs], measurements, kept)
-    files.end(record.rows, _results(subject, run, settings, trainer, read_outs, record.rows[-1]))
+    refreshed = [c for c in trainer.callbacks if isinstance(c, RefreshDirections)]  # type: ignore[attr-defined]
+    results = _results(subject, run, settings, trainer, read_outs, record.rows[-1])
+    files.end(record.rows, results, one_by_one=any(c.one_by_one for c in refreshed))
 
 
 def rehearse_method(subject: Subject, folder: StudyFolder, method: Method) -> None:

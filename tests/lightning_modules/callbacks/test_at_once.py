@@ -224,7 +224,8 @@ def test_training_is_bit_identical_and_the_slow_way_is_said_once(make_trainer, r
         pytest.skip("not every CPU has it in bfloat16")
     _, plain = fit(make_trainer, random_state, kind, partial(torch.optim.SGD, **SETTINGS), [], **options)
     observed = partial(NSGD, **SETTINGS, k=3, gamma=1.0, refresh_every=1)
-    optimizer, monitored = fit(make_trainer, random_state, kind, observed, [RefreshDirections()], **options)
+    callback = RefreshDirections()
+    optimizer, monitored = fit(make_trainer, random_state, kind, observed, [callback], **options)
     refreshes = 8 // options.get("accumulate_grad_batches", 1)
     assert (optimizer.refreshes, optimizer.hvps) == (refreshes, 0)
     assert len(optimizer.weights) >= 2
@@ -233,6 +234,7 @@ def test_training_is_bit_identical_and_the_slow_way_is_said_once(make_trainer, r
     if kind is not LongShort:
         assert taken == ["_at_once" if kind in AT_ONCE else "_one_by_one"] * refreshes
         assert len(said) == (kind not in AT_ONCE)
+        assert callback.one_by_one == (kind not in AT_ONCE)
     for message in said:
         assert message.startswith("RefreshDirections takes the gradients of the samples one by one, which is slower")
         assert "\n" not in message

@@ -576,6 +576,14 @@ def test_a_study_of_before_names_no_endpoint(tmp_path):
     assert "Endpoint" not in Page(write_report(Path(shutil.copytree(kept, tmp_path / "out")))).text
 
 
+def test_seconds_of_samples_that_were_taken_one_by_one_are_said_to_be(tmp_path):
+    folder, words = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD}), "gradients of samples were taken one by one"
+    assert words not in Page(write_report(folder)).text
+    with (folder / "runs" / "nsgd-1" / "run.yaml").open("a") as file:
+        file.write("samples_one_by_one: true\n")
+    assert Page(write_report(folder)).text.count(f"NSGD: {words}, since torch.func.vmap could not take") == 1
+
+
 def test_losses_that_are_not_above_zero_are_compared_as_differences_and_that_is_said(tmp_path):
     folder = write_study(tmp_path, {"sgd": SGD, "nsgd": [(0.91, 0.2), (0.93, 0.0), (0.95, 0.21)]})
     report = Report(folder)

@@ -18,6 +18,7 @@ from studies import OPTIONS, silent
 from torch import nn
 
 from lightning_modules.commands.main import main
+from lightning_modules.report.study.report import write_report
 from lightning_modules.study.compare import run_study
 from lightning_modules.study.methods import NSGDOptions
 from lightning_modules.study.options import Study
@@ -93,6 +94,13 @@ class Manual(Mine):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
+
+class Reading(Mine):
+    def training_step(self, batch, batch_idx):
+        found = super().training_step(batch)
+        self.seen = float(found["loss"])  # which torch.func.vmap does not do
+        return found
+
 
 class Normless(Mine):
     def __init__(self, dropout: float = 0.0):
@@ -328,6 +336,16 @@ def test_runs_are_paired_so_that_gamma_one_and_rho_zero_are_sgd(own, tmp_path):
         assert rows["nsgd", read_out]["val/error"] == rows["sgd", read_out]["val/error"]
         assert rows["sam", read_out]["val/error"] == rows["sgd", read_out]["val/error"]
     assert rows["sam", "last"]["gradients"] == 2 * rows["sgd", "last"]["gradients"]
+
+
+@pytest.mark.parametrize("model", ["Mine", "Reading"])
+def test_a_run_notes_that_samples_were_taken_one_by_one(own, tmp_path, model):
+    options = NSGDOptions(k=2, refresh_every=2, samples=8, group_size=4, solver="gradients")
+    folder = ran(tmp_path / "out", study(own, model, nsgd=options))
+    noted = {m: (folder / "runs" / f"{m}-0" / "run.yaml").read_text() for m in ("sgd", "nsgd")}
+    found = {method: "samples_one_by_one: true" in text for method, text in noted.items()}
+    assert found == {"sgd": False, "nsgd": model == "Reading"}
+    assert ("taken one by one" in write_report(folder).read_text()) == found["nsgd"]
 
 
 def test_sam_on_any_module_moves_and_leaves_its_counters(own, tmp_path):
