@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from nsgd.curvature.hessian import Closure
 from nsgd.curvature.low_rank import Which
-from nsgd.damping.checks import check_rate
+from nsgd.damping.checks import check_rate, checked_groups
 from nsgd.damping.step import Damped
 from nsgd.options import DampingOptions, Estimator
 
@@ -139,7 +139,7 @@ class NSGD(Damped, SGD):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             check_rate(name, value)
         super().__init__(
-            params,
+            checked_groups(params),
             lr,
             momentum,
             dampening,

@@ -30,6 +30,12 @@ def listed(params: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
+def refuse_meta(params: Iterable[Tensor]) -> None:
+    """Raise a ValueError where parameters hold no values."""
+    if any(p.is_meta for p in params):
+        raise ValueError("got parameters on the meta device, which hold no values; give them some, by to_empty()")
+
+
 def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
     """Parameters as a list, each once, however often it is given.
 
@@ -37,8 +43,7 @@ def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
         ValueError: Unless they are real parameters with a shape and values, of which at least one requires a gradient.
     """
     found = listed(params)
-    if any(p.is_meta for p in found):
-        raise ValueError("got parameters on the meta device, which hold no values; give them some, by to_empty()")
+    refuse_meta(found)
     if not any(p.requires_grad for p in found):
         raise ValueError(f"none of the {len(found)} parameters requires a gradient; unfreeze some: requires_grad_()")
     return list({id(p): p for p in found}.values())

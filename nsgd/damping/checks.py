@@ -11,6 +11,7 @@ from torch.optim import LBFGS
 
 from nsgd.curvature.checks import is_real, plain, shown
 from nsgd.curvature.vectors import checked_params
+from nsgd.damping.damage import check_followed_flag
 from nsgd.damping.state import SHARED, group_key
 from nsgd.directions.shards import check_shards, is_sharded
 from nsgd.options import FROM_TRAINING, check_factors
@@ -31,18 +32,41 @@ def check_group_factors(optimizer: Damped, group: dict[str, Any]) -> None:
     check_factors(*(group[group_key(optimizer, name)] for name in ("gamma", "bulk_scale")))
 
 
-def check_group_shape(group: Any) -> None:
-    """Raise a ValueError unless this is a dictionary with parameters in it."""
+def checked_groups(params: Any) -> Any:
+    """What an optimizer is to train, with iterators as lists; a ValueError where something else is in it."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        return params  # of which torch says what it is
+    found = list(params.items() if isinstance(params, dict) else params)
+    if any(isinstance(group, dict) for group in found):
+        return [checked_group_shape(group) for group in found]
+    _check_members(found)
+    return found
+
+
+def checked_group_shape(group: Any) -> dict[str, Any]:
+    """A group with its parameters as a list; a ValueError unless this is a dictionary with parameters in it."""
     if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
         raise ValueError(f"expected a group of parameters and options, {{'params': ...}}, got {shown(group)}")
+    params = group["params"]
+    if isinstance(params, Tensor | set):  # of which torch takes the one, and says what is wrong with the other
+        return group
+    found = list(params)
+    _check_members(found)
+    return {**group, "params": found}
+
+
+def _check_members(params: Iterable[Any]) -> None:
+    """Raise a ValueError unless these are tensors, or pairs of a name and a tensor."""
+    for member in params:
+        named = isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str)
+        if not isinstance(member[1] if named else member, Tensor):
+            raise ValueError(f"expected parameters, got {shown(member)} among them; pass model.parameters()")
 
 
 def check_group(optimizer: Damped, group: dict[str, Any]) -> None:
     """Raise a ValueError where a group cannot be damped, or differs in what is one value for the whole optimizer."""
     check_group_factors(optimizer, group)
-    followed = plain(group[group_key(optimizer, "curvature")])
-    if not isinstance(followed, bool):
-        raise ValueError(f"expected curvature of a group to be True or False, got {shown(followed)}")
+    check_followed_flag(group[group_key(optimizer, "curvature")])
     if group.get("differentiable", False):
         raise ValueError("expected differentiable=False: a damped step is not differentiable, got True")
     lr = group.get("lr", 0)

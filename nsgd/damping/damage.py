@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsgd.curvature.checks import is_real
+from nsgd.curvature.checks import is_real, plain, shown
 from nsgd.curvature.vectors import is_finite
 from nsgd.directions.differences import ROWS
 from nsgd.directions.kept import DIRECTIONS, FIRST_PASS, LAST
@@ -31,14 +31,25 @@ def check_shape(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"expected an optimizer's state_dict(), got a {type(state_dict).__name__}; pass that")
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    whole = isinstance(groups, list) and all(
-        isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups
-    )
+    whole = isinstance(groups, list) and all(map(_is_group, groups))
     if not whole or not isinstance(state, Mapping):
+        names = " ".join(", ".join(map(str, state_dict)).split())
         raise ValueError(
-            f"expected an optimizer's state_dict(), with state and param_groups, got one with "
-            f"{', '.join(map(str, state_dict)) or 'nothing'}; {DAMAGED}"
+            f"expected an optimizer's state_dict(), with state and param_groups, got one with {names or 'nothing'}; "
+            f"{DAMAGED}"
         )
+
+
+def _is_group(group: Any) -> bool:
+    """Whether this is a group of a state_dict: options, and numbers in place of the parameters, or names."""
+    numbers = group.get("params") if isinstance(group, Mapping) else None
+    return isinstance(numbers, list) and all(isinstance(number, int | str) for number in numbers)
+
+
+def check_followed_flag(value: Any) -> None:
+    """Raise a ValueError unless this says whether a group has directions."""
+    if not isinstance(plain(value), bool):
+        raise ValueError(f"expected curvature of a group to be True or False, got {shown(value)}")
 
 
 def check_tensors(pairs: Iterable[tuple[dict[str, Any], Tensor]], counts: Mapping[str, Any]) -> None:
@@ -78,7 +89,7 @@ def checked_counts(written: Any, parameters: int) -> dict[str, Any]:
     except (TypeError, ValueError):  # no text, or no JSON
         counts = None
     if not isinstance(counts, dict):
-        raise ValueError(f"expected nsgd_counts of the checkpoint to be a JSON object, got {written!r:.60}; {DAMAGED}")
+        raise ValueError(f"expected nsgd_counts of the checkpoint to be a JSON object, got {shown(written)}; {DAMAGED}")
     for name in _LISTS:
         values = counts.get(name)
         if not ((isinstance(values, list) and all(map(_is_finite, values))) or (name == "damped" and values is None)):
@@ -124,7 +135,7 @@ def _check_places(name: str, places: Any, parameters: int) -> None:
 
 
 def _error(name: str, expected: str, got: Any) -> ValueError:
-    return ValueError(f"expected {name} in nsgd_counts of the checkpoint to be {expected}, got {got!r:.60}; {DAMAGED}")
+    return ValueError(f"expected {name} in nsgd_counts of the checkpoint to be {expected}, got {shown(got)}; {DAMAGED}")
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsgd.damping.damage import DAMAGED, check_shape, check_tensors, checked_counts
+from nsgd.curvature.checks import plain, shown
+from nsgd.damping.damage import DAMAGED, check_followed_flag, check_shape, check_tensors, checked_counts
 from nsgd.directions.directions import clamped
 from nsgd.directions.kept import DIRECTIONS, FIRST_PASS, LAST, ROWS_OF, blank
 from nsgd.directions.shards import from_saved, same_everywhere, to_save
@@ -121,12 +122,14 @@ def unpacked(optimizer: Damped, state_dict: dict[str, Any]) -> Loaded:
                 continue
         state[i] = entry
     groups = state_dict["param_groups"]
+    key = group_key(optimizer, "curvature")
+    for group in groups:
+        check_followed_flag(group.get(key, True))
     first = groups[0] if groups else {}
     if "nsgd_version" in first:
-        if first["nsgd_version"] != _VERSION:
-            raise ValueError(
-                f"expected a checkpoint of format {_VERSION} or older, got {first['nsgd_version']!r}; update nsgd"
-            )
+        version = plain(first["nsgd_version"])
+        if not isinstance(version, int) or version != _VERSION:
+            raise ValueError(f"expected a checkpoint of format {_VERSION} or older, got {shown(version)}; update nsgd")
         options = _options(first.get("nsgd_options"))
         counts = checked_counts(first.get("nsgd_counts"), len(_params(optimizer)))
         ours = set(_IN_GROUP)
@@ -189,7 +192,7 @@ def take_over(optimizer: Damped, loaded: Loaded, before: Sequence[Mapping[str, A
 def _options(saved: Any) -> DampingOptions:
     known = {*SHARED, "gamma", "bulk_scale"}
     if not isinstance(saved, Mapping):
-        raise ValueError(f"expected nsgd_options of the checkpoint to be a mapping, got {saved!r}; {DAMAGED}")
+        raise ValueError(f"expected nsgd_options of the checkpoint to be a mapping, got {shown(saved)}; {DAMAGED}")
     if unknown := [name for name in saved if name not in known]:
         raise ValueError(
             f"expected nsgd_options of the checkpoint to be among {', '.join(sorted(known))}, got "

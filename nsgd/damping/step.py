@@ -22,9 +22,9 @@ from torch.optim import SGD, Optimizer
 
 from nsgd.curvature.checks import above_zero
 from nsgd.curvature.hessian import Closure, Losses, check_loss
-from nsgd.curvature.vectors import checked_params, listed
+from nsgd.curvature.vectors import checked_params, listed, refuse_meta
 from nsgd.damping import state
-from nsgd.damping.checks import check_followed, check_group, check_group_factors, check_group_shape
+from nsgd.damping.checks import check_followed, check_group, check_group_factors, checked_group_shape
 from nsgd.damping.correction import Correction, at_rest
 from nsgd.directions.directions import Directions
 from nsgd.directions.refresh import refresh
@@ -219,7 +219,9 @@ class Damped(Optimizer):
         Orthonormal where the parameters are all those that have directions; r is 0 before the first. Of sharded
         parameters P counts what this process holds. Costs a copy of the basis, and one sync.
         """
-        vectors = self._directions.along(listed(params))
+        params = listed(params)
+        refuse_meta(params)
+        vectors = self._directions.along(params)
         return vectors[: len(self.weights)]
 
     @property
@@ -323,7 +325,7 @@ class Damped(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its parameters join the directions at the next refresh, or step."""
         if "_directions" in self.__dict__:  # not while the base is constructed
-            check_group_shape(param_group)
+            param_group = checked_group_shape(param_group)
             check_group(self, {**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_directions" in self.__dict__:

@@ -347,6 +347,7 @@ INNER = {
         "is_finite",
         "length",
         "listed",
+        "refuse_meta",
         "matmul",
         "random_unit",
         "split",
