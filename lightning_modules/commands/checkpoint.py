@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,7 +27,7 @@ def check_path(path: str | None, command: str) -> None:
             "expected --ckpt_path to be a checkpoint file, got 'best', which no command knows of a training before it; "
             "give the path of the file"
         )
-    if path and path not in _FOUND_BY_LIGHTNING and "://" not in path and not Path(path).exists():
+    if path and path not in _FOUND_BY_LIGHTNING and "://" not in path and not os.path.exists(path):
         raise ValueError(f"expected --ckpt_path to be a checkpoint file, got {path!r}, which does not exist")
 
 

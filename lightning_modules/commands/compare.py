@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def _with_study(argv: list[str]) -> list[str]:
     """Options in which the name of a study has become its file; without one, digits, unless they say otherwise."""
     if argv and not argv[0].startswith("-"):
         named_file = NAMED / f"{argv[0]}.yaml"
-        if not named_file.exists() and not Path(argv[0]).is_file():
+        if not os.path.exists(named_file) and not os.path.isfile(argv[0]):
             names = sorted(path.stem for path in NAMED.glob("*.yaml"))
             is_file = Path(argv[0]).suffix in (".yaml", ".yml")
             which = "which does not exist" if is_file else "which is neither"
@@ -135,7 +136,7 @@ def _with_study(argv: list[str]) -> list[str]:
                 f"expected STUDY to be {', '.join(names)}, or a YAML file, got {argv[0]!r}, {which}"
                 f"{meant(argv[0], names)}"
             )
-        return ["--config", str(named_file if named_file.exists() else argv[0]), *_classes_first(argv[1:])]
+        return ["--config", str(named_file) if os.path.exists(named_file) else argv[0], *_classes_first(argv[1:])]
     if any(word.split("=")[0] in ("--data", "--net", "--model", "--config") for word in argv):
         return argv if "--config" in argv else _classes_first(argv)
     return ["--config", str(NAMED / "digits.yaml"), *argv]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class HuggingFace(ImageData):
         limit: int | None = None,
         side: int | None = None,
     ) -> None:
-        if Path(path).expanduser().exists():
+        if os.path.exists(os.path.expanduser(path)):
             path = str(Path(path).expanduser().resolve())  # a run of a study may start in another folder
         super().__init__(batch_size=batch_size, augment=augment, val_fraction=val_fraction, limit=limit, side=side)
         self.path, self.image_column, self.label_column, self.test_split = path, image_column, label_column, test_split
@@ -140,12 +141,12 @@ def _load_dataset(path: str) -> Any:
     except ImportError:
         raise ValueError("Hugging Face data needs the extra: pip install 'nsgd[data]'") from None
     local = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not local.exists():
+    if path.startswith((".", "/", "~")) and not os.path.exists(local):
         raise ValueError(f"expected a folder of images or parquet files, got {path!r}, which does not exist")
-    if local.is_dir() and not any(entry.is_file() for entry in local.rglob("*")):
+    if os.path.isdir(local) and not any(entry.is_file() for entry in local.rglob("*")):
         raise ValueError(f"expected images or parquet files in {path}, got an empty folder")
     try:
-        return datasets.load_dataset(str(local) if local.exists() else path)
+        return datasets.load_dataset(str(local) if os.path.exists(local) else path)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -7,9 +7,9 @@ words: the key of a value, an option that there is not, one that is missing, and
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -164,7 +164,7 @@ def _type(parser: ArgumentParser, option: str) -> Any:
 
 
 def _state(path: Any) -> str:
-    return "cannot be read as one" if Path(str(path)).is_file() else "does not exist"
+    return "cannot be read as one" if os.path.isfile(str(path)) else "does not exist"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -26,7 +27,7 @@ def given_options(argv: Sequence[str], *, of_files: Collection[str] = ("model", 
             continue
         name, equals, attached = word.lstrip("-").partition("=")
         value = attached if equals else following
-        if name in ("c", "config") and value is not None and Path(value).is_file():
+        if name in ("c", "config") and value is not None and os.path.isfile(value):
             config = _flat(_read(Path(value)))
             options |= {key: of for key, of in config.items() if not of_files or key.partition(".")[0] in of_files}
         else:

@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 import signal
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -172,6 +173,7 @@ def tried(argv: list[str]) -> str:
     for folder in ("nsgd-compare", "nsgd-escape"):  # or the next one would be refused as of another study
         shutil.rmtree(folder, ignore_errors=True)
     said, printed = io.StringIO(), io.StringIO()
+    sys.stdin, stdin = io.StringIO(), sys.stdin  # which the path - stands for
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed), in_time():
             code: int | str | None = main(argv)
@@ -184,6 +186,7 @@ def tried(argv: list[str]) -> str:
         kind = f"{type(error).__name__}: {error}"
         raise AssertionError(argv, "TRACEBACK", kind, f"{last.filename}:{last.lineno}") from error
     finally:
+        sys.stdin = stdin
         assert not Path(PLANTED).exists(), argv
     SEEN[str(code)] += 1
     lines = [line for line in said.getvalue().splitlines() if line.startswith("nsgd: ")]
