@@ -30,17 +30,18 @@ def listed(params: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
-def refuse_meta(params: Iterable[Tensor]) -> None:
-    """Raise a ValueError where parameters hold no values."""
-    if any(p.is_meta for p in params):
-        raise ValueError("got parameters on the meta device, which hold no values; give them some, by to_empty()")
+def refuse_meta(params: Sequence[Tensor]) -> None:
+    """Raise a ValueError where some parameters hold no values, and others do."""
+    if any(p.is_meta for p in params) and not all(p.is_meta for p in params):
+        raise ValueError("got some parameters on the meta device, which hold no values; give them some, by to_empty()")
 
 
 def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
     """Parameters as a list, each once, however often it is given.
 
     Raises:
-        ValueError: Unless they are real parameters with a shape and values, of which at least one requires a gradient.
+        ValueError: Unless they are real parameters with a shape, of which at least one requires a gradient; or if
+            some of them hold no values.
     """
     found = listed(params)
     refuse_meta(found)
