@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from lightning_modules.support.in_use import held
 from lightning_modules.support.progress import Update
 from lightning_modules.support.study_folder import Document, StudyFolder
 from nsgd.trajectory.escape import temperature, walkers
-from nsgd.trajectory.escape.landscape import BUILT_IN, Landscape, Map, built_in_landscape, landscape_between
+from nsgd.trajectory.escape.landscape import BUILT_IN, Landscape, Map, built_in_landscape, landscape_between, with_noise
 from nsgd.trajectory.escape.theory import predicted_stay, predicted_steps
 
 _MOST = 2**31 - 1  # of walkers, of steps, of a seed
@@ -46,6 +46,9 @@ class EscapeStudy:
         batch_sizes: Batch sizes at the first rate; at the others they are scaled in proportion, so that the
             temperatures are the same.
         noise: Variance of the gradient of one sample, along each coordinate.
+        noise_follows: What that variance is in proportion to: nothing (constant), the loss above the deeper minimum, in
+            barriers, or the curvature, in that of the start. It decides the claims: see the predictions of each.
+        noise_floor: Where it follows something, the share of it that is there everywhere, above 0.
         gammas: Factors on the step along one direction, at the smallest rate.
         gamma_batch_size: Batch size with them.
         walkers: Walkers of each run.
@@ -63,6 +66,8 @@ class EscapeStudy:
     lr: list[float] = field(default_factory=lambda: [0.02, 0.01])
     batch_sizes: list[float] = field(default_factory=lambda: [40.0, 46.0, 52.0, 60.0])
     noise: float = 1000.0
+    noise_follows: Literal["constant", "loss", "curvature"] = "constant"
+    noise_floor: float = 0.1
     gammas: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5])
     gamma_batch_size: float = 10.0
     walkers: int = 10_000
@@ -77,6 +82,8 @@ class EscapeStudy:
         for name, value in (("noise", self.noise), ("gamma_batch_size", self.gamma_batch_size)):
             if not 0 < value < math.inf:
                 raise ValueError(f"expected {name} above 0, got {value}")
+        if not 0 < self.noise_floor <= 1:
+            raise ValueError(f"expected noise_floor above 0 and at most 1, got {self.noise_floor:g}")
         for name, count, least in (("walkers", self.walkers, 2), ("steps", self.steps, 1), ("seed", self.seed, 0)):
             if count < least:
                 raise ValueError(f"expected {name} of at least {least}, got {count}")
@@ -86,7 +93,7 @@ class EscapeStudy:
     def landscape(self) -> Landscape:
         """The potential with its minima and its saddle."""
         if self.potential not in BUILT_IN:
-            return _own_landscape(self.potential, self.start, self.goal, self.saddle)
+            return self.with_noise(_own_landscape(self.potential, self.start, self.goal, self.saddle))
         for option in ("start", "goal", "saddle"):
             if getattr(self, option) is not None:
                 raise ValueError(f"expected --{option} only with a potential of your own, got it with {self.potential}")
@@ -94,7 +101,11 @@ class EscapeStudy:
 
     def built_in(self, name: str) -> Landscape:
         """The built-in one of a name, with the study's numbers."""
-        return built_in_landscape(name, barrier=self.barrier, skew=self.skew, walls=self.walls)
+        return self.with_noise(built_in_landscape(name, barrier=self.barrier, skew=self.skew, walls=self.walls))
+
+    def with_noise(self, landscape: Landscape) -> Landscape:
+        """A landscape with the study's noise on it."""
+        return with_noise(landscape, self.noise_follows, floor=self.noise_floor)
 
     def sgd(self, lr: float, batch_size: float) -> dict[str, float]:
         """Options of SGD."""
@@ -134,7 +145,9 @@ def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
         "config": asdict(study),
         "landscape": _described(landscape, dampings),
     }
-    StudyFolder(out).claim(documents, packages=("nsgd", "torch", "numpy", "scipy"))
+    # What folders of before do not say was so.
+    unsaid: dict[str, dict[str, Any]] = {"config": {"noise_follows": "constant", "noise_floor": study.noise_floor}}
+    StudyFolder(out).claim(documents, unsaid=unsaid, packages=("nsgd", "torch", "numpy", "scipy"))
     rows: Rows = []
     with held(out):
         for i, (name, run) in enumerate(runs):
@@ -188,6 +201,7 @@ def _described(landscape: Landscape, dampings: list[_Damping]) -> dict[str, Any]
     return {
         "names": dict(zip(("start", "goal"), landscape.names, strict=True)),
         "barrier": rounded(landscape.barrier),
+        **({} if landscape.spread is None else {"effective_barrier": rounded(landscape.effective_barrier)}),
         "points": {name: rounded(point.tolist()) for name, point in points.items()},
         "curvatures": {name: rounded(landscape.curvatures(point).tolist()) for name, point in points.items()},
         "damped": {  # name -> curvature along it, at the start
@@ -219,9 +233,10 @@ def _check_rates(study: EscapeStudy, landscape: Landscape, dampings: list[_Dampi
     heats = [temperature(**study.sgd(study.lr[0], size)) for size in study.batch_sizes]
     damped = temperature(**study.sgd(min(study.lr), study.gamma_batch_size))
     coldest = min([*heats, damped, damped * min(study.gammas)])
-    if landscape.barrier > 100 * coldest:
+    barrier = landscape.barrier if math.isnan(landscape.effective_barrier) else landscape.effective_barrier
+    if barrier > 100 * coldest:
         raise ValueError(
-            f"expected a barrier of at most 100 temperatures, got {landscape.barrier / coldest:.3g}: no walker would "
+            f"expected a barrier of at most 100 temperatures, got {barrier / coldest:.3g}: no walker would "
             "pass it; choose smaller --batch_sizes or --gamma_batch_size, larger --gammas or more --noise"
         )
 

@@ -24,8 +24,8 @@ def escape_figures(folder: Path) -> dict[str, tuple[Figure, str]]:
     times, damped, share, loss = findings(files)
     return {
         **({"potential": (_potential_figure(files), _potential_words(files))} if files.potential else {}),
-        "escape-time": (_escape_figure(files), f"{times} {damped}"),
-        "flat-minimum": (_stay_figure(files), f"{share} {loss}"),
+        "escape-time": (_escape_figure(files), f"{times} {damped} {files.assumption}"),
+        "flat-minimum": (_stay_figure(files), f"{share} {loss} {files.assumption}"),
     }
 
 
@@ -80,7 +80,7 @@ def _escape_figure(files: Files) -> Figure:
     x = [inverse(row) for row in first]
     _line(times, x, [row["exact"] * row["lr"] for row in first], "-", color="black", label="quadrature")
     leading = [row["leading"] * row["lr"] for row in first]
-    _line(times, x, leading, "--", color="black", label="Eyring-Kramers, slope 2Δf/σ²")
+    _line(times, x, leading, "--", color="black", label=f"Eyring-Kramers, slope 2{files.height}/σ²")
     for i, lr in enumerate(files.config["lr"]):
         seen = [row for row in rows if row["lr"] == lr and row["arrived"] >= FEWEST]
         y, errors = ([row[c] * lr for row in seen] for c in ("measured", "standard_error"))

@@ -22,6 +22,33 @@ class Files:
     rows: Rows
     potential: Rows  # along the way from the start over the saddle to the goal; none in folders from before it was kept
 
+    @property
+    def barrier(self) -> float:
+        """Height of the barrier as the noise feels it: that of the loss, where the noise is the same everywhere."""
+        felt = self.landscape.get("effective_barrier", math.nan)
+        return float(self.landscape["barrier"] if math.isnan(felt) else felt)
+
+    @property
+    def follows(self) -> str:
+        """What the variance of the noise follows; of studies of before, which did not say, nothing."""
+        return str(self.config.get("noise_follows", "constant"))
+
+    @property
+    def height(self) -> str:
+        """How that barrier is written."""
+        return "Δf" if self.follows == "constant" else "ΔU"
+
+    @property
+    def assumption(self) -> str:
+        """What is assumed of the noise, as a sentence."""
+        follows = {
+            "constant": "is the same everywhere",
+            "loss": "grows with the loss",
+            "curvature": "is the curvature's",
+        }
+        rest = "" if self.follows == "constant" else f", but for {self.config['noise_floor']:g} of it everywhere"
+        return f"Assumed: noise whose variance {follows[self.follows]}{rest}; another noise decides otherwise."
+
     def of(self, quantity: str, **values: Any) -> Rows:
         """The rows of a quantity that have these values."""
         conditions = {"quantity": quantity, **values}

@@ -64,7 +64,7 @@ def _known(value: float) -> str:
 
 def _times(files: Files) -> str:
     rows = files.of("escape")
-    barrier = files.landscape["barrier"]
+    barrier = files.barrier
     predicted = 2 * barrier / files.config["noise"]
     fitted = [row for row in rows if barrier / row["temperature"] >= FIT_FROM * (1 - 1e-9) and row["arrived"] >= FEWEST]
     missing, walkers = sum(row["censored"] for row in rows), sum(row["walkers"] for row in rows)
@@ -85,7 +85,8 @@ def _times(files: Files) -> str:
         quadrature = f" (the quadrature's: {bent / predicted:.3f}; the times are within {max(off):.1%} of it)"
     return (
         f"Escape times, {verdict([(slope, error, predicted)])}: with barriers of {FIT_FROM:g} temperatures or more the "
-        f"slope of log time against B/η is {slope / predicted:.3f} ± {2 * error / predicted:.3f} times 2Δf/σ²"
+        f"slope of log time against B/η is {slope / predicted:.3f} ± {2 * error / predicted:.3f} times "
+        f"2{files.height}/σ²"
         f"{quadrature}; {counts}"
     )
 

@@ -47,7 +47,7 @@ def print_escape(folder: Path, console: Console) -> None:
     files = read_folder(folder)
     console.print(_title(files), style="bold", markup=False)
     print_tables(console, _tables(files), text_columns=_TEXT_COLUMNS)
-    for sentence in (*findings(files), _RULE):
+    for sentence in (*findings(files), files.assumption, _RULE):
         console.print(sentence, markup=False, highlight=False)
 
 
@@ -57,7 +57,9 @@ def _title(files: Files) -> str:
 
 def _terms(files: Files) -> list[str]:
     """Sentences on what was run, and on what the letters mean."""
-    config, barrier = files.config, files.landscape["barrier"]
+    config, barrier = files.config, files.barrier
+    is_constant = files.follows == "constant"
+    felt = "is the barrier" if is_constant else "= ∫ f'/r, for noise of variance σ²r, is what the barrier is to it"
     heats = [barrier / row["temperature"] for row in files.of("escape")]
     hot, cold = f"{min(heats):.3g}", f"{max(heats):.3g}"
     return [
@@ -65,14 +67,15 @@ def _terms(files: Files) -> list[str]:
         "long they take to the other minimum, where they stay, and what γ changes in that, which scales the step along "
         "one direction as NSGD does, is held against what the theory of diffusion predicts.",
         f"η is the learning rate (lr), B the batch size, and σ² = {config['noise']:g} the variance of one sample's "
-        f"gradient. The noise of SGD acts as a temperature T = ησ²/(2B); Δf = {barrier:.3g} is the barrier, which is "
-        + (f"{hot} temperatures high here." if hot == cold else f"{hot} to {cold} temperatures high here."),
+        f"gradient. The noise of SGD acts as a temperature T = ησ²/(2B); {files.height} = {barrier:.3g} {felt}, "
+        "which is " + (f"{hot} temperatures high here." if hot == cold else f"{hot} to {cold} temperatures high here."),
+        files.assumption,
     ]
 
 
 def _tables(files: Files) -> list[dict[str, Any]]:
     """A title, a header and rows of text each."""
-    barrier = files.landscape["barrier"]
+    barrier = files.barrier
     escapes = [
         [
             f"{row['lr']:g}",
@@ -98,7 +101,7 @@ def _tables(files: Files) -> list[dict[str, Any]]:
     return [
         {
             "title": f"Escape from the {files.landscape['names']['start']} minimum to the other one",
-            "header": ["lr", "B", "B/η", "Δf/T", *steps, "Kramers"],
+            "header": ["lr", "B", "B/η", f"{files.height}/T", *steps, "Kramers"],
             "rows": escapes,
         },
         {

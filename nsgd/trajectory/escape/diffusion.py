@@ -4,8 +4,13 @@ SGD with gradient noise of variance sigma^2 / B in every coordinate, theta <- th
 is for small lr the diffusion d theta = -grad f dt + sqrt(2 T) dW at the temperature T = lr sigma^2 / (2 B), with one
 step for every lr of its time. To leave a minimum is to reach the other one: the way to the saddle takes half as long.
 
-The formulas hold for noise that is the same everywhere and for minima that are not degenerate; the one-dimensional time
-is exact for the diffusion.
+The formulas hold for minima that are not degenerate, and where nothing else is said for noise that is the same
+everywhere, which decides them: of noise whose variance at x is sigma^2 r(x), in one dimension,
+
+    U(x) = int f'(x) / r(x) dx
+
+takes the place of f, and exp(-U / T) / r that of the density (Ito's integral, as SGD draws its noise before it steps).
+The one-dimensional time is exact for the diffusion.
 """
 
 from __future__ import annotations
@@ -78,22 +83,30 @@ def escape_time(*, barrier: float, temperature: float, minimum: Tensor, saddle: 
 
 @of_their_kind
 def passage_time(
-    potential: Potential, *, start: float, end: float, far: float, temperature: float, points: int = 20_001
+    potential: Potential,
+    *,
+    start: float,
+    end: float,
+    far: float,
+    temperature: float,
+    points: int = 20_001,
+    spread: Potential | None = None,
 ) -> float:
     """Exact mean time of the one-dimensional diffusion from ``start`` to ``end``, by quadrature.
 
-        tau = 1/T int_start^end exp(f(y) / T) int_far^y exp(-f(z) / T) dz dy
+        tau = 1/T int_start^end exp(U(y) / T) int_far^y exp(-U(z) / T) / r(z) dz dy,    U = f where r = 1
 
     Args:
         potential: f, vectorised.
         start: Where it sets out.
         end: Where it is stopped.
-        far: A point beyond start, on the other side than end, from which it never comes: f is many temperatures up.
+        far: A point beyond start, on the other side than end, from which it never comes: U is many temperatures up.
         temperature: T.
         points: Of the grid; Simpson's rule.
+        spread: r, factor on the noise's variance by position, vectorised, above 0; None for 1 everywhere.
 
     Raises:
-        ValueError: If start is not between far and end, f is not high enough at far, or a number is out of range.
+        ValueError: If start is not between far and end, U is not high enough at far, or a number is out of range.
     """
     check_numbers(start=start, end=end, far=far)
     above_zero("temperature", temperature)
@@ -101,30 +114,39 @@ def passage_time(
     if not (far < start < end or end < start < far):
         raise ValueError(f"expected start between far and end, got far {far:g}, start {start:g} and end {end:g}")
     grid = np.linspace(far, end, points)
-    values = _values(potential, grid)
+    factors = _factors(spread, grid)
+    values = _effective(_values(potential, grid), factors)
     lowest = values.min()
     if values[0] < lowest + 30 * temperature:
         raise ValueError(
-            f"expected far where f is 30 temperatures above its least, {lowest + 30 * temperature:g}, got f = "
-            f"{values[0]:g} at {far:g}; move it away"
+            f"expected far where f, as the noise feels it, is 30 temperatures above its least, got "
+            f"{(values[0] - lowest) / temperature:.3g} of them at {far:g}; move it away"
         )
     highest = values[(grid >= min(start, end)) & (grid <= max(start, end))].max()
     position = abs(grid - far)
-    inner = cumulative_simpson(np.exp((lowest - values) / temperature), x=position, initial=0)
+    inner = cumulative_simpson(np.exp((lowest - values) / temperature) / factors, x=position, initial=0)
     outer = cumulative_simpson(np.exp(np.minimum(values - highest, 0) / temperature) * inner, x=position, initial=0)
     spent = outer[-1] - np.interp(abs(start - far), position, outer)
     return float(spent / temperature * _exp((highest - lowest) / temperature))
 
 
 @of_their_kind
-def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature: float, points: int = 20_001) -> Tensor:
-    """Share of its time that the one-dimensional diffusion spends between consecutive edges: exp(-f / T), normalised.
+def gibbs_mass(
+    potential: Potential,
+    *,
+    edges: NDArray[np.float64],
+    temperature: float,
+    points: int = 20_001,
+    spread: Potential | None = None,
+) -> Tensor:
+    """Share of its time that the one-dimensional diffusion spends between consecutive edges: exp(-U / T) / r.
 
     Args:
         potential: f, vectorised.
         edges: (n + 1,), ascending, for example both ends and the saddles between.
         temperature: T.
         points: Of the grid in each part.
+        spread: As in :func:`passage_time`.
 
     Returns:
         Shares (n,) with sum 1.
@@ -132,7 +154,7 @@ def gibbs_mass(potential: Potential, *, edges: NDArray[np.float64], temperature:
     Raises:
         ValueError: If the edges do not ascend, or a number is out of range.
     """
-    grids, densities = _gibbs(potential, edges, temperature, points)
+    grids, densities = _gibbs(potential, edges, temperature, points, spread)
     masses = [simpson(density, x=grid) for grid, density in zip(grids, densities, strict=True)]
     total = torch.tensor(masses, dtype=torch.float64, device="cpu")
     return total / total.sum()
@@ -146,8 +168,9 @@ def gibbs_mean(
     edges: NDArray[np.float64],
     temperature: float,
     points: int = 20_001,
+    spread: Potential | None = None,
 ) -> float:
-    """Mean over time of a quantity along the one-dimensional diffusion, weighted with exp(-f / T).
+    """Mean over time of a quantity along the one-dimensional diffusion, weighted with exp(-U / T) / r.
 
     Args:
         potential: f, vectorised.
@@ -155,11 +178,12 @@ def gibbs_mean(
         edges: (n + 1,), ascending, as for ``gibbs_mass``.
         temperature: T.
         points: Of the grid in each part.
+        spread: As in :func:`passage_time`.
 
     Raises:
         ValueError: As ``gibbs_mass``.
     """
-    grids, densities = _gibbs(potential, edges, temperature, points)
+    grids, densities = _gibbs(potential, edges, temperature, points, spread)
     both = list(zip(grids, densities, strict=True))
     weighted = sum(simpson(_values(quantity, grid) * density, x=grid) for grid, density in both)
     return float(weighted / sum(simpson(density, x=grid) for grid, density in both))
@@ -225,17 +249,58 @@ def _eigenvalues(name: str, hessian: Tensor) -> Tensor:
 
 
 def _gibbs(
-    potential: Potential, edges: NDArray[np.float64], temperature: float, points: int
+    potential: Potential, edges: NDArray[np.float64], temperature: float, points: int, spread: Potential | None
 ) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
-    """A grid between each two edges, and exp(-f / T) on it, up to one factor."""
+    """A grid between each two edges, and exp(-U / T) / r on it, up to one factor."""
     above_zero("temperature", temperature)
     _check_points(points)
     if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or not (np.diff(edges) > 0).all():
         raise ValueError(f"expected two or more finite edges, ascending, got {shown(edges.tolist())}")
     grids = [np.linspace(a, b, points) for a, b in pairwise(edges)]
-    values = [_values(potential, grid) for grid in grids]
+    factors = [_factors(spread, grid) for grid in grids]
+    values, before = [], None
+    for grid, factor in zip(grids, factors, strict=True):
+        own = _effective(_values(potential, grid), factor)
+        if before is not None:  # U goes on where the part before ends
+            own = own + (before - own[0])
+        before = own[-1]
+        values.append(own)
     lowest = min(v.min() for v in values)
-    return grids, [np.exp((lowest - v) / temperature) for v in values]
+    return grids, [np.exp((lowest - v) / temperature) / r for v, r in zip(values, factors, strict=True)]
+
+
+def effective_potential(
+    potential: Potential, spread: Potential | None, grid: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """U on a grid: what the potential is to noise whose variance depends on the position; f at its first point.
+
+    Args:
+        potential: f, vectorised.
+        spread: r, as in :func:`passage_time`.
+        grid: Positions (n,), along a line.
+
+    Raises:
+        ValueError: If the spread is not above 0 everywhere, or one of them gives no number for each position.
+    """
+    return _effective(_values(potential, grid), _factors(spread, grid))
+
+
+def _factors(spread: Potential | None, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """r on a grid."""
+    if spread is None:
+        return np.ones_like(grid)
+    factors = _values(spread, grid)
+    if not (factors > 0).all():
+        raise ValueError(f"expected a spread above 0 everywhere, got {factors.min():g}; raise its floor")
+    return factors
+
+
+def _effective(values: NDArray[np.float64], factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """U on a grid, by the trapezium rule over the changes of f, and equal to f at its first point."""
+    if (factors == 1).all():
+        return values
+    steps = np.diff(values) * (1 / factors[1:] + 1 / factors[:-1]) / 2
+    return np.concatenate([values[:1], values[0] + np.cumsum(steps)])
 
 
 def _values(potential: Potential, grid: NDArray[np.float64]) -> NDArray[np.float64]:

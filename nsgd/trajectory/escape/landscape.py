@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from scipy.optimize import minimize, root
 from torch import Tensor
 
 from nsgd.curvature.checks import of_their_kind, shown
+from nsgd.trajectory.escape.diffusion import effective_potential
 from nsgd.trajectory.escape.potentials import Channel, DoubleWell, Potential
 
 BUILT_IN = ("double-well", "channel")
@@ -31,6 +33,8 @@ class Landscape:
     steepest: float  # largest curvature that walkers meet
     # Temperature and rate across the first coordinate -> the potential that drives it, and the mean loss along it.
     reduced: Callable[[float, float], tuple[Potential, Potential]] | None
+    # Factor on the variance of the noise by position, (n, d) -> (n,); None where it is the same everywhere.
+    spread: Map | None = None
 
     def value(self, point: Tensor) -> float:
         """The potential at a point (d,)."""
@@ -67,6 +71,36 @@ class Landscape:
         direction: Tensor = torch.linalg.eigh(self.hessian(self.saddle)).eigenvectors[:, 0]
         return direction if float(direction @ (self.goal - self.saddle)) > 0 else -direction
 
+    def spread_at(self, point: Tensor) -> float:
+        """Factor on the variance of the noise at a point (d,)."""
+        return 1.0 if self.spread is None else float(self.spread(point[None])[0])
+
+    def spread_along(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same along the line of a one-dimensional landscape, (n,) to (n,)."""
+        if self.spread is None:
+            return np.ones_like(x)
+        return np.asarray(self.spread(torch.from_numpy(x)[:, None]).detach(), dtype=np.float64)
+
+    @property
+    def effective_barrier(self) -> float:
+        """What the barrier is to noise that depends on the position, in one dimension; NaN in more.
+
+        U at the saddle minus U at the start, U being :func:`nsgd.trajectory.escape.diffusion.effective_potential`.
+        """
+        return self.effective_height(self.start)
+
+    def effective_height(self, minimum: Tensor) -> float:
+        """What the saddle's height above a minimum is to the noise; NaN where that depends on several coordinates."""
+        if self.spread is None:
+            return self.value(self.saddle) - self.value(minimum)
+        if len(self.start) > 1 or self.reduced is None:
+            return math.nan
+        potential, _ = self.reduced(0.0, 0.0)
+        values = effective_potential(
+            potential, self.spread_along, np.linspace(float(minimum[0]), self.along[1], 20_001)
+        )
+        return float(values[-1] - values[0])
+
     @property
     def along(self) -> tuple[float, float, float]:
         """First coordinate of the start, the saddle and the goal."""
@@ -99,6 +133,58 @@ def built_in_landscape(name: str, *, barrier: float, skew: float, walls: float) 
     start, saddle, goal = points
     steepest = max(well.curvature(left), walls * (1 + skew) ** 2)
     return Landscape(channel, channel.gradient, start, saddle, goal, steepest, reduced)
+
+
+NOISES = ("constant", "loss", "curvature")  # what the variance of the noise follows
+
+
+@of_their_kind
+def with_noise(landscape: Landscape, follows: str, *, floor: float) -> Landscape:
+    """A landscape whose noise has a variance that depends on the position.
+
+    The variance is sigma^2 (floor + (1 - floor) g): g is the loss above the deeper minimum over the barrier, as where
+    gradients vanish with the loss (Mori et al. 2021), or the size of the Hessian over that at the start, by the root of
+    the sum of squares, as where the noise's covariance follows the Hessian (Xie et al. 2021).
+
+    Args:
+        landscape: With noise that is the same everywhere.
+        follows: "constant" for that, "loss" or "curvature".
+        floor: Share of sigma^2 that is there everywhere, above 0 and at most 1.
+
+    Raises:
+        ValueError: If it follows something else, or the floor is out of range.
+    """
+    if follows not in NOISES:
+        raise ValueError(f"expected follows to be one of {', '.join(NOISES)}, got {shown(follows)}")
+    if not 0 < floor <= 1:
+        raise ValueError(f"expected a floor above 0 and at most 1, got {shown(floor)}; without any nobody leaves")
+    if follows == "constant":
+        return landscape
+    height, lowest = landscape.barrier, landscape.lowest
+
+    def by_loss(points: Tensor) -> Tensor:
+        shares: Tensor = ((landscape.potential(points).detach() - lowest) / height).clamp(min=0.0)
+        return floor + (1 - floor) * shares
+
+    at_start = float(landscape.hessian(landscape.start).norm())
+
+    def by_curvature(points: Tensor) -> Tensor:
+        sizes: Tensor = torch.linalg.vector_norm(_hessians(landscape.gradient, points), dim=(1, 2))
+        return floor + (1 - floor) * sizes / at_start
+
+    return replace(landscape, spread=by_loss if follows == "loss" else by_curvature)
+
+
+def _hessians(gradient: Map, points: Tensor) -> Tensor:
+    """Hessians (n, d, d) at points (n, d), by central differences of the gradient, which walkers can pay for."""
+    step = 1e-5 if points.dtype == torch.float64 else 1e-3
+    columns = []
+    for i in range(points.shape[1]):
+        shift = torch.zeros_like(points)
+        shift[:, i] = step
+        columns.append((gradient(points + shift) - gradient(points - shift)) / (2 * step))
+    found: Tensor = torch.stack(columns, dim=2)
+    return found
 
 
 @of_their_kind

@@ -9,6 +9,7 @@ import torch
 
 from nsgd.curvature.checks import above_zero, at_least_zero, of_their_kind
 from nsgd.trajectory.escape.diffusion import (
+    effective_potential,
     escape_time,
     excess_loss,
     gibbs_mass,
@@ -28,7 +29,10 @@ def predicted_steps(
     """Steps of an escape.
 
     A factor along the way out is one on lr, and so on the temperature. One across it keeps walkers closer to the middle
-    of the valley, which changes what drives them along it.
+    of the valley, which changes what drives them along it. Where the noise depends on the position, there are
+    predictions in one dimension alone: to leading order, with r = 1 for the same noise everywhere,
+
+        tau = 2 pi / sqrt(|f''_saddle| f''_minimum) sqrt(r_saddle / r_minimum) exp(int f' / r / T).
 
     Args:
         landscape: What is left, from its start to its goal.
@@ -44,15 +48,20 @@ def predicted_steps(
     heat = temperature(**sgd)
     lr = sgd["lr"]
     exact = leading = math.nan
-    if landscape.reduced is not None:
+    spread = None if landscape.spread is None else landscape.spread_along
+    in_one = len(landscape.start) == 1
+    if landscape.reduced is not None and (spread is None or in_one):
         start, _, goal = landscape.along
         potential, _ = landscape.reduced(across * heat, across * lr)
-        left, right = _walls(potential, start, goal, out * heat)
+        left, right = _walls(potential, spread, start, goal, out * heat)
         far = left if start < goal else right
-        exact = passage_time(potential, start=start, end=goal, far=far, temperature=out * heat) / (out * lr)
-    if out == across == 1 or len(landscape.start) == 1:
+        time = passage_time(potential, start=start, end=goal, far=far, temperature=out * heat, spread=spread)
+        exact = time / (out * lr)
+    if in_one or (spread is None and out == across == 1):
         curvatures = {"minimum": landscape.hessian(landscape.start), "saddle": landscape.hessian(landscape.saddle)}
-        leading = escape_time(barrier=landscape.barrier, temperature=out * heat, **curvatures) / (out * lr)
+        ratio = landscape.spread_at(landscape.saddle) / landscape.spread_at(landscape.start)
+        barrier = landscape.effective_barrier
+        leading = math.sqrt(ratio) * escape_time(barrier=barrier, temperature=out * heat, **curvatures) / (out * lr)
     return exact, leading
 
 
@@ -75,29 +84,42 @@ def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tup
     depths = torch.tensor(
         [landscape.value(point) - landscape.lowest for point in minima], dtype=torch.float64, device="cpu"
     )
-    mass = laplace_mass(depths=depths, curvatures=curvatures, temperature=heat)
-    prices = torch.tensor([excess_loss(c, **sgd) for c in curvatures], dtype=torch.float64, device="cpu")
+    spread = None if landscape.spread is None else landscape.spread_along
+    factors = [landscape.spread_at(point) for point in minima]
     flat = landscape.names.index("flat")
     share = loss = math.nan
+    if spread is not None and (len(landscape.start) > 1 or landscape.reduced is None):
+        return {"share": (share, share), "loss": (loss, loss)}  # no formula
+    local = [{**sgd, "noise": sgd["noise"] * factor} for factor in factors]
+    prices = torch.tensor(
+        [excess_loss(c, **at) for c, at in zip(curvatures, local, strict=True)], dtype=torch.float64, device="cpu"
+    )
+    felt, widths = depths, curvatures
+    if spread is not None:  # the depths of U, and the widths of exp(-U / T) / r
+        felt = torch.tensor([-landscape.effective_height(point) for point in minima], dtype=torch.float64, device="cpu")
+        widths = curvatures * torch.tensor(factors, dtype=torch.float64, device="cpu")[:, None]
+    mass = laplace_mass(depths=felt, curvatures=widths, temperature=heat)
     if landscape.reduced is not None:
         start, saddle, goal = landscape.along
         potential, mean_loss = landscape.reduced(heat, sgd["lr"])
-        left, right = _walls(potential, start, goal, heat)
+        left, right = _walls(potential, spread, start, goal, heat)
         edges = np.array([left, saddle, right])
-        masses = gibbs_mass(potential, edges=edges, temperature=heat).tolist()
+        masses = gibbs_mass(potential, edges=edges, temperature=heat, spread=spread).tolist()
         share = masses[flat if start < goal else 1 - flat]
-        loss = gibbs_mean(potential, mean_loss, edges=edges, temperature=heat) - landscape.lowest
-        along = (landscape.hessian(point)[0, :1] for point in minima)
-        loss += sum(m * (excess_loss(h, **sgd) - heat / 2) for m, h in zip(mass.tolist(), along, strict=True))
+        loss = gibbs_mean(potential, mean_loss, edges=edges, temperature=heat, spread=spread) - landscape.lowest
+        for m, point, at, factor in zip(mass.tolist(), minima, local, factors, strict=True):
+            loss += m * (excess_loss(landscape.hessian(point)[0, :1], **at) - heat * factor / 2)
     return {"share": (share, float(mass[flat])), "loss": (loss, float(mass @ (depths + prices)))}
 
 
-def _walls(potential: Potential, start: float, goal: float, heat: float) -> tuple[float, float]:
+def _walls(
+    potential: Potential, spread: Potential | None, start: float, goal: float, heat: float
+) -> tuple[float, float]:
     """Points left and right of both minima where the potential is so high that no walker comes there."""
     step = abs(goal - start) / 4
     left, right = min(start, goal), max(start, goal)
     for _ in range(400):
-        values = potential(np.linspace(left, right, 2001))
+        values = effective_potential(potential, spread, np.linspace(left, right, 2001))
         high = values >= values.min() + 40 * heat
         if high[0] and high[-1]:
             return left, right

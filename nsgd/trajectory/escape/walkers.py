@@ -72,6 +72,7 @@ def simulate(
     steps: int,
     seed: int = 0,
     scale: Tensor | None = None,
+    spread: Map | None = None,
     progress: Callable[[int, int], None] = lambda step, reached: None,
 ) -> Escapes:
     """Run SGD from many starts at once until each reaches its goal, or the steps are over.
@@ -87,6 +88,7 @@ def simulate(
         seed: Of the noise.
         scale: Factors on the step along each coordinate, (d,): gamma where NSGD damps, else 1; or the matrix that
             multiplies the step, (d, d): I - (1 - gamma) v v^T for a direction v.
+        spread: Factor on the noise's variance by position, (n, d) to (n,), not negative; None for 1 everywhere.
         progress: Called every 1,000 steps with the steps taken and the walkers that have arrived.
 
     Raises:
@@ -101,7 +103,7 @@ def simulate(
         raise ValueError(f"expected scale of shape ({d},) or ({d}, {d}), got {tuple(scale.shape)}")
     generator = torch.Generator(start.device).manual_seed(seed)
     factor = lr * (torch.ones(d, dtype=start.dtype, device="cpu") if scale is None else scale).to(start)
-    spread = math.sqrt(noise / batch_size)
+    usual = math.sqrt(noise / batch_size)
     arrival_steps = torch.full((len(start),), -1, dtype=torch.int64, device="cpu")
     running = torch.arange(len(start), device="cpu")  # those still under way
     position, ends = start.clone(), start.clone()
@@ -111,7 +113,8 @@ def simulate(
         slope = gradient(position)
         if not isinstance(slope, Tensor) or slope.shape != position.shape:
             raise ValueError(f"expected a gradient of shape {tuple(position.shape)}, got {shown(slope)}")
-        push = slope + shake.mul_(spread)
+        deviation = usual if spread is None else _deviation(spread, position) * usual
+        push = slope + shake.mul_(deviation)
         position -= push * factor if factor.ndim == 1 else push @ factor.T
         step += 1
         there_now = goal(position)
@@ -223,6 +226,15 @@ def _row(quantity: str, origin: str, walkers: int, steps: int, measured: float, 
     return {**counts, "measured": measured, "standard_error": error}
 
 
+def _deviation(spread: Map, position: Tensor) -> Tensor:
+    """Factor on the noise's standard deviation, (n, 1)."""
+    factors: Any = spread(position)
+    if not isinstance(factors, Tensor) or factors.shape != position.shape[:1]:
+        raise ValueError(f"expected spread to give {len(position)} factors, got {shown(factors)}")
+    deviations: Tensor = factors.sqrt()[:, None]
+    return deviations
+
+
 def _never(points: Tensor) -> Tensor:
     return torch.zeros(len(points), dtype=torch.bool, device="cpu")
 
@@ -269,10 +281,13 @@ def _walk(
         steps=steps,
         seed=seed,
         scale=scale,
+        spread=landscape.spread,
         progress=progress,
     )
     # Nobody comes as high as this but by a step that is too long, which may well end beyond the goal.
     heat = heat * (1.0 if scale is None else max(1.0, float(torch.linalg.matrix_norm(scale, 2))))
+    if landscape.spread is not None:
+        heat = heat * float(landscape.spread(landscape.saddle[None]).max())
     highest = landscape.value(landscape.saddle) + 100 * heat
     if not bool((landscape.potential(escapes.ends.double()).detach() <= highest).all()):
         raise ValueError(

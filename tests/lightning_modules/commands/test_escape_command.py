@@ -262,6 +262,43 @@ def test_a_run_that_was_interrupted_goes_on_and_ends_as_if_it_had_not_been(tmp_p
     assert (tmp_path / "a" / "escape.csv").read_bytes() == (tmp_path / "b" / "escape.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("follows", "said"),
+    [
+        ("constant", "noise whose variance is the same everywhere; another noise decides otherwise"),
+        ("loss", "noise whose variance grows with the loss, but for 0.3 of it everywhere"),
+        ("curvature", "noise whose variance is the curvature's, but for 0.3 of it everywhere"),
+    ],
+)
+def test_what_the_noise_follows_is_in_predictions_and_captions(tmp_path, follows, said):
+    study = replace(TINY, noise_follows=follows, noise_floor=0.3)
+    run_escape(study, tmp_path, silent)
+    landscape = yaml.safe_load((tmp_path / "landscape.yaml").read_text())
+    assert ("effective_barrier" in landscape) == (follows != "constant")
+    assert [row["exact"] > 0 for row in of(tmp_path, "escape")] == [True, True]
+    page = html.unescape(write_escape(tmp_path).read_text())
+    assert page.count(f"Assumed: {said}") == 3  # what was run, and two captions
+    assert ("ΔU" in page) == (follows != "constant")
+
+
+@pytest.mark.parametrize("floor", [0.0, -0.1, 1.5, math.nan])
+def test_a_floor_of_the_noise_that_nobody_can_start_from_is_refused(tmp_path, floor):
+    with pytest.raises(ValueError, match="expected noise_floor above 0 and at most 1, got"):
+        run_escape(replace(TINY, noise_follows="loss", noise_floor=floor), tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_of_before_there_was_a_choice_of_noise_is_the_same_study(tmp_path):
+    run_escape(TINY, tmp_path, silent)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    old = {name: value for name, value in config.items() if not name.startswith("noise_")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    run_escape(TINY, tmp_path, silent)
+    assert "Assumed: noise whose variance is the same everywhere" in write_escape(tmp_path).read_text()
+    with pytest.raises(ValueError, match="noise_follows was constant, now loss"):
+        run_escape(replace(TINY, noise_follows="loss"), tmp_path, silent)
+
+
 def test_progress_goes_from_nothing_to_all(tmp_path):
     seen: list[tuple[int, int]] = []
     run_escape(TINY, tmp_path / "out", lambda name, done, total, said: seen.append((done, total)))
