@@ -275,6 +275,10 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
         landscape.built_in_landscape,
         lambda p: {"name": "channel", "barrier": 1.0, "skew": 0.3, "walls": 40.0},
     ),
+    "with_noise": (
+        landscape.with_noise,
+        lambda p: {"landscape": a_landscape(), "follows": "loss", "floor": 0.3},
+    ),
     "landscape_between": (
         landscape.landscape_between,
         lambda p: {
@@ -342,6 +346,7 @@ INNER = {
     "nsgd.curvature.low_rank": ["leading_indices", "squared_lengths", "top_of_sum"],
     "nsgd.curvature.nystrom": ["nystrom"],
     "nsgd.curvature.small": ["inverse_root", "orthogonal_iteration", "small_eigh"],
+    "nsgd.trajectory.escape.diffusion": ["effective_potential"],
     "nsgd.curvature.vectors": [
         "flatten",
         "is_finite",
