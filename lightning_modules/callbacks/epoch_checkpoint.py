@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_modules.support.whole_files import write_with
+from nsgd.curvature.guard import RandomState
 
 EVERY = 30.0  # seconds between two checkpoints, at least: what takes less is as soon made again
 
@@ -91,17 +91,17 @@ def _end_epoch(loop: dict[str, Any]) -> None:
 
 def _random_state(device: torch.device) -> dict[str, Any]:
     """That of Python, NumPy and torch, there and on a device, in plain values and tensors."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    found = RandomState(device)
+    python, (kind, keys, *rest), cpu = found.states
     numpy = (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
-    there = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "device": there}
+    return {"python": python, "numpy": numpy, "torch": cpu, "device": found.accelerator_state}
 
 
 def _restore(state: Mapping[str, Any], device: torch.device) -> None:
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["device"] is not None:
-        torch.get_device_module(device).set_rng_state(state["device"], device)
+    numpy: Any = (kind, keys.numpy().astype(np.uint32), *rest)  # NumPy types it as a dictionary
+    saved = RandomState(device)
+    saved.states = ((version, tuple(words), gauss), numpy, state["torch"])
+    saved.accelerator_state = state["device"]
+    saved.restore()
