@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import signal
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from input_cases import CALLS, INNER, Place, public
+from time_limit import in_time
 from torch import nn
 
 import nsgd
@@ -80,22 +79,6 @@ ANYTHING = st.one_of(
 SECONDS = 20  # for one call, some thousand times what it takes
 
 
-@contextmanager
-def in_time():
-    """Raises where a call hangs, of this process alone."""
-
-    def late(*_):
-        raise TimeoutError(f"still running after {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def same(one, other):
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
@@ -143,7 +126,7 @@ def tried(name, data):
     before = place.state()
     said = met = None
     try:
-        with warnings.catch_warnings(), in_time():
+        with warnings.catch_warnings(), in_time(SECONDS):
             warnings.simplefilter("ignore")
             function(**arguments)
     except Exception as error:

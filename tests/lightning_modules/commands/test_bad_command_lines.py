@@ -7,11 +7,10 @@ import inspect
 import io
 import re
 import shutil
-import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import yaml
 from dry import PLANTED, UNSAFE, Stopped, stop_before_work
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from time_limit import in_time
 
 from lightning_modules import Classifier, Digits
 from lightning_modules.commands import compare, escape, fit
@@ -151,20 +151,6 @@ PROSE = ("Parser key", "Union", "subtype", "typing.", "<class", "Traceback", "js
 SECONDS = 60
 
 
-@contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"still running after {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 SEEN = Counter[str]()
 
 
@@ -175,7 +161,7 @@ def tried(argv: list[str]) -> str:
     said, printed = io.StringIO(), io.StringIO()
     sys.stdin, stdin = io.StringIO(), sys.stdin  # which the path - stands for
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed), in_time():
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed), in_time(SECONDS):
             code: int | str | None = main(argv)
     except Stopped:
         code = "taken"
