@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from dataclasses import fields
 from functools import partial
@@ -33,6 +34,8 @@ from lightning_modules.support.quiet import ignore_lightning_noise
 from nsgd import NSGD, damp
 from nsgd.damping.step import Damped
 from nsgd.options import FROM_TRAINING, DampingOptions
+
+_ADDRESS = re.compile(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-f]+>")  # how Python writes an object without a name
 
 _LOADERS = {
     "fit": "train_dataloader",
@@ -152,7 +155,8 @@ class _Commands(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"bad --trainer options: {' '.join(str(error).split())}") from error
+            said = _ADDRESS.sub(r"\1", " ".join(str(error).split()))
+            raise ValueError(f"bad --trainer options: {said}") from error
         check = CheckCheckpoint(self._chosen("ckpt_path"), str(self.subcommand))
         trainer.callbacks.insert(0, check)  # type: ignore[attr-defined]  # set by its connector
         return trainer

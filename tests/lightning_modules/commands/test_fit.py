@@ -329,6 +329,7 @@ def test_one_sample_calibrates_nothing(calibration):
         (["--measure", "escape"], "expected measurements to be different ones of sharpness, valley"),
         (["--trainer.max_epochs", "three"], "expected --trainer.max_epochs to be a whole number, got 'three'"),
         (["--trainer.accelerator", "quantum"], "bad --trainer options"),
+        (["--trainer.barebones", "true"], "`Trainer(barebones=True, logger=CSVLogger)` was passed"),
         (["--trainer.logger", "WandbLogger"], "expected a package that is not installed"),
         (["--trainer.callbacks", "Nonsense"], "expected --trainer.callbacks to be a class"),
         (["--optimizer", "nsgd.Nonsense"], "module 'nsgd' has no attribute 'Nonsense'"),
