@@ -10,7 +10,8 @@ goes on from the end of its last epoch, so that minutes on a machine add up, tod
     python benchmarks/cifar10.py --smoke                                         # seconds, on digits, keeps nothing
 
 Runs and pages lie in --runs, one folder a study; what is finished is copied to benchmarks/results/cifar10, with the
-resolved configuration and the environment. Runs side by side (--jobs) share a device: their seconds say nothing.
+resolved configuration and the environment. Runs side by side (--jobs) share a device: their seconds say nothing. On a
+GPU runs are in bfloat16 where autocast has it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 from common import RESULTS, print_table
 
@@ -97,7 +99,7 @@ def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[
         return config | {"data": digits, "net": "mlp", "sizes": {"hidden": [16]}}
     if ours:
         config["data"] = merged(config["data"], {"init_args": {"path": data}})
-    return config
+    return config | ({"precision": "bf16-mixed"} if torch.cuda.is_available() else {})
 
 
 def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:

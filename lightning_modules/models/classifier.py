@@ -49,8 +49,17 @@ class Classifier(Stages):
         self.net = make_net(net, input_shape, num_classes, sizes)
         self.loss = nn.CrossEntropyLoss()
         self.accuracy = nn.ModuleDict(
-            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("on_train", "on_val", "on_test")}
+            {
+                # Without a check of its own, which waits for the device at every step; the loss refuses what it would.
+                stage: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+                for stage in ("on_train", "on_val", "on_test")
+            }
         )
+
+    def on_fit_start(self) -> None:
+        """Keep channels last on a GPU, whose convolutions are fastest so."""
+        if self.device.type == "cuda":
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes)."""

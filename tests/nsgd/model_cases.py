@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 GRADIENTS, AT_ONCE, ONE_BY_ONE, PRODUCTS = "training gradients", "samples at once", "samples one by one", "products"
 SOURCES = (GRADIENTS, AT_ONCE, ONE_BY_ONE, PRODUCTS)
 
-Context = Callable[[], AbstractContextManager[Any]]
+Context = Callable[[str], AbstractContextManager[Any]]  # of a kind of device
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _classified(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _autocast(dtype: torch.dtype) -> Context:
-    return lambda: torch.autocast("cpu", dtype)
+    return lambda device: torch.autocast(device, dtype)
 
 
 def _compiled(backend: str) -> Callable[[], nn.Module]:

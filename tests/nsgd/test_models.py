@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import AT_ONCE, CASES, GRADIENTS, ONE_BY_ONE, PRODUCTS, SOURCES, Case
+from model_cases import AT_ONCE, CASES, DEVICES, GRADIENTS, ONE_BY_ONE, PRODUCTS, SOURCES, Case
 from torch import Tensor, nn
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
@@ -29,16 +29,19 @@ OUTSIDE = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2, torch.f
 class Run:
     """A plain loop of torch, with the directions from one source."""
 
-    def __init__(self, case: Case, source: str) -> None:
+    def __init__(self, case: Case, source: str, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.case, self.source, self.model = case, source, case.make()
+        self.case, self.source, self.device, self.model = case, source, device, case.make().to(device)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.params = [name for name, _ in named], [p for _, p in named]
         self.optimizer = NSGD(self.params, lr=0.02, momentum=0.9, k=K, **OPTIONS[source])
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=case.scaled)
+        self.scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=case.scaled)
+
+    def draw(self) -> tuple[Tensor, ...]:
+        return tuple(part.to(self.device) for part in self.case.draw())
 
     def loss(self, *parts: Tensor) -> Tensor:
-        with self.case.context():
+        with self.case.context(self.device):
             return self.case.loss(self.model, *parts)
 
     def refresh(self, batch: tuple[Tensor, ...], loss: Tensor) -> None:
@@ -53,7 +56,7 @@ class Run:
 
     def step(self) -> tuple[Tensor, ...]:
         """Train on a batch, which is returned."""
-        batch = self.case.draw()
+        batch = self.draw()
         self.optimizer.zero_grad()
         loss = self.loss(*batch)
         found, random_state, kept = snapshot(self.model), random_states(), [part.clone() for part in batch]
@@ -123,40 +126,44 @@ def expect(case: Case, source: str) -> Any:
 def rows_of(*sources: str, exact: bool = False) -> list[Any]:
     """The cases that are not refused, for a test of what they find; or all of them."""
     chosen = [(c, s) for c in CASES for s in sources if not exact or (c.exact and s not in c.refused)]
-    return [pytest.param(case, source, id=f"{case.name}-{source}") for case, source in chosen]
+    return [
+        pytest.param(case, source, device, id="-".join([case.name, source] + [device] * (device != "cpu")))
+        for device in DEVICES
+        for case, source in chosen
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:the directions have no share in the parameter")  # of what the loss does not use
-@pytest.mark.parametrize(("case", "source"), rows_of(*SOURCES))
-def test_a_model_works_or_is_refused_in_one_sentence(record_property, case, source):
+@pytest.mark.parametrize(("case", "source", "device"), rows_of(*SOURCES))
+def test_a_model_works_or_is_refused_in_one_sentence(record_property, case, source, device):
     """Its directions have a share in each parameter that trains, and damp the step; all else is as found."""
     if case.needs:
         pytest.importorskip(case.needs)
     record_property("reliability: models and precisions × sources", 1)
     if source in case.refused:
         with pytest.raises((ValueError, RuntimeError), match=case.refused[source].words) as refusal:
-            Run(case, source).step()
+            Run(case, source, device).step()
         assert "\n" not in str(refusal.value)
         return
-    run = Run(case, source)
+    run = Run(case, source, device)
     with expect(case, source):
         for _ in range(STEPS[source]):
             run.step()
     vectors = run.directions()
     assert run.optimizer.refreshes > 1
     assert len(vectors) == K
-    torch.testing.assert_close(vectors @ vectors.T, torch.eye(K, dtype=vectors.dtype), rtol=0, atol=1e-4)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(K).to(vectors), rtol=0, atol=1e-4)
     parts = vectors.split([p.numel() for p in run.params], dim=1)
     assert {name for name, part in zip(run.names, parts, strict=True) if not part.any()} == case.without
     assert 0 < run.optimizer.alignment <= 1 + 1e-6  # the last step was damped
 
 
-@pytest.mark.parametrize(("case", "source"), rows_of(GRADIENTS, AT_ONCE, ONE_BY_ONE, exact=True))
-def test_directions_are_made_of_gradients_that_torch_computes(case, source):
+@pytest.mark.parametrize(("case", "source", "device"), rows_of(GRADIENTS, AT_ONCE, ONE_BY_ONE, exact=True))
+def test_directions_are_made_of_gradients_that_torch_computes(case, source, device):
     """Of the steps, or of single samples: nothing of a direction lies outside of their span, which is small."""
     if case.needs:
         pytest.importorskip(case.needs)
-    run = Run(case, source)
+    run = Run(case, source, device)
     with expect(case, source):
         if source == GRADIENTS:
             rows = []
@@ -166,21 +173,21 @@ def test_directions_are_made_of_gradients_that_torch_computes(case, source):
             gradients = torch.stack(rows)
         else:
             random_state = torch.get_rng_state()  # the same batch as the step's
-            gradients = run.samples_of(case.draw())
+            gradients = run.samples_of(run.draw())
             torch.set_rng_state(random_state)
             run.step()
     assert outside(run.directions(), gradients) < OUTSIDE[case.precision]
     assert len(gradients) < 0.5 * gradients.shape[1]
 
 
-@pytest.mark.parametrize(("case", "source"), rows_of(PRODUCTS, exact=True))
-def test_eigenvalues_of_products_are_curvatures_along_the_directions(case, source):
+@pytest.mark.parametrize(("case", "source", "device"), rows_of(PRODUCTS, exact=True))
+def test_eigenvalues_of_products_are_curvatures_along_the_directions(case, source, device):
     if case.needs:
         pytest.importorskip(case.needs)
-    run = Run(case, source)
+    run = Run(case, source, device)
     before = copy.deepcopy(run.model)
     batch = run.step()
-    found = torch.tensor(run.optimizer.eigenvalues, dtype=torch.float64)
+    found = torch.tensor(run.optimizer.eigenvalues, dtype=torch.float64, device=device)
     expected = rayleigh(case, before, batch, run.directions())
     torch.testing.assert_close(found, expected, rtol=0, atol=OUTSIDE[case.precision] * float(found[0]))
 
@@ -200,7 +207,7 @@ def test_a_parameter_that_is_listed_twice_counts_once(source):
     for run in (once, twice):
         with torch.random.fork_rng():
             for _ in range(STEPS[source]):
-                batch = case.draw()
+                batch = run.draw()
                 run.optimizer.zero_grad()
                 run.refresh(batch, loss := run.loss(*batch))
                 loss.backward()

@@ -9,12 +9,13 @@ import torch
 
 
 def random_states():
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *on_gpus], random.getstate(), np.random.get_state()
 
 
 def same_random_states(before):
-    torch_state, python_state, numpy_state = before
-    assert torch.equal(torch.get_rng_state(), torch_state)
+    torch_states, python_state, numpy_state = before
+    assert all(map(torch.equal, random_states()[0], torch_states))
     assert random.getstate() == python_state
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
 

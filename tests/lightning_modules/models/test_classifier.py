@@ -90,3 +90,19 @@ def test_a_checkpoint_from_before_sizes_still_loads(make_trainer, tmp_path):
 def test_a_net_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Classifier(**options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_channels_are_last_on_a_gpu(monkeypatch, device):
+    model = Classifier("simple-cnn-root", (3, 8, 8), 4)
+    monkeypatch.setattr(Classifier, "device", torch.device(device))
+    model.on_fit_start()
+    weights = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1]
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) == (device == "cuda") for p in weights)
+
+
+def test_a_label_that_is_no_class_is_refused():
+    model = Classifier("mlp", (1, 2, 2), 3)
+    with pytest.raises(IndexError, match="Target 3 is out of bounds"):
+        model.evaluate((torch.zeros(2, 1, 2, 2), torch.tensor([0, 3])), "val")
