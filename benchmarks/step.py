@@ -35,7 +35,7 @@ from nsgd import NSGD, sample_losses
 from nsgd.directions.differences import ROWS
 
 SAMPLES = 32
-WARM_UP = 6 * ROWS  # steps until folds come once in so many rows
+WARM_UP = 4 * ROWS  # steps until folds come once in so many rows
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "foreach": True}
 METHODS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda params: torch.optim.SGD(params, **OPTIONS),
@@ -112,7 +112,7 @@ ON_GPU = (
         9,
     ),
     Network("ResNet-50", resnet50, 128, (3, 224, 224), 5, 1000, needs="torchvision"),
-    Network("GPT-2", gpt2, 16, (1024,), 3, words=50_257, needs="transformers", loss=next_word),
+    Network("GPT-2", gpt2, 16, (1024,), 2, words=50_257, needs="transformers", loss=next_word),
 )
 SMOKE = (Network("CNN", lambda: small_cnn(1, 8, (4, 8)), 32, (1, 8, 8), 1),)
 

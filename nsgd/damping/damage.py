@@ -124,8 +124,9 @@ def _check_rows(rows: Any, parameters: int) -> None:
         values = rows.get(name)
         if not isinstance(values, list) or len(values) != count or not all(map(_is_finite, values)):
             raise _error(f"rows.{name}", f"a list of {count} numbers", values)
-    if not isinstance(rows.get("known"), bool):
-        raise _error("rows.known", "true or false", rows.get("known"))
+    for name, value in (("known", rows.get("known")), ("together", rows.get("together", False))):
+        if not isinstance(value, bool):
+            raise _error(f"rows.{name}", "true or false", value)
     _check_places("rows.absent", rows.get("absent", []), parameters)
 
 

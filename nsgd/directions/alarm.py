@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from nsgd.directions.on_host import OnHost
+
 # A step whose square outside the basis is more than this many times its mean of late has left it. Batches alone make
 # that square vary by less than a factor of two, and an unstable direction passes any threshold within steps.
 _ALARM = 4.0
@@ -51,24 +53,3 @@ class Alarm:
     def is_on(self) -> bool:
         """Whether the last step known here has left the basis."""
         return self._copies[0].is_true() if self._copies else self._on
-
-
-class OnHost:
-    """A truth value on its way from the device."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-        self._copied = None
-        if value.device.type != "cpu":
-            # Into pinned memory: a copy to any other waits.
-            pinned = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
-            self._value = pinned.copy_(value, non_blocking=True)
-            module = torch.get_device_module(value.device)
-            self._copied = module.Event()
-            self._copied.record(module.current_stream(value.device))
-
-    def is_true(self) -> bool:
-        """The value; waits for the copy where that is still under way."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._value)

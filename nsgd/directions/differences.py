@@ -1,16 +1,20 @@
-"""Directions from the gradients that training computes anyway: no second look at the loss, and no wait for the device.
+"""Directions from the gradients that training computes anyway: no second look at the loss.
 
 The difference of two successive gradients is H times the last step, plus noise whose covariance has nearly the
 outlying eigenvectors of the Hessian H (for a log-likelihood it is the Fisher matrix; Papyan 2020, Martens 2020). Rows
 of such differences are collected, and every few steps folded into a running average of rank k: one Gram matrix, one
 small eigenproblem, one product. Where a step accumulates several backward passes, the deviations of their gradients
 from the mean are rows as well, and folded at once.
+
+The eigenproblem is the host's. Off the CPU it is solved when the next step comes, so that the device has a forward and
+a backward pass to do while the host waits for the numbers of the last step; the directions are then one step late.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from nsgd.curvature.guard import full_precision
 from nsgd.curvature.low_rank import NEGLIGIBLE, top_of_sum
 from nsgd.directions.flat import Block, like
 from nsgd.directions.mixing import inner_products, mix
+from nsgd.directions.on_host import OnHost, on_device
 from nsgd.directions.passes import MOST, Passes
 from nsgd.directions.processes import settled
 from nsgd.directions.shards import everywhere, parts_of
@@ -33,6 +38,14 @@ _SHARE = 4
 _MOST = 1.5  # times the usual squared length that one row may count for: a spike of the loss must not own the average
 
 _WHOLE = 16  # folds from one that orthonormalises its vectors anew to the next
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A fold between its two halves."""
+
+    gram: Tensor  # (k + n, k + n), inner products of the vectors and the rows
+    numbers: OnHost  # those, with the shares, the weights, the mass and the usual size that they belong to
 
 
 class Differences:
@@ -60,11 +73,12 @@ class Differences:
         self._known = torch.zeros(
             (), dtype=torch.bool, device="cpu"
         )  # whether there is a last gradient that was finite
+        self._begun: _Begun | None = None
 
     def arrange(self, blocks: Sequence[Block]) -> None:
         """Make room for rows of these blocks, and begin the average anew."""
         home = blocks[0]
-        self.pending = 0
+        self.pending, self.together, self._begun = 0, False, None
         self.rows = [block.rows(ROWS) for block in blocks]
         self._now, self._last = ([block.vector() for block in blocks] for _ in range(2))
         self._views = {}
@@ -141,12 +155,19 @@ class Differences:
             here = good if good.device == rows.device else good.to(rows.device)
             rows[:used].masked_fill_(~here, 0.0)
 
-    def begin_step(self, blocks: Sequence[Block], *, several_processes: bool) -> None:
+    def begin_step(self, blocks: Sequence[Block], *, several_processes: bool, finish: Callable[[], None]) -> None:
         """Wait for the backward passes of the step that comes.
 
         Of several processes each would have rows of its own: there the differences of the reduced gradients are taken.
+
+        Args:
+            blocks: The parameters.
+            several_processes: Whether there are others.
+            finish: Ends the fold that is due, if one is.
         """
-        self.passes.begin(blocks, [] if several_processes or self.pending else self.rows)
+        free = self.fold_due or not self.pending
+        rows = self.rows if free and not several_processes else []
+        self.passes.begin(blocks, rows, before=finish if self.fold_due else None)
 
     @property
     def begun(self) -> bool:
@@ -154,13 +175,14 @@ class Differences:
         return bool(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}}
+        return {**self.__dict__, "_views": {}, "_begun": None}  # a fold that waits for its end begins anew
 
     def saved(self, blocks: Sequence[Block]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
         """Contents of a checkpoint: plain values, and tensors for each parameter by its identity."""
         values = {
             "recorded": self.recorded,
             "pending": self.pending,
+            "together": self.together,
             "folds": self.folds,
             "shares": self.shares[: self.pending].tolist(),
             "mass": float(self.mass),
@@ -192,6 +214,7 @@ class Differences:
         """Take over what :meth:`saved` gave."""
         self.arrange(blocks)
         self.recorded, self.pending, self.folds = values["recorded"], values["pending"], values["folds"]
+        self.together = values.get("together", False)
         self.shares[: self.pending] = torch.tensor(values["shares"], device="cpu")
         self.mass.fill_(values["mass"])
         self.usual.fill_(values["usual"])
@@ -211,16 +234,39 @@ class Differences:
     @property
     def fold_due(self) -> bool:
         """Whether the rows that wait are to be folded into the average now."""
-        if self.passes.keeping:  # their rows are many, and there must be room for the next
+        if self.passes.keeping or self.together:  # their rows are many, and there must be room for the next
             return self.pending > 0
         return self.pending > 0 and self.pending >= min(ROWS, self.recorded // _SHARE)
 
+    @property
+    def folding(self) -> bool:
+        """Whether a fold has begun, and waits for its end."""
+        return self._begun is not None
+
     @torch.no_grad()
     @full_precision
-    def fold(self, blocks: Sequence[Block], weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-        """Fold the rows that wait into the average, whose vectors are the blocks' bases; no host sync.
+    def begin_fold(self, blocks: Sequence[Block], weights: Tensor) -> None:
+        """Send the inner products of the vectors and the rows that wait to the host; no host sync.
 
-        Costs one Gram matrix of k + n vectors, n of them rows, one product of k with k + n, and little memory.
+        Costs one Gram matrix of k + n vectors, n of them rows. Rows and vectors must stay as they are until the end.
+
+        Args:
+            blocks: The parameters, with k vectors each.
+            weights: Of the vectors, (k,).
+        """
+        n = self.pending
+        whole = self.folds % _WHOLE == 0  # rounding adds up from fold to fold, though slowly
+        gram = inner_products(blocks, [rows[:n] for rows in self.rows], weights, whole=whole)  # (k + n, k + n)
+        parts = (gram.reshape(-1), self.shares[:n], weights, self.mass[None], self.usual[None])
+        self._begun = _Begun(gram, OnHost(torch.cat([like(part, gram) for part in parts])))
+
+    @torch.no_grad()
+    @full_precision
+    def end_fold(self, blocks: Sequence[Block], weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+        """Fold the rows that wait into the average, whose vectors are the blocks' bases.
+
+        The host waits for what was queued before the fold began, and solves the eigenproblem. Costs one product of k
+        with k + n vectors, and little memory.
 
         Args:
             blocks: The parameters, with k vectors each; they are replaced.
@@ -230,40 +276,44 @@ class Differences:
         Returns:
             The new weights (k,), and the overlap of the new vectors with the old ones, a mean squared cosine.
         """
+        begun, self._begun = self._begun, None
+        assert begun is not None
         n, k, together = self.pending, len(weights), self.together
         steps = 1 if together else n
         self.pending, self.together = 0, False
-        # Rounding adds up from fold to fold, though slowly.
-        whole = self.folds % _WHOLE == 0
         self.folds += 1
-        gram = inner_products(blocks, [rows[:n] for rows in self.rows], weights, whole=whole)  # (k + n, k + n)
-        shares = self.shares[:n].to(gram)
+        numbers = begun.numbers.get()
+        entries, shares, old, mass, usual = torch.split(numbers, [(k + n) ** 2, n, k, 1, 1])
+        gram, mass, usual = entries.view(k + n, k + n), mass.squeeze(), usual.squeeze()
         sizes = shares * gram.diagonal()[k:]  # by step
-        ages = torch.zeros(n, dtype=gram.dtype, device=gram.device)
+        ages = torch.zeros(n, dtype=gram.dtype, device="cpu")
         if together:
             sizes = sizes.sum().expand(n)
         else:
-            ages = torch.arange(n - 1, -1, -1, dtype=gram.dtype, device=gram.device)
-        usual = self.usual.to(gram)
+            ages = torch.arange(n - 1, -1, -1, dtype=gram.dtype, device="cpu")
         clip = torch.where((usual > 0) & (sizes > 0), _MOST * usual / sizes, math.inf).clamp(max=1)
         counted = (shares > 0).to(gram)
         mean = (counted * clip * sizes).sum() / counted.sum()  # NaN where none counts
         recent = (1 - decay) * decay**ages
-        mass = self.mass.to(gram) * decay**steps
+        mass = mass * decay**steps
         new = counted.amax() * (1 - decay) if together else (counted * recent).sum()
         total = (mass + new).clamp(min=torch.finfo(gram.dtype).tiny)
-        inputs = torch.cat([weights.to(gram) * (mass / total), shares * recent * clip / total])
+        inputs = torch.cat([old * (mass / total), shares * recent * clip / total])
         values, mixing = top_of_sum(gram, inputs, k, negligible=NEGLIGIBLE[blocks[0].dtype])
-        values, mixing = settled(gram, [block.params[0] for block in blocks], values, mixing)
         good = gram.isfinite().all() & mixing.isfinite().all()
-        values = torch.where(good, values, weights.to(gram))
-        mixing = torch.where(good, mixing, torch.eye(k, k + n, dtype=gram.dtype, device=gram.device))
-        overlap = (mixing @ gram[:, :k]).square().sum() / (weights > 0).sum().clamp(min=1)
-        for block, rows in zip(blocks, self.rows, strict=True):
-            mix(block, rows[:n], mixing, good)
-        self.mass = torch.where(good, total, self.mass.to(gram)).to(self.mass)
+        values = torch.where(good, values, old)
+        mixing = torch.where(good, mixing, torch.eye(k, k + n, dtype=gram.dtype, device="cpu"))
+        overlap = (mixing @ gram[:, :k]).square().sum() / (old > 0).sum().clamp(min=1)
+        mass = torch.where(good, total, numbers[-2])
         mean = torch.where(usual > 0, (usual + mean) / 2, mean)
-        self.usual = torch.where(good & mean.isfinite(), mean, usual).to(self.usual)
+        usual = torch.where(good & mean.isfinite(), mean, usual)
+        found = torch.cat([values, mixing.reshape(-1), torch.stack([mass, usual, overlap])])
+        (found,) = settled(begun.gram, [block.params[0] for block in blocks], on_device(found, begun.gram.device))
+        values, mixing, numbers = torch.split(found, [k, k * (k + n), 3])
+        mass, usual, overlap = numbers.unbind()
+        for block, rows in zip(blocks, self.rows, strict=True) if good else ():  # which the host knows
+            mix(block, rows[:n], mixing.view(k, k + n))
+        self.mass, self.usual = mass.to(self.mass), usual.to(self.usual)
         return values.to(weights), overlap
 
 

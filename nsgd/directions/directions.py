@@ -15,12 +15,13 @@ from torch import Tensor
 from nsgd.curvature.guard import full_precision
 from nsgd.curvature.small import inverse_root
 from nsgd.curvature.vectors import split, vector_dtype
-from nsgd.directions.alarm import Alarm, OnHost
+from nsgd.directions.alarm import Alarm
 from nsgd.directions.differences import Differences
 from nsgd.directions.doubts import Doubts
 from nsgd.directions.flat import Block, as_rows, blocks_of
 from nsgd.directions.kept import DIRECTIONS, blank, filled
 from nsgd.directions.mixing import inner_products, mix
+from nsgd.directions.on_host import OnHost
 from nsgd.directions.pace import Pace, settled_interval
 from nsgd.directions.processes import (
     world,
@@ -183,15 +184,28 @@ class Directions:
         if not self.differences.begun:
             self.differences.arrange(self.blocks)
             self._say_sparse()
+        self._finish_fold()
         self.differences.record(self.blocks, scale, skipped)
-        if not self.differences.fold_due:
-            return
+        if self.differences.fold_due:
+            self._begin_fold(self.differences)
+            if not folds_late(self.blocks[0].device):
+                self._finish_fold()
+
+    def _begin_fold(self, differences: Differences) -> None:
         if not self.rank:
             home = self.blocks[0].device
             self.weights = torch.zeros(self.options.k, dtype=_small_dtype(home), device=home)
             for block in self.blocks:
                 block.basis = block.rows(self.options.k)
-        self.weights, overlap = self.differences.fold(self.blocks, self.weights, self.options.step_decay)
+        differences.begin_fold(self.blocks, self.weights)
+
+    def _finish_fold(self) -> None:
+        """Fold the rows that wait into the average, if that is due."""
+        if self.differences is None or not self.differences.fold_due:
+            return
+        if not self.differences.folding:  # in a checkpoint, or a copy
+            self._begin_fold(self.differences)
+        self.weights, overlap = self.differences.end_fold(self.blocks, self.weights, self.options.step_decay)
         self.last_overlap = overlap if self.counts.refreshes else torch.tensor(math.nan, device="cpu")
         self.counts.refreshes += 1
         self.counts.refreshed_at = self.counts.steps
@@ -221,7 +235,7 @@ class Directions:
             )
         if self.differences is not None:
             alone = world() == 1 and not any(block.sharded for block in self.blocks)
-            self.differences.begin_step(self.blocks, several_processes=not alone)
+            self.differences.begin_step(self.blocks, several_processes=not alone, finish=self._finish_fold)
 
     # -- from a second look at the loss ----------------------------------------------------------------------
 
@@ -435,6 +449,11 @@ class Directions:
         if self.differences is not None and "rows" in values and tensors and self.blocks:
             self.differences.load(self.blocks, values["rows"], tensors)
         self.end_step()
+
+
+def folds_late(device: torch.device) -> bool:
+    """Whether a fold ends when the next step comes: where the host would wait for its numbers."""
+    return device.type != "cpu"
 
 
 def _small_dtype(device: torch.device) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsgd.curvature.hessian import NO_SHARE
-from nsgd.directions.alarm import OnHost
+from nsgd.directions.on_host import OnHost
 
 # The mean of the samples' losses may differ from the batch's by this share of the larger, and by so many standard
 # errors: dropout, BatchNorm's statistics of a group, and samples that are a part of the batch, make less.

@@ -16,6 +16,10 @@ from nsgd.directions.shards import totals
 # Entries of each vector that are mixed at once: what a cache holds on a CPU; elsewhere few launches, and little memory.
 _CHUNK, _LARGE_CHUNK = 1 << 14, 1 << 21
 
+# Columns whose inner products are one of a batch, off the CPU: a single product of so long rows would keep few of the
+# device's processors at work.
+_PART = 1 << 12
+
 
 def inner_products(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Tensor, *, whole: bool) -> Tensor:
     """Inner products of the vectors and rows of all blocks, (k + n, k + n), where and as precise as the weights.
@@ -27,10 +31,10 @@ def inner_products(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Ten
     for block, new in zip(blocks, rows, strict=True):
         part = torch.zeros(k + n, k + n, dtype=block.dtype, device=block.device)
         for _, vectors, chunk in chunks(block, new):
-            part[k:, :k].addmm_(chunk, vectors.T)
-            part[k:, k:].addmm_(chunk, chunk.T)
+            _add_products(part[k:, :k], chunk, vectors)
+            _add_products(part[k:, k:], chunk, chunk)
             if whole:
-                part[:k, :k].addmm_(vectors, vectors.T)
+                _add_products(part[:k, :k], vectors, vectors)
         parts.append(part.to(weights))
     (total,) = totals([block.params[0] for block in blocks], parts)
     total[:k, k:] = total[k:, :k].T
@@ -39,15 +43,28 @@ def inner_products(blocks: Sequence[Block], rows: Sequence[Tensor], weights: Ten
     return total
 
 
-def mix(block: Block, rows: Tensor, mixing: Tensor, good: Tensor) -> None:
-    """Replace the basis by a mixture (k, k + n) of its vectors and the rows, where that is good."""
+def _add_products(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add the inner products (a, b) of rows (a, c) with others (b, c)."""
+    batches = 0 if one.device.type == "cpu" else one.shape[1] // _PART
+    if batches > 1:
+        many = slice(0, batches * _PART)
+        left = one[:, many].view(len(one), batches, _PART).transpose(0, 1)
+        right = other[:, many].view(len(other), batches, _PART).permute(1, 2, 0)
+        total.add_(torch.bmm(left, right).sum(0))
+        one, other = one[:, many.stop :], other[:, many.stop :]
+    total.addmm_(one, other.T)
+
+
+def mix(block: Block, rows: Tensor, mixing: Tensor, good: Tensor | None = None) -> None:
+    """Replace the basis by a mixture (k, k + n) of its vectors and the rows; where that may not be good, if it is."""
     k = len(mixing)
     factors = mixing.to(device=block.device, dtype=block.dtype)
     old, new = factors[:, :k].contiguous(), factors[:, k:].contiguous()
-    good = good if good.device == block.device else good.to(block.device)
+    good = None if good is None else good.to(block.device)
     for columns, vectors, chunk in chunks(block, rows):
+        mixture = (old @ vectors).addmm_(new, chunk)
         # Zero times an entry that is not finite is none either.
-        block.basis[:, columns] = torch.where(good, (old @ vectors).addmm_(new, chunk), vectors).to(block.basis.dtype)
+        block.basis[:, columns] = mixture if good is None else torch.where(good, mixture, vectors)
 
 
 def chunks(block: Block, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

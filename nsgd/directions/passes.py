@@ -6,8 +6,9 @@ holds, and many in each step: they overlap the Hessian's outlying eigenvectors b
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from nsgd.directions.flat import Block
 
 MOST = 8  # sums of passes that are told apart in a step; where there are more passes, each sum holds several
+
+_WATCHED = 8  # parameters that tell, while no passes are kept, whether a step has several
 
 _PATIENCE = 10  # steps of one pass after which accumulation is taken to be over
 
@@ -56,13 +59,15 @@ class Passes:
         self.patience = 0  # steps for which passes are still kept
         self.first: list[Tensor] = []  # the first pass's deviation in the last step, (P,) for each block
         self.likeness = torch.zeros(2, device="cpu")  # decayed sums of cosines between steps, and of their weights
-        self._fired: list[int] = []  # passes, by parameter
+        self._fired: list[int] = []  # passes, by parameter; of the watched ones alone while none are kept
         self._odd = False  # whether one had a gradient that cannot be kept
         self._params: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
+        self._all = False  # whether all parameters call
         self._finalizer: weakref.finalize[Any, Any] | None = None  # takes the hooks away with this object
         self._rows: list[Tensor] = []  # where gradients are kept
         self._views: list[list[Tensor]] = []  # of these, by row and parameter; empty where none are kept
+        self._before: Callable[[], None] | None = None  # what has to come before the first of them
 
     def __getstate__(self) -> dict[str, Any]:
         cleared: dict[str, Any] = {
@@ -72,6 +77,7 @@ class Passes:
             "_finalizer": None,
             "_rows": [],
             "_views": [],
+            "_before": None,
         }
         return {**self.__dict__, **cleared}
 
@@ -79,14 +85,21 @@ class Passes:
         """Count the passes of these parameters from now on; gradients are kept after the next :meth:`begin`."""
         self.leave()
         self._params = [p for block in blocks for p in block.params]
-        self._handles = [
-            p.register_hook(PassHook(self, i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(self._params)
-            if p.requires_grad
-        ]
         self._fired = [0] * len(self._params)
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._finalizer.atexit = False
+        self._hook()
+
+    def _hook(self) -> None:
+        """Have all parameters call while passes are kept, and a few otherwise: each call costs the host."""
+        self._all = self.patience > 0
+        _remove(self._handles)
+        step = 1 if self._all else max(1, math.ceil(len(self._params) / _WATCHED))
+        self._handles += [
+            p.register_hook(PassHook(self, i))  # type: ignore[no-untyped-call]
+            for i, p in list(enumerate(self._params))[::step]
+            if p.requires_grad
+        ]
 
     def leave(self) -> None:
         """Count none any more."""
@@ -94,15 +107,22 @@ class Passes:
             self._finalizer()
         self._finalizer = None
         self._handles, self._params, self._fired, self._rows, self._views = [], [], [], [], []
+        self._before = None
 
-    def begin(self, blocks: Sequence[Block], rows: Sequence[Tensor]) -> None:
+    def begin(
+        self, blocks: Sequence[Block], rows: Sequence[Tensor], *, before: Callable[[], None] | None = None
+    ) -> None:
         """Wait for the passes of the step that comes.
 
         Args:
             blocks: The parameters.
             rows: Where their gradients may be kept, (MOST, P) or more for each block; none where they must not be.
+            before: Called once before the first is kept, as the rows may still be needed until then.
         """
         self._fired, self._odd = [0] * len(self._params), False
+        self._before = before
+        if self._all != (self.patience > 0):
+            self._hook()
         if not rows or not self.patience:
             self._rows, self._views = [], []
         elif not self._rows or any(a is not b for a, b in zip(self._rows, rows, strict=True)):
@@ -140,6 +160,9 @@ class Passes:
         self._fired[index] += 1
         if not self.keeping:
             return
+        if self._before is not None:
+            before, self._before = self._before, None
+            before()
         place = self._views[count % MOST][index]
         # Batched ones, many gradients at once, show the shape of one; torch has no public way to tell.
         batched = _C.is_batchedtensor(gradient) or _C.is_legacy_batchedtensor(gradient)
@@ -210,9 +233,9 @@ class Passes:
         return (self.likeness[1] > 0) & (self.likeness[0] < _UNLIKE * self.likeness[1])
 
 
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from nsgd.curvature.checks import above_zero, shown
 from nsgd.curvature.hessian import Closure, Losses
 from nsgd.curvature.vectors import is_finite, split
-from nsgd.directions.alarm import OnHost
 from nsgd.directions.directions import NOT_FINITE, Directions, clamped
+from nsgd.directions.on_host import OnHost
 from nsgd.directions.processes import alike, gathered, inner_modules_only, mean, of_the_first, together
 from nsgd.directions.products import Spent, eigenpairs_of
 from nsgd.directions.random_basis import random_basis

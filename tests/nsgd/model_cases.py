@@ -29,6 +29,7 @@ class Way:
     out: str
 
 
+CUDNN = {PRODUCTS: Way("cuDNN's recurrent networks have no double backward; run", "`cudnn.flags(enabled=False)`")}
 NO_VMAP = {AT_ONCE: Way("taken at once.*leave module out", "leave `module` out")}
 FUSED = {PRODUCTS: Way("fused attention has no double backward; run", "take `SDPBackend.MATH`")}
 COMPILED = {PRODUCTS: Way("under torch.compile has no double backward; pass", "pass a closure")}
@@ -53,6 +54,7 @@ class Case:
     draw: Callable[[], tuple[Tensor, ...]]
     loss: Callable[..., Tensor] = _cross_entropy
     refused: Mapping[str, Way] = field(default_factory=dict)  # by source
+    refused_on_gpu: Mapping[str, Way] = field(default_factory=dict)  # there beside the others
     said: Mapping[str, Way] = field(default_factory=dict)  # by source, where it works but for what is said
     without: frozenset[str] = frozenset()  # parameters in which no direction has a share
     context: Context = nullcontext  # of the forward pass
@@ -300,14 +302,15 @@ CASES = (
     ),
     Case("fused attention", Attention, _tokens(), refused=FUSED),
     Case("attention, SDPBackend.MATH", lambda: Attention(_math), _tokens()),
-    Case("RNN", lambda: Recurrent(nn.RNN), _rows(12, 4, 6), refused=NO_VMAP),
-    Case("GRU", lambda: Recurrent(nn.GRU), _rows(12, 4, 6), refused=NO_VMAP),
-    Case("LSTM", lambda: Recurrent(nn.LSTM), _rows(12, 4, 6)),
+    Case("RNN", lambda: Recurrent(nn.RNN), _rows(12, 4, 6), refused=NO_VMAP, refused_on_gpu=CUDNN),
+    Case("GRU", lambda: Recurrent(nn.GRU), _rows(12, 4, 6), refused=NO_VMAP, refused_on_gpu=CUDNN),
+    Case("LSTM", lambda: Recurrent(nn.LSTM), _rows(12, 4, 6), refused_on_gpu=NO_VMAP | CUDNN),
     Case(
         "time-major batch, batch_dim=(1, 0)",
         lambda: Recurrent(nn.LSTM, batch_first=False),
         lambda: (torch.randn(4, 12, 6), torch.randint(3, (12,))),
         batch_dim=(1, 0),
+        refused_on_gpu=NO_VMAP | CUDNN,
     ),
     Case("embedding", lambda: Words(sparse=False), _tokens()),
     Case(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from model_cases import AT_ONCE, CASES, DEVICES, GRADIENTS, ONE_BY_ONE, PRODUCTS, SOURCES, Case
+from model_cases import AT_ONCE, CASES, DEVICES, GRADIENTS, ONE_BY_ONE, PRODUCTS, SOURCES, Case, Way
 from torch import Tensor, nn
 from traces import assert_untouched, random_states, same_random_states, snapshot
 
@@ -119,17 +120,20 @@ def rayleigh(case: Case, model: nn.Module, batch: tuple[Tensor, ...], vectors: T
     return torch.stack([(slope(v, step) - slope(v, -step)) / (2 * step) for v in vectors])
 
 
+def refusals(case: Case, device: str) -> dict[str, Way]:
+    return {**case.refused, **(case.refused_on_gpu if device == "cuda" else {})}
+
+
 def expect(case: Case, source: str) -> Any:
     return pytest.warns(UserWarning, match=case.said[source].words) if source in case.said else nullcontext()
 
 
 def rows_of(*sources: str, exact: bool = False) -> list[Any]:
     """The cases that are not refused, for a test of what they find; or all of them."""
-    chosen = [(c, s) for c in CASES for s in sources if not exact or (c.exact and s not in c.refused)]
     return [
         pytest.param(case, source, device, id="-".join([case.name, source] + [device] * (device != "cpu")))
-        for device in DEVICES
-        for case, source in chosen
+        for device, case, source in itertools.product(DEVICES, CASES, sources)
+        if not exact or (case.exact and source not in refusals(case, device))
     ]
 
 
@@ -140,8 +144,9 @@ def test_a_model_works_or_is_refused_in_one_sentence(record_property, case, sour
     if case.needs:
         pytest.importorskip(case.needs)
     record_property("reliability: models and precisions × sources", 1)
-    if source in case.refused:
-        with pytest.raises((ValueError, RuntimeError), match=case.refused[source].words) as refusal:
+    refused = refusals(case, device)
+    if source in refused:
+        with pytest.raises((ValueError, RuntimeError), match=refused[source].words) as refusal:
             Run(case, source, device).step()
         assert "\n" not in str(refusal.value)
         return

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from nsgd import NSGD, damp
-from nsgd.directions.alarm import Alarm, OnHost
+from nsgd.directions.alarm import Alarm
+from nsgd.directions.on_host import OnHost
 
 pytestmark = pytest.mark.usefixtures("averaging_is_free")
 
