@@ -134,7 +134,8 @@ def keep(runs: Path, results: Path) -> None:
         for name in KEPT:
             if (folder / name).exists():
                 (to / name).write_text(_public((folder / name).read_text(), folder))
-        write_csv(to / "curves.csv", list(curves(folder)))
+        if rows := list(curves(folder)):
+            write_csv(to / "curves.csv", rows)
         partial = to / "partial.csv"
         if (folder / "results.csv").exists():
             partial.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
+
 from lightning_modules.report.study.files import read_folder
 from lightning_modules.report.study.numbers import SIGNIFICANT, change_of, mean_of
 from lightning_modules.study.methods import RECIPES
@@ -124,6 +126,44 @@ def cost() -> str:
     return f"{markdown(header, body)}\n\n{source}"
 
 
+def cost_on_gpu() -> str:
+    """What the drop-in's step takes on a GPU, in SGD's seconds, for every network of step.py that was measured there."""
+    rows = read_csv(RESULTS / "step-cuda.csv")
+    found = {(row["network"], row["batch"], row["method"]): row for row in rows}
+    body = []
+    for network, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows):
+        ratios = [f"{found[network, batch, f'NSGD, k = {k}']['ratio']:.2f}" for k in (10, 20)]
+        sgd = found[network, batch, "SGD"]
+        body.append([f"{network}, batch {batch:,}", f"{1000 * sgd['seconds']:.1f}", *ratios])
+    header = ["", "an iteration of SGD, ms", "NSGD, k = 10, times that", "k = 20"]
+    source = (
+        f"Medians on one {rows[0]['device']}, bfloat16 autocast, channels last; from `benchmarks/results/step-cuda.csv`,\n"
+        "made by `python benchmarks/step.py --device cuda`."
+    )
+    return f"{markdown(header, body)}\n\n{source}"
+
+
+def claim() -> str:
+    """What is made so far of the plan claim: the best of the trials of each method."""
+    folder = RESULTS / "cifar10" / "claim" / "resnet-32-plain-1024"
+    rows = read_csv(folder / "partial.csv")
+    device = yaml.safe_load((folder / "environment.yaml").read_text())["device"]
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        trials = [row for row in rows if row["method"] == method]
+        best = min((row for row in trials if math.isfinite(row["val_loss"])), key=lambda row: row["val_loss"])
+        lost = sum(not math.isfinite(row["val_loss"]) or row["train_loss"] > math.log(10) for row in trials)
+        cells = [f"{best['lr']:.2g}", f"{lost} of {len(trials)}", f"{best['train_loss']:.2f}"]
+        body.append([RECIPES[method].label, *cells, f"{100 * best['val_accuracy']:.1f}"])
+    body.sort(key=lambda cells: float(cells[-1]))
+    header = ["method", "best rate", "rates lost", "training loss", "validation accuracy, %"]
+    source = (
+        f"Partial: trials of one seed, {rows[0]['step']:.0f} steps, one {device}; no test accuracy or interval yet. Lost: no "
+        "better than chance.\nFrom `benchmarks/results/cifar10/claim/`, made by `python benchmarks/cifar10.py --plan claim`."
+    )
+    return f"{markdown(header, body)}\n\n{source}"
+
+
 def models() -> str:
     """What works with which source, from the cases that tests/nsgd/test_models.py runs; equal rows are put together."""
     cases = importlib.import_module("model_cases")
@@ -141,9 +181,9 @@ def models() -> str:
 
 # What each document shows.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "short": short}
+    "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "short": short, "claim": claim}
 }
-TABLES["nsgd/README.md"] = {"cost": cost, "models": models}
+TABLES["nsgd/README.md"] = {"cost": cost, "cost_on_gpu": cost_on_gpu, "models": models}
 TABLES["benchmarks/README.md"] = {
     "digits": digits,
     "time_to_target": benchmark("time_to_target", "Medians over paired seeds, as many as the counts say."),

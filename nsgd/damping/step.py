@@ -45,9 +45,10 @@ class Damped(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """The base optimizer's step, damped. A closure is handed to the base optimizer, which calls it as it wants.
 
-        Never waits for the device, but in the one step that settles :attr:`refresh_interval`. Costs two passes over the
-        basis and a few over a vector as long as the parameters, which holds the step; once in some steps, where
-        directions come from training gradients, the fold of :class:`nsgd.directions.differences.Differences`. A step at
+        Reads nothing of the device, but in the one step that settles :attr:`refresh_interval`, and waits for nothing
+        that was queued since the last step. Costs two passes over the basis and a few over a vector as long as the
+        parameters, which holds the step; once in some steps, where directions come from training gradients, the fold of
+        :class:`nsgd.directions.differences.Differences`, whose end waits for the last step's numbers. A step at
         ``lr=0`` is the base optimizer's, and counts for nothing: torch's checkpoints take one to make the state.
         """
         for group in self._curvature_groups():
