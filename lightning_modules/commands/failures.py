@@ -111,7 +111,8 @@ def _of_a_library(error: Exception) -> str | None:
     last = next((Path(f.filename).name for f in reversed(frames) if _owner(f.filename) == "ours"), "")
     if isinstance(error, OSError) and error.filename is not None:
         of_the_path = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError)
-        if of_the_path or error.errno == errno.EROFS or last in ("fit.py", "whole_files.py", "workers.py"):
+        of_the_path = of_the_path or error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+        if of_the_path or last in ("fit.py", "whole_files.py", "workers.py"):
             return (
                 f"expected a path that can be read and written, got {error.filename} ({error.strerror}); give another"
             )

@@ -102,6 +102,9 @@ def _run(argv: list[str]) -> int:
         print(short_help.HELP[command])
         return 0
     options = options[:-1] if options[-2:] == ["--help", "all"] else options
+    for option in options:
+        if option.startswith("--") and option.endswith("=--"):  # which argparse takes for the end of options
+            raise ValueError(f"expected a value after {option.removesuffix('=--')}, got --; give another")
     known = ("compare", *short_help.LIGHTNING, "escape")
     if command not in known:
         meant = did_you_mean(command, known) or "nsgd --help says what they do"

@@ -199,3 +199,16 @@ def test_a_terminal_hears_of_the_imports_before_they_begin(tmp_path):
     ended = subprocess.run([*NSGD, "fit"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert ended.returncode == 7
     assert "importing torch and Lightning" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "compare", "escape"])
+def test_dashes_alone_are_no_value(capsys, command):
+    assert main([command, "--config=--"]) == 2
+    assert capsys.readouterr().err == "nsgd: expected a value after --config, got --; give another\n"
+
+
+def test_a_name_that_is_too_long_for_a_file_is_said(capsys):
+    assert main(["escape", "--out", "x" * 3000]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"nsgd: expected a path that can be read and written, got {'x' * 3000}")
+    assert said.endswith(" (File name too long); give another\n")
