@@ -6,11 +6,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+import torch
+from jsonargparse.typing import register_type
 from torch import Tensor
 
-_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_MANY = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
+_PLAIN = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    torch.dtype: "a precision by its name, such as bfloat16",
+}
+_MANY = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts", torch.dtype: "precisions"}
 _UNSAID = (NoneType, Tensor)  # no word of a command line makes a tensor
+
+
+def _dtype(name: Any) -> torch.dtype:
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"expected a precision of torch by its name, such as bfloat16, got {name!r}")
+    return found
+
+
+# No class of which a command line could make one.
+register_type(torch.dtype, serializer=str, deserializer=_dtype, fail_already_registered=False)
 
 
 def described(kind: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -338,6 +339,10 @@ def test_one_sample_calibrates_nothing(calibration):
             "expected an option of NSGD, got --optimizer.gama; did you mean --optimizer.gamma?",
         ),
         (["--optimizer", "NSGD", "--optimizer.lr", "fast"], "expected --optimizer.lr to be a number, got 'fast'"),
+        (
+            ["--optimizer", "NSGD", "--optimizer.basis_dtype", "{}"],
+            "expected --optimizer.basis_dtype to be a precision by its name, such as bfloat16, got '{}'",
+        ),
         (["--optimizer.lr", "0.1"], "expected --optimizer CLASS before an option of it"),
         (["--lr_scheduler", "StepLR"], "expected --lr_scheduler.step_size, which StepLR needs"),
         (["--damp.gama", "0.1"], "expected options of --damp among k, gamma"),
@@ -424,3 +429,12 @@ def test_schedule_free_is_validated_at_its_averaged_weights_and_ends_there(own, 
     ends = sum(value.double().sum().item() for name, value in last.items() if name.endswith(("weight", "bias")))
     assert found["val_sum"][-1] == pytest.approx(ends, rel=1e-6)  # both at the end of the last epoch
     assert found["last/val_sum"] == pytest.approx([ends], rel=1e-6)  # validated again, afterwards, as it was written
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_precision_is_given_by_its_name(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    optimizers = []
+    monkeypatch.setattr(pl.Trainer, "fit", lambda trainer, model, **_: optimizers.append(model.configure_optimizers()))
+    main(["fit", "--optimizer", "NSGD", "--optimizer.basis_dtype", name])
+    assert optimizers[0].options.basis_dtype == torch.bfloat16
