@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -432,9 +431,8 @@ def test_schedule_free_is_validated_at_its_averaged_weights_and_ends_there(own, 
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
-def test_a_precision_is_given_by_its_name(monkeypatch, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
-    optimizers = []
-    monkeypatch.setattr(pl.Trainer, "fit", lambda trainer, model, **_: optimizers.append(model.configure_optimizers()))
-    main(["fit", "--optimizer", "NSGD", "--optimizer.basis_dtype", name])
-    assert optimizers[0].options.basis_dtype == torch.bfloat16
+def test_a_precision_is_given_by_its_name(capsys, name):
+    with pytest.raises(SystemExit):
+        main(["fit", "--optimizer", "NSGD", "--optimizer.basis_dtype", name, "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)["optimizer"]["init_args"]
+    assert options["basis_dtype"] == "torch.bfloat16"
