@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -19,10 +19,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from lightning_modules.callbacks.evaluation_weights import evaluation_weights
 from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.batch_loss import batch_losses
+from lightning_modules.support.read_outs import READ_OUTS, Average, Kind, averages, kind_of
 from nsgd.curvature.guard import untouched
-
-ReadOut = Literal["last", "ema", "swa", "two-point", "best"]
-READ_OUTS: tuple[ReadOut, ...] = get_args(ReadOut)
+from nsgd.trajectory.averaging import swa_weights, two_point_weights
 
 
 class ReadOuts(pl.Callback):
@@ -35,10 +34,15 @@ class ReadOuts(pl.Callback):
         best_by: Name of what the module logs in validation, and whether less or more of it is better ("min", "max").
             The weights with the best of it are a read-out too, "best", and :attr:`start` holds those before training;
             None for neither.
+        more: Names of averages at other settings, read out under these: "ema-0.9" (decay), "swa-0.5" (share of the
+            steps), "two-point-16" (steps between the points).
 
-    A run whose number of steps is not known beforehand has the EMA only. Averages are kept in float32 at least,
-    whatever the weights are in, and rounded where they are read out. Memory: three times the parameters, five times
-    with the best. State is saved in checkpoints.
+    A run whose number of steps is not known beforehand has exponential averages only. Averages are kept in float32 at
+    least, whatever the weights are in, and rounded where they are read out. Memory: three times the parameters, twice
+    more with the best, and once more for each of ``more``. State is saved in checkpoints.
+
+    Raises:
+        ValueError: If a setting is out of range, or two of ``more`` are the same.
     """
 
     def __init__(
@@ -47,12 +51,14 @@ class ReadOuts(pl.Callback):
         swa_share: float = 0.25,
         two_point_share: float = 0.1,
         best_by: tuple[str, Literal["min", "max"]] | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         for name, value in (("ema_decay", ema_decay), ("swa_share", swa_share), ("two_point_share", two_point_share)):
             if not 0 < value < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value}")
         self.ema_decay, self.swa_share, self.two_point_share = ema_decay, swa_share, two_point_share
         self.best_by, self.start = best_by, list[Tensor]()
+        self.more = averages(more)
         self._best = math.inf  # so far, turned round where more is better
         self.apart: Callable[[], AbstractContextManager[None]] = nullcontext  # around what gathering takes
         self._averages: dict[str, list[Tensor]] = {}
@@ -85,18 +91,26 @@ class ReadOuts(pl.Callback):
                 self._averages["best"] = [_wide(p).clone() for p in pl_module.parameters()]
 
     def _gather(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        # Without a warm-up a short run would read out its initial weights.
-        decay = min(self.ema_decay, (1 + step) / (10 + step))
-        self._update("ema", pl_module, get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+        for name, decay in self._settings("ema", self.ema_decay):
+            warm = _warm_decay(decay, step)
+            self._update(name, pl_module, get_ema_multi_avg_fn(warm))  # type: ignore[no-untyped-call]
         total = trainer.estimated_stepping_batches
         if trainer.max_steps > 0:  # which counts the steps of each optimizer, of several in a batch
             total = min(total, trainer.max_steps * step / self._seen)
         if not 0 < total < math.inf:  # a run of unknown length has no last share
             return
-        if step > total * (1 - self.swa_share):
-            self._update("swa", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
-        if step == max(1, round(total * (1 - self.two_point_share))):
-            self._update("two-point", pl_module, get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+        mean = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        for name, share in self._settings("swa", self.swa_share):
+            if _in_share(step, share, total):
+                self._update(name, pl_module, mean)
+        first = max(1, round(total * (1 - self.two_point_share)))
+        for name, spacing in self._settings("two-point", round(total) - first):
+            if step == round(total) - spacing:
+                self._update(name, pl_module, mean)
+
+    def _settings(self, kind: Kind, default: float) -> list[tuple[str, float]]:
+        """Names of the averages of a kind with their settings, that under its plain name first."""
+        return [(kind, default), *((a.name, a.value) for a in self.more if a.kind == kind)]
 
     @torch.no_grad()
     def _update(self, name: str, module: pl.LightningModule, average: Any) -> None:
@@ -108,13 +122,14 @@ class ReadOuts(pl.Callback):
         self._counts[name] = self._counts.get(name, 0) + 1
 
     @property
-    def available(self) -> list[ReadOut]:
+    def available(self) -> list[str]:
         """The read-outs that have been gathered; an average that never began is not among them."""
-        return [name for name in READ_OUTS if name == "last" or name in self._averages]
+        every = [*READ_OUTS, *(one.name for one in self.more)]
+        return [name for name in every if name == "last" or name in self._averages]
 
     @contextmanager
     def applied(
-        self, name: ReadOut, module: pl.LightningModule, calibration: Iterable[Any] | None = None
+        self, name: str, module: pl.LightningModule, calibration: Iterable[Any] | None = None
     ) -> Iterator[pl.LightningModule]:
         """Hold the module at a read-out, in eval mode; its weights, buffers and modes are put back on leaving.
 
@@ -133,7 +148,7 @@ class ReadOuts(pl.Callback):
         with untouched(module, device=module.device):
             if name != "last":
                 values = self._averages[name]
-                if name == "two-point":
+                if kind_of(name) == "two-point":
                     values = [(a + p.detach().to(a)) / 2 for a, p in zip(values, params, strict=True)]
                 _assign(params, values)
             module.eval()
@@ -161,6 +176,37 @@ class ReadOuts(pl.Callback):
         }
         if self.best_by is not None and not self.start:
             self.start = [p.detach().clone() for p in pl_module.parameters()]
+
+
+def average_weights(average: Average, steps: int) -> Tensor:
+    """What each of a run's weights counts in an average that is gathered along it, (steps + 1,), those before it first.
+
+    Args:
+        average: One of a run of so many steps.
+        steps: Of the run, 1 or more.
+
+    Raises:
+        ValueError: If such a run has no such average.
+    """
+    average.check(steps)
+    if average.kind == "two-point":
+        return two_point_weights(steps, spacing=round(average.value))
+    if average.kind == "swa":
+        return swa_weights(steps, window=sum(_in_share(t, average.value, steps) for t in range(1, steps + 1)))
+    # The first that is taken in is the average then: in it nothing is left of those before.
+    decays = [1.0, 0.0, *(_warm_decay(average.value, step) for step in range(2, steps + 1))]
+    kept = torch.tensor([*decays[1:], 1.0], dtype=torch.float64, device="cpu").flip(0).cumprod(0).flip(0)
+    return (1 - torch.tensor(decays, dtype=torch.float64, device="cpu")) * kept
+
+
+def _warm_decay(decay: float, step: int) -> float:
+    """Of a step of the exponential average: without a warm-up a short run would read out its initial weights."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def _in_share(step: int, share: float, total: float) -> bool:
+    """Whether a step, from 1 on, is among the last share of all."""
+    return step > total * (1 - share)
 
 
 def _wide(p: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def _claim_folder(subject: Subject, folder: StudyFolder) -> None:
     methods = subject.study.described_methods()
     # What folders of before do not say was so.
     unsaid: dict[str, dict[str, Any]] = {
-        "config": {"endpoint": subject.main_score, "precision": "32-true"},
+        "config": {"endpoint": subject.main_score, "precision": "32-true", "averages": []},
         "methods": {name: {"damping": options["damping"]} for name, options in methods.items()},
     }
     documents: dict[Document, Any] = {"config": config, "methods": methods}

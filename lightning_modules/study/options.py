@@ -15,6 +15,7 @@ from lightning_modules.study.methods import Method, NSGDOptions, Recipe, Schedul
 from lightning_modules.study.methods.built_in import recipes_of
 from lightning_modules.study.spectrum import Spectrum
 from lightning_modules.support.import_paths import public_path
+from lightning_modules.support.read_outs import average
 from lightning_modules.support.score import Mode, Score, better
 
 NAMED = Path(__file__).parent / "named"  # folder of the studies that nsgd compare knows by name
@@ -55,7 +56,8 @@ class Study:
             with its schedule) and damped-own (the rule on it); and any optimizer as {class_path: torch.optim.RMSprop},
             with init_args, search (ranges of its trials), damped: true for the rule on it, and label, as far as
             wanted; and any variant of these as {like: nsgd, nsgd: {gamma: 0.01, k: 5}}, with settings, search ({} for
-            no trials), clip (largest norm of the gradient) and label. The others are compared with the first.
+            no trials), clip (largest norm of the gradient), schedule (in place of the study's) and label. The others
+            are compared with the first.
         seeds: Number of paired seeds.
         epochs: Epochs of each run.
         lr: One learning rate for all methods but own and damped-own, in place of their own.
@@ -64,6 +66,10 @@ class Study:
         schedule: How the learning rate of all methods goes, for example {name: cosine, warmup: 0.05}, step by step
             over the whole of each run; null for constant. The optimizers of own and damped-own keep the module's, and
             those that average their weights themselves, such as schedule-free, take the warm-up alone.
+        averages: Averages that the runs are read out with beside EMA, SWA and two points as they are, by name, for
+            example [ema-0.9, swa-0.5, two-point-16]: a decay, a share of the steps at the end, steps between the
+            points. Runs under the schedule that is predicted to equal one, as {like: sgd, schedule: {average:
+            swa-0.5}, search: {}} makes them beside those of sgd, have none of them; the report compares the two.
         settings: Hyperparameters by method, for example {nsgd: {lr: 0.2, gamma: 0.3}}, in place of those of a study
             file; --settings.nsgd '{lr: 0.2}' changes those of one method.
         tune: Quasi-random trials of each method, each a run on the training split, of which the best three by val_loss
@@ -104,6 +110,7 @@ class Study:
     lr: float | None = None
     weight_decay: float | None = None
     schedule: Schedule | None = None
+    averages: list[str] = field(default_factory=list)
     settings: dict[str, Settings] = field(default_factory=dict)
     tune: int = 0
     search: dict[str, Ranges] = field(default_factory=dict)
@@ -149,6 +156,7 @@ class Study:
                 **{key: getattr(recipe, key) for key in ("label", "color", "line", "control", "damps")},
                 "damping": None if recipe.damping is None else dict(recipe.damping),
                 "schedule": recipe.schedule_label(self.schedule),
+                **_stood_for(recipe),
             }
             for name, recipe in self.recipes.items()
         }
@@ -181,3 +189,10 @@ class Study:
         """Ranges of the hyperparameters that are searched, lowest and highest value; none where none are."""
         name = self.recipes[method].tuned_as(method)
         return self.search.get(name) or {n: list(ends) for n, ends in self.recipes[name].search.items()}
+
+
+def _stood_for(recipe: Recipe) -> dict[str, Any]:
+    """The average that a variant's schedule is predicted to equal, and whose; of other methods nothing."""
+    if recipe.schedule is None or recipe.schedule.average is None:
+        return {}
+    return {"equals": {"method": recipe.like, "read_out": average(recipe.schedule.average).name}}

@@ -17,8 +17,6 @@ from lightning_modules.support.paired import Effect, paired_change
 from lightning_modules.support.score import COSTS, TRAIN_LOSS, Measure, Score, failed_runs
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
-READ_OUTS = {"last": "last", "ema": "EMA", "swa": "SWA", "two-point": "two-point", "best": "best epoch"}
-
 
 @dataclass(frozen=True)
 class Files:

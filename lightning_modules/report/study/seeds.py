@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 
 from lightning_modules.report.drawing import legend_beside
 from lightning_modules.report.page import new_figure
-from lightning_modules.report.study.files import READ_OUTS, Files
+from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import upper
 from lightning_modules.report.study.tables import shown_measures
 from lightning_modules.report.style import GREY
 from lightning_modules.report.verdicts import Numbers
+from lightning_modules.support.read_outs import READ_OUTS, label_of
 from lightning_modules.support.score import Measure
 
 SEEDS = "final-values"  # name of the figure
@@ -63,7 +64,7 @@ def _draw(axes: Axes, files: Files, measure: Measure) -> None:
                 annotation_clip=False,
             )
     for read_out in shown:  # what the legend shows, for the points of all methods
-        axes.plot([], [], _MARKERS[read_out], color=GREY, label=READ_OUTS[read_out], markersize=5)
+        axes.plot([], [], _MARKERS[read_out], color=GREY, label=label_of(read_out), markersize=5)
     axes.set_yticks(range(len(files.methods)), [files.label(method) for method in files.methods])
     axes.set_ylim(len(files.methods) - 0.5, -0.5)
     log = files.effect(measure) == "ratio" and any(len(line.get_xdata()) for line in axes.get_lines())  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ def _points(
     values: list[float],
     entry: dict[str, Any],
 ) -> None:
-    of: dict[str, Any] = {"gid": READ_OUTS[read_out]}  # a press on the legend hides the read-out
+    of: dict[str, Any] = {"gid": label_of(read_out)}  # a press on the legend hides the read-out
     marker: dict[str, Any] = {"marker": _MARKERS[read_out], "markersize": 5, "markerfacecolor": "none"}
     x = measure.factor * np.sort(values)
     color = files.styles[method].color

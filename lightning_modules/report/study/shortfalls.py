@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_modules.report.study.files import READ_OUTS, Files
+from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import MISSING, aim, amount, and_, count, standing
+from lightning_modules.support.read_outs import label_of
 from lightning_modules.support.score import COSTS
 
 _NOUNS = {"step": "steps", "gradients": "gradients", "seconds": "seconds"}
@@ -54,7 +55,7 @@ def _not_better(files: Files, method: str) -> dict[str, str]:
         entries = [entry for entry in files.entries(measure.column) if entry["method"] == method and entry["n"]]
         kinds: dict[str, list[str]] = {}
         for entry in entries:
-            kinds.setdefault(standing(entry, measure), []).append(READ_OUTS[entry["read_out"]])
+            kinds.setdefault(standing(entry, measure), []).append(label_of(entry["read_out"]))
         kinds.pop("better", None)
         for kind, places in kinds.items():
             where = f" ({', '.join(places)})" if len(places) < len(entries) else ""

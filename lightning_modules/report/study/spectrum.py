@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.report.study.files import READ_OUTS, Files
+from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import MISSING
 from lightning_modules.support.paired import t_interval
 from lightning_modules.support.quantities import DISTANCE, FROBENIUS, LAMBDA_1
+from lightning_modules.support.read_outs import label_of
 
 _COLUMNS = {
     FROBENIUS: "Frobenius norm of the Hessian",
@@ -29,7 +30,7 @@ def spectrum_tables(files: Files) -> list[dict[str, Any]]:
         for read_out in ("best", "last"):
             rows = [row for row in measured if (row["method"], row["read_out"]) == (method, read_out)]
             cells = [_mean([float(row[name]) for row in rows]) for name in _COLUMNS]
-            body.append([files.label(method) if read_out == "best" else "", READ_OUTS[read_out], *cells])
+            body.append([files.label(method) if read_out == "best" else "", label_of(read_out), *cells])
     size = files.config["spectrum"]
     title = (
         f"Where runs were best and ended: the Hessian of {size['samples']:,} training samples, its norm from the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_modules.report.study.files import READ_OUTS, Files
+from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import (
     MISSING,
     aim,
@@ -22,6 +22,7 @@ from lightning_modules.report.study.numbers import (
 )
 from lightning_modules.report.study.rates import sensitivity_table
 from lightning_modules.report.study.spectrum import spectrum_tables
+from lightning_modules.support.read_outs import label_of
 from lightning_modules.support.score import Measure
 
 Table = dict[str, Any]
@@ -58,7 +59,7 @@ def overview(files: Files) -> Table:
     reach = [] if files.target is None else [f"to {aimed(files, files.target)}"]
     return {
         "title": f"{upper(score.header)}, of the last weights and of their averages, with {and_([*names, 'cost'])}",
-        "header": ["method", *(READ_OUTS[name] for name in read_outs), *(m.header for m in beside), *reach, "a run"],
+        "header": ["method", *(label_of(name) for name in read_outs), *(m.header for m in beside), *reach, "a run"],
         "rows": rows,
         "cards": True,
     }
@@ -78,7 +79,7 @@ def short_table(files: Files) -> Table:
         rows.append([name, *(_short_cell(files, entries.get((method, read_out)), score) for read_out in read_outs)])
     return {
         "title": f"{upper(score.header)}, mean over {count(files.config['seeds'], 'seed')}{against}",
-        "header": ["method", *(READ_OUTS[name] for name in read_outs)],
+        "header": ["method", *(label_of(name) for name in read_outs)],
         "rows": rows,
     }
 
@@ -134,7 +135,7 @@ def _scores(files: Files, measure: Measure) -> Table:
     compared = len(files.methods) > 1
     rows, above = [], ""
     for entry in files.entries(measure.column):
-        name = READ_OUTS[entry["read_out"]]
+        name = label_of(entry["read_out"])
         mean = "\n".join(filter(None, [mean_of(entry, measure), seeds_of(entry)]))
         row = [name if name != above else "", files.label(entry["method"]), mean]
         if compared:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_modules.report.study.files import READ_OUTS, Files
+from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import (
     aim,
     and_,
@@ -20,6 +20,7 @@ from lightning_modules.report.study.numbers import (
     upper,
 )
 from lightning_modules.support.paired import mean_over_seeds, paired_change
+from lightning_modules.support.read_outs import label_of
 from lightning_modules.support.score import Measure
 
 _AVERAGES = ("ema", "swa")
@@ -176,7 +177,7 @@ def beside_averages(files: Files) -> list[str]:
         change = paired_change(values, reference, effect)
         return change_in_words(change.mean, effect, measure, words=True) + over_pairs(change.pairs, len(values))
 
-    average = f"{base}'s own {READ_OUTS[best]}"
+    average = f"{base}'s own {label_of(best)}"
     first = (
         f"By averaging alone, {average} is at {against(averages[best], last)} against its last weights. Against that "
         "average, the last weights of"

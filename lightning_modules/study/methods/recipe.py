@@ -87,6 +87,8 @@ class Recipe:
         follows: Of the study's schedule, all; or the warm-up alone, where an average of the weights that the optimizer
             keeps stands in for a rate that falls; or nothing, where the module has a schedule of its own.
         clip: Largest norm of the gradient that a step goes by; None for no clipping.
+        schedule: Of its learning rate, in place of the study's; None for the study's.
+        like: The built-in method that it is a variant of; None for another.
     """
 
     label: str
@@ -100,6 +102,8 @@ class Recipe:
     more_of: tuple[Method, Method] | None = None
     follows: Literal["all", "warm-up", "nothing"] = "all"
     clip: float | None = None
+    schedule: Schedule | None = None
+    like: Method | None = None
 
     @property
     def damps(self) -> bool:
@@ -118,7 +122,8 @@ class Recipe:
         return self.search.get("lr") or (self.defaults["lr"] / 10, self.defaults["lr"] * 10)
 
     def followed(self, schedule: Schedule | None) -> Schedule | None:
-        """What its learning rate follows of a study's schedule; None for no change by the study."""
+        """What its learning rate follows of a study's schedule, or its own; None for no change by the study."""
+        schedule = self.schedule or schedule
         if schedule is None or self.follows == "nothing":
             return None
         return schedule if self.follows == "all" else Schedule(warmup=schedule.warmup)

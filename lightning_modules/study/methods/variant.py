@@ -1,4 +1,4 @@
-"""A variant of a built-in method: {like, nsgd, settings, search, clip, label}, in place of a name."""
+"""A variant of a built-in method: {like, nsgd, settings, search, clip, schedule, label}, in place of a name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning_modules.study.methods.any_optimizer import check_range, slug
 from lightning_modules.study.methods.recipe import Method, NSGDOptions, Recipe
+from lightning_modules.study.methods.schedule import Schedule
 from lightning_modules.support.nearest import meant
 
-_KEYS = ("like", "nsgd", "settings", "search", "clip", "label")
+_KEYS = ("like", "nsgd", "settings", "search", "clip", "schedule", "label")
 
 
 def variant_recipe(
@@ -22,8 +23,9 @@ def variant_recipe(
     Args:
         entry: ``like``, the method's name, and as far as they are given ``nsgd``, options of the directions in place of
             the study's; ``settings``, hyperparameters in place of the method's; ``search``, ranges in place of the
-            method's, {} for no trials; ``clip``, the gradient's largest norm; ``label``, what it is called in print,
-            without which it says what is changed. Its name is the label in lower case with hyphens.
+            method's, {} for no trials; ``clip``, the gradient's largest norm; ``schedule``, of its learning rate in
+            place of the study's; ``label``, what it is called in print, without which it says what is changed. Its name
+            is the label in lower case with hyphens.
         color: Of its curves.
         line: Of its curves.
         built_in: The methods it may be like.
@@ -35,7 +37,7 @@ def variant_recipe(
     if unknown := [key for key in entry if key not in _KEYS]:
         raise ValueError(f"expected a variant to have {', '.join(_KEYS)}, got {unknown[0]!r}{meant(unknown[0], _KEYS)}")
     like, label, clip = entry["like"], entry.get("label"), entry.get("clip")
-    parts = {key: entry.get(key) for key in ("nsgd", "settings", "search")}
+    parts = {key: entry.get(key) for key in ("nsgd", "settings", "search", "schedule")}
     if not isinstance(like, str) or like not in built_in:
         near = meant(like, built_in) if isinstance(like, str) else ""
         raise ValueError(f"expected like to be among {', '.join(built_in)}, got {like!r}{near}")
@@ -53,7 +55,7 @@ def variant_recipe(
     if parts["nsgd"] and recipe.damping is None:
         raise ValueError(f"expected nsgd in a variant of a method with directions, got one of {like}; leave it out")
     known = {f.name: f for f in fields(NSGDOptions)}
-    changed, settings, search = (dict(value or {}) for value in parts.values())
+    changed, settings, search, scheduled = (dict(value or {}) for value in parts.values())
     _check_names("nsgd", like, changed, known)
     _check_names("settings", like, settings, recipe.defaults)
     _check_names("search", like, search, [name for name in recipe.hyperparameters if name not in changed])
@@ -64,6 +66,10 @@ def variant_recipe(
             raise ValueError(f"expected settings.{option} of a variant of {like} to be a number, got {value!r}")
     words = [f"{name} {value}" for name, value in (changed | settings).items()]
     words += [] if clip is None else [f"clipped at {clip:g}"]
+    schedule = None if parts["schedule"] is None else Schedule.of(scheduled)
+    if schedule is not None and recipe.follows != "all":
+        raise ValueError(f"expected no schedule in a variant of {like}, whose rate a study does not set; leave it out")
+    words += [] if schedule is None else [schedule.label]
     named = label if label is not None else ", ".join([recipe.label, *words])
     if not slug(named) or slug(named) in taken:
         raise ValueError(f"expected the label of a variant of {like} to be one of its own, got {named!r}; give another")
@@ -75,6 +81,8 @@ def variant_recipe(
         defaults=recipe.defaults | {name: float(value) for name, value in settings.items()},
         damping=None if recipe.damping is None else {**recipe.damping, **changed},
         clip=None if clip is None else float(clip),
+        schedule=schedule,
+        like=like,
     )
     if parts["search"] is not None:
         found = replace(found, search={option: (float(low), float(high)) for option, (low, high) in search.items()})

@@ -15,6 +15,7 @@ from lightning_modules.study.options import Study
 from lightning_modules.study.runs.evaluate import logged_scores, wanted_scores
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.support.nearest import meant
+from lightning_modules.support.read_outs import average, averages
 from lightning_modules.support.score import TRAIN_LOSS
 
 
@@ -64,6 +65,7 @@ def _check_numbers(study: Study) -> None:
         study.schedule.check()
     if study.spectrum is not None:
         study.spectrum.check()
+    averages(study.averages)
     if study.sweep not in (None, "lr"):
         raise ValueError(f"expected sweep to be lr or null, got {study.sweep!r}")
     for name in ("lr", "weight_decay"):
@@ -167,6 +169,9 @@ def _check_training(subject: Subject) -> None:
                 callback.check_samples([options.solver], module)
     if subject.steps < 1:
         raise ValueError("expected a batch of training data at least, got none")
+    schedules = (recipe.followed(study.schedule) for recipe in study.recipes.values())
+    for name in (*study.averages, *(s.average for s in schedules if s is not None and s.average is not None)):
+        average(name).check(subject.steps)
 
 
 def _check_scores(subject: Subject) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_modules.callbacks.averages import ReadOut, ReadOuts, calibration_batches
+from lightning_modules.callbacks.averages import ReadOuts, calibration_batches
 from lightning_modules.data.training_samples import in_batches, training_samples
 from lightning_modules.models.base import Split
 from lightning_modules.models.batch_loss import batch_losses
@@ -25,14 +25,14 @@ Scores = dict[str, float]
 def score_read_outs(
     trainer: pl.Trainer,
     read_outs: ReadOuts,
-    wanted: Sequence[ReadOut],
+    wanted: Sequence[str],
     *,
     judge: Callable[..., pl.Trainer],
     score: Score,
     stages: Sequence[Split],
     test_batches: int | None = None,
     spectrum: Spectrum | None = None,
-) -> Iterator[tuple[ReadOut, Scores]]:
+) -> Iterator[tuple[str, Scores]]:
     """Scores of each wanted read-out of a run that has ended.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_modules.callbacks.averages import READ_OUTS, ReadOut, ReadOuts
+from lightning_modules.callbacks.averages import ReadOuts
 from lightning_modules.callbacks.epoch_checkpoint import EpochCheckpoint
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
@@ -16,6 +16,7 @@ from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.models.base import Split
 from lightning_modules.study.methods import Method, NSGDOptions, Settings, prepare
+from lightning_modules.study.options import Study
 from lightning_modules.study.rehearsal import rehearse, rehearsed_options
 from lightning_modules.study.runs.evaluate import score_read_outs
 from lightning_modules.study.runs.plan import Run, decide, plan_runs, settings_of, steps_of
@@ -23,6 +24,7 @@ from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.tuning import TUNING_SEED
 from lightning_modules.support.files import Rows
 from lightning_modules.support.quiet import quiet
+from lightning_modules.support.read_outs import READ_OUTS
 from lightning_modules.support.score import EVALUATED
 from lightning_modules.support.study_folder import StudyFolder, run_name
 
@@ -64,7 +66,8 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
     measurements = make_measurements(measured, folder=files.path)
     counted = run.stage == "study"
     best_by = (study.score.monitor, study.score.mode) if counted and study.spectrum is not None else None
-    record, read_outs = RecordSteps(on_step, study.score.validated, measurements), ReadOuts(best_by=best_by)
+    record = RecordSteps(on_step, study.score.validated, measurements)
+    read_outs = ReadOuts(best_by=best_by, more=_averages(study, run.method) if counted else [])
     read_outs.apart = record.apart
     kept = None if measured or not subject.goes_on else EpochCheckpoint(files.checkpoint, plain)
     trainer = _train(subject, run.method, settings, nsgd, run.seed, steps, record, [read_outs], measurements, kept)
@@ -124,7 +127,7 @@ def _results(
     """One row for each read-out; the test data are seen by the study itself alone, once."""
     counted = run.stage == "study"
     stages: list[Split] = ["val", "test"] if counted and subject.is_tested else ["val"]
-    wanted: Sequence[ReadOut] = read_outs.available if counted else ["last"]
+    wanted = read_outs.available if counted else ["last"]
     counts = {name: last[name] for name in ("step", "gradients", "refreshes", "hvps")}
     about = {"method": run.method, "seed": run.seed}
     rate = {"lr": settings["lr"]} if "lr" in settings else {}  # not where the module sets it
@@ -140,6 +143,12 @@ def _results(
         spectrum=study.spectrum if counted else None,
     )
     return [{**about, "read_out": name, **rate, **scores, **counts} for name, scores in scored]
+
+
+def _averages(study: Study, method: Method) -> list[str]:
+    """What a method's runs are read out with beside what all are: not where the schedule stands for an average."""
+    schedule = study.recipes[method].followed(study.schedule)
+    return [] if schedule is not None and schedule.average is not None else study.averages
 
 
 def warm_up(subject: Subject, folder: StudyFolder, method: Method) -> RecordSteps:
@@ -173,7 +182,8 @@ def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]
                 else options.refresh_every
             )
             step += first["seconds"] / max(1.0, every)
-        scored = study.epochs * batches["val"] + len(READ_OUTS) * (sum(batches.values()) + evaluated)
+        read = len(READ_OUTS) + len(_averages(study, method))
+        scored = study.epochs * batches["val"] + read * (sum(batches.values()) + evaluated)
         seconds[method] = subject.steps * step + scored * record.validating / max(1, batches["val"])
     return sum(seconds[run.method] * steps_of(subject, folder, run) / subject.steps for run in runs)
 

@@ -47,9 +47,9 @@ def stopping(study: Study, folder: Any, number: int, at: int) -> None:
 def chosen(**options: Any) -> Study:
     data = Digits(batch_size=50, limit=300, augment=True)  # 4 steps an epoch
     schedule, spectrum = Schedule("cosine", warmup=0.1), Spectrum(k=2, samples=50)
-    return study(
-        **{"data": data, "epochs": 4, "seeds": 1, "lr": 0.05, "schedule": schedule, "spectrum": spectrum, **options}
-    )
+    averages = ["ema-0.5", "swa-0.5", "two-point-9"]  # the last begins before the end of an epoch
+    more = {"schedule": schedule, "spectrum": spectrum, "averages": averages}
+    return study(**{"data": data, "epochs": 4, "seeds": 1, "lr": 0.05, **more, **options})
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path, monkeypatch):
