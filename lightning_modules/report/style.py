@@ -32,6 +32,7 @@ class MethodStyle:
         damps: Whether it steps less along the sharpest directions.
         schedule: What its learning rate does; empty where that was not kept.
         damping: Options of the rule that it has whatever the study's are; none without directions.
+        equals: The method of which, and the read-out that, its last weights are predicted to be; none of most.
     """
 
     label: str
@@ -41,6 +42,7 @@ class MethodStyle:
     damps: bool = False
     schedule: str = ""
     damping: Mapping[str, Any] | None = None
+    equals: Mapping[str, str] | None = None
 
 
 _KEPT = tuple(field.name for field in fields(MethodStyle))  # of what a study says of a method

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -156,10 +156,22 @@ class Study:
                 **{key: getattr(recipe, key) for key in ("label", "color", "line", "control", "damps")},
                 "damping": None if recipe.damping is None else dict(recipe.damping),
                 "schedule": recipe.schedule_label(self.schedule),
-                **_stood_for(recipe),
+                **self._predicted(recipe),
             }
             for name, recipe in self.recipes.items()
         }
+
+    def _predicted(self, recipe: Recipe) -> dict[str, Any]:
+        """The average that the last weights are predicted to be of a variant with nothing but its schedule changed."""
+        schedule, like = recipe.schedule, recipe.like
+        if schedule is None or schedule.average is None or like is None or like not in self.recipes:
+            return {}
+        other = self.recipes[like]
+        falls = replace(other, schedule=schedule, label=recipe.label, color=recipe.color, line=recipe.line, like=like)
+        same = replace(recipe, search=other.search, defaults=other.defaults) == falls
+        if not same or replace(schedule, average=None) != (other.followed(self.schedule) or Schedule()):
+            return {}
+        return {"equals": {"method": like, "read_out": average(schedule.average).name}}
 
     def _data(self) -> dict[str, Any] | None:
         if self.data is None or self.data_config is not None:
@@ -189,10 +201,3 @@ class Study:
         """Ranges of the hyperparameters that are searched, lowest and highest value; none where none are."""
         name = self.recipes[method].tuned_as(method)
         return self.search.get(name) or {n: list(ends) for n, ends in self.recipes[name].search.items()}
-
-
-def _stood_for(recipe: Recipe) -> dict[str, Any]:
-    """The average that a variant's schedule is predicted to equal, and whose; of other methods nothing."""
-    if recipe.schedule is None or recipe.schedule.average is None:
-        return {}
-    return {"equals": {"method": recipe.like, "read_out": average(recipe.schedule.average).name}}

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from lightning_modules.report.measurements.report import measurement_figures, measurements_in
 from lightning_modules.report.page import new_figure
+from lightning_modules.report.study.averages import averages_figures
 from lightning_modules.report.study.curves import curve_figures
 from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import and_
@@ -19,7 +20,7 @@ from lightning_modules.support.files import Rows
 
 def study_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption: the loss first, where the runs are there, and then everything else."""
-    figures = {**curve_figures(files), **seed_figures(files), **rate_figures(files)}
+    figures = {**curve_figures(files), **seed_figures(files), **averages_figures(files), **rate_figures(files)}
     if refreshed := _refreshed(files):
         figures["eigenvalues"] = (_eigenvalues(files, refreshed), _eigenvalues_caption(files, refreshed))
     for method in (m for m in files.methods if 0 in files.metrics[m]):

@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console
 
 from lightning_modules.report.page import Figures, Section, print_tables, write_page
+from lightning_modules.report.study.averages import AVERAGES, WORDS, averages_tables
 from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import Files, read_folder
 from lightning_modules.report.study.rates import edges, settings_table
@@ -48,10 +49,13 @@ def write_report(folder: Path) -> Path:
 def _sections(files: Files, figures: Figures) -> list[Section]:
     """What comes after the one table; all but the first three are folded."""
     averages, table = beside_averages(files), shortfalls_table(files)
-    more = {name: figure for name, figure in figures.items() if name != SEEDS}
+    more = {name: figure for name, figure in figures.items() if name not in (SEEDS, AVERAGES)}
+    schedules = averages_tables(files)
+    drawn = {AVERAGES: figures[AVERAGES]} if AVERAGES in figures else {}
     return [
         Section("Every seed", figures={SEEDS: figures[SEEDS]}),
         *([Section("More than averaging gives?", averages)] if averages else []),
+        *([Section("Averages and schedules", [WORDS], schedules, drawn)] if schedules else []),
         Section("Where NSGD did not help", shortfalls_words(files), [table] if table["rows"] else []),
         Section("The result in sentences", summary(files), folded=True),
         Section("Every read-out with its test, costs", [caption(files)], main_tables(files), folded=True),
