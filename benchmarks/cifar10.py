@@ -37,6 +37,7 @@ from lightning_modules.commands.sigterm import CODE as TERMINATED
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.plan import plan_runs
 from lightning_modules.support.files import Rows, read_csv, write_csv
+from lightning_modules.support.read_outs import average
 from lightning_modules.support.study_folder import StudyFolder
 
 PLANS = Path(__file__).parent / "configs" / "cifar10"
@@ -91,7 +92,7 @@ def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[
     config = {name: value for name, value in options.items() if name != "milliseconds"}
     ours = config["data"]["class_path"] == "HuggingFace"
     if smoke:
-        config |= SMOKE | {"tune": min(1, config.get("tune", 0))}
+        config = _of_few_steps(config) | SMOKE | {"tune": min(1, config.get("tune", 0))}
         if not ours:
             return config | {"epochs": 1, "model": merged(config["model"], {"init_args": {"dim": 8, "depth": 1}})}
         batch = min(64, config["data"]["init_args"]["batch_size"])
@@ -100,6 +101,19 @@ def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[
     if ours:
         config["data"] = merged(config["data"], {"init_args": {"path": data}})
     return config | ({"precision": "bf16-mixed"} if torch.cuda.is_available() else {})
+
+
+def _of_few_steps(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A study without averages of points further apart than a smoke run is long, and without runs like them."""
+
+    def fits(name: str | None) -> bool:
+        return name is None or average(name).kind != "two-point" or average(name).value < 4
+
+    def scheduled(method: str | Mapping[str, Any]) -> str | None:
+        return None if isinstance(method, str) else (method.get("schedule") or {}).get("average")
+
+    averages = {"averages": [name for name in config["averages"] if fits(name)]} if "averages" in config else {}
+    return {**config, "methods": [method for method in config["methods"] if fits(scheduled(method))], **averages}
 
 
 def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:

@@ -14,9 +14,11 @@ import yaml
 from sklearn.model_selection import train_test_split
 
 from lightning_modules.commands import compare
+from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.support.files import read_csv
+from lightning_modules.support.read_outs import averages
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PLANS = sorted(path.stem for path in (BENCHMARKS / "configs" / "cifar10").glob("*.yaml"))
@@ -66,6 +68,35 @@ def test_data_and_options_of_a_study_stand_over_those_that_all_share(cifar10):
     config = cifar10.study_config(options, "somewhere", smoke=False)
     assert config["data"]["init_args"]["path"] == "somewhere"
     assert "milliseconds" not in config
+
+
+def test_a_smoke_run_of_a_plan_of_averages_has_steps_enough_for_them(cifar10):
+    options = cifar10.read_plan("averages-scaled")["sgd"]
+    config = cifar10.study_config(options, "somewhere", smoke=True)
+    assert [name for name in options["averages"] if name not in config["averages"]] == [
+        *("two-point-8", "two-point-32", "two-point-128")
+    ]
+    assert [method["label"] for method in options["methods"] if method not in config["methods"]] == [
+        *("SGD as two points 32 apart", "SGD as two points 128 apart")
+    ]
+
+
+@pytest.mark.parametrize("plan", ["averages", "averages-scaled"])
+def test_every_schedule_of_a_plan_of_averages_stands_beside_an_average_that_is_read_out(cifar10, plan):
+    for options in cifar10.read_plan(plan).values():
+        about = {name: options[name] for name in ("methods", "lr", "averages")}
+        study = Study(data=None, **about)
+        base, *others = study.recipes
+        described = study.described_methods()
+        assert others
+        for method in others:
+            assert described[method]["equals"]["method"] == base
+            assert described[method]["equals"]["read_out"] in options["averages"]
+            assert study.given(method) == study.given(base)
+        steps = cifar10.steps_of(options)
+        for one in averages(options["averages"]):
+            one.check(steps)
+            assert one.kind != "ema" or one.value <= (1 + steps) / (10 + steps)  # not all within the decay's warm-up
 
 
 def test_steps_are_those_of_whole_batches_of_the_training_split(cifar10):
