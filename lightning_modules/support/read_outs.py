@@ -33,8 +33,9 @@ class Average:
     @property
     def label(self) -> str:
         """What it is called in print."""
-        unit = {"ema": "", "swa": " of the steps", "two-point": " steps apart"}[self.kind]
-        return f"{READ_OUTS[self.kind]} {self.value:.12g}{unit}"
+        if self.kind == "swa":
+            return f"SWA of the last {100 * self.value:.12g} %"
+        return f"EMA {self.value:.12g}" if self.kind == "ema" else f"two points {self.value:.12g} apart"
 
     def check(self, steps: int) -> None:
         """Raise a ValueError if a run of so many steps has no such average."""

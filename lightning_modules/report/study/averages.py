@@ -115,6 +115,9 @@ def averages_figures(files: Files) -> dict[str, tuple[Figure, str]]:
         axes.set(xlabel=_AXES[kind], xscale="linear" if kind == "swa" else "log")
         if files.effect(measure) == "ratio":
             axes.set_yscale("log")
+    ends = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     panels[0].set_ylabel(measure.header)
     legend_beside(figure, panels[0])
     words = (
@@ -143,7 +146,9 @@ def _draw(axes: Axes, files: Files, method: str, averages: list[Average]) -> Non
 
 def _place(one: Average) -> float:
     """Where an average stands in its panel."""
-    return {"ema": 1 / (1 - one.value), "swa": 100 * one.value, "two-point": one.value}[one.kind]
+    if one.kind == "ema":
+        return 1 / (1 - one.value)
+    return 100 * one.value if one.kind == "swa" else one.value
 
 
 def _points(

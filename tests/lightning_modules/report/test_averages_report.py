@@ -21,7 +21,7 @@ SCHEDULES = [
     {"like": "sgd", "schedule": {"average": "swa-0.5"}, "label": "as SWA"},
     {"like": "sgd", "schedule": {"average": "two-point-2"}, "label": "as two points"},
 ]
-NAMES = ["ema-0.2", "ema-0.6", "swa-0.5", "two-point-2"]
+NAMES = ["ema-0.2", "ema-0.6", "swa-0.5", "two-point-2", "two-point-1"]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,11 @@ def test_each_average_stands_beside_the_runs_under_its_schedule(folder):
         ["SGD", "last weights"],
         ["", "EMA 0.2"],
         ["", "EMA 0.6"],
-        ["", "SWA 0.5 of the steps"],
-        ["", "two-point 2 steps apart"],
+        ["", "SWA of the last 50 %"],
+        ["", "two points 2 apart"],
+        ["", "two points 1 apart"],
     ]
-    for row, name, other in zip(table["rows"][1:], NAMES, [None, None, "as-swa", "as-two-points"], strict=True):
+    for row, name, other in zip(table["rows"][1:], NAMES, [None, None, "as-swa", "as-two-points", None], strict=True):
         own, last = losses(folder, "sgd", name), losses(folder, "sgd", "last")
         assert row[2] == "{:.4f} ({:.4f} to {:.4f})".format(*interval(np.log(own)))
         assert row[3] == "{:.2f} times ({:.2f} to {:.2f})".format(*interval(np.log(own / last)))
@@ -67,11 +68,13 @@ def test_a_figure_draws_averages_and_runs_by_their_settings(folder):
     figure, words = study_figures(read_folder(folder))[AVERAGES]
     assert [axes.get_xlabel().split(":")[0] for axes in figure.axes] == ["EMA", "SWA", "two points"]
     assert words.startswith("Training loss of averages")
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1  # so that kinds can be compared
     drawn = [{line.get_label(): line for line in axes.get_lines()} for axes in figure.axes]
     assert drawn[0]["averages of SGD"].get_xdata() == pytest.approx([1.25, 2.5])  # 1 / 0.8, 1 / 0.4
     means = [np.exp(np.log(losses(folder, "sgd", name)).mean()) for name in NAMES]
     assert drawn[0]["averages of SGD"].get_ydata() == pytest.approx(means[:2])
     assert drawn[1]["averages of SGD"].get_xdata() == pytest.approx([50.0])
+    assert drawn[2]["averages of SGD"].get_xdata() == pytest.approx([1.0, 2.0])  # in order
     real = np.exp(np.log(losses(folder, "as-two-points", "last")).mean())
     assert drawn[2]["SGD under their schedules"].get_xdata() == pytest.approx([2.0])
     assert drawn[2]["SGD under their schedules"].get_ydata() == pytest.approx([real])
@@ -82,7 +85,7 @@ def test_a_figure_draws_averages_and_runs_by_their_settings(folder):
 def test_the_page_has_them_and_that_of_a_study_without_has_not(folder, tmp_path):
     page = write_report(folder).read_text(encoding="utf-8")
     assert "Averages and schedules" in page
-    assert "SWA 0.5 of the steps" in page
+    assert "SWA of the last 50 %" in page
     assert (folder / f"{AVERAGES}.png").exists()
     plain = finished(tmp_path, methods=["sgd"], seeds=1)
     assert "Averages and schedules" not in (write_report(plain)).read_text(encoding="utf-8")

@@ -128,7 +128,7 @@ def test_an_average_falls_within_a_warm_up_and_a_cosine():
     ahead = [1, 1, 1, 1, 1, 3 / 4, 1 / 2, 1 / 4]
     cosine = [1 / 2, 1, 1, *((1 + math.cos(math.pi * done / 6)) / 2 for done in range(1, 6))]
     assert found == pytest.approx([a * b for a, b in zip(ahead, cosine, strict=True)])
-    assert both.label == "cosine, falling as SWA 0.5 of the steps does, after a warm-up of 25 % of the steps"
+    assert both.label == "cosine, falling as SWA of the last 50 % does, after a warm-up of 25 % of the steps"
 
 
 def test_a_variant_has_a_schedule_in_place_of_the_studys(tmp_path):
