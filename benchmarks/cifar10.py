@@ -10,8 +10,9 @@ goes on from the end of its last epoch, so that minutes on a machine add up, tod
     python benchmarks/cifar10.py --smoke                                         # seconds, on digits, keeps nothing
 
 Runs and pages lie in --runs, one folder a study; what is finished is copied to benchmarks/results/cifar10, with the
-resolved configuration and the environment. Runs side by side (--jobs) share a device: their seconds say nothing. On a
-GPU runs are in bfloat16 where autocast has it.
+resolved configuration and the environment. Runs side by side (--jobs) share a device: their seconds say nothing. Those
+of the plan "seconds" are alone, one after the other: it prints seconds a step by method, and keeps them in seconds.csv.
+On a GPU runs are in bfloat16 where autocast has it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ COUNTS = (
     "sweep_points",
     "sweep_seeds",
 )  # options that say which runs there are
+# Options that are not the study's: of a GPU's iteration by SGD, and whether runs are timed, each alone on its device.
+OURS = ("milliseconds", "alone")
 # An iteration by a method beside one by SGD, on an H100; what is not here takes about as long.
 COSTS = {"gradients": 4.3, "lanczos": 20.0, "sam": 2.0}
 TOGETHER = 0.6  # seconds of twelve runs side by side, beside those of one after the other, on an H100
@@ -79,7 +82,7 @@ def _nested(base: Mapping[str, Any], over: Mapping[str, Any], name: str) -> bool
 
 
 def read_plan(name: str) -> dict[str, dict[str, Any]]:
-    """The studies of a plan by name, each with all its options, and ``milliseconds`` of a GPU's iteration."""
+    """The studies of a plan by name, each with all its options, also those that are ours: ``OURS``."""
     plan = yaml.safe_load((PLANS / f"{name}.yaml").read_text())
     if like := plan.get("like"):
         base = yaml.safe_load((PLANS / f"{like}.yaml").read_text())
@@ -89,7 +92,7 @@ def read_plan(name: str) -> dict[str, dict[str, Any]]:
 
 def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[str, Any]:
     """A study as `nsgd compare` takes it, on CIFAR-10 that lies at a path, or on digits."""
-    config = {name: value for name, value in options.items() if name != "milliseconds"}
+    config = {name: value for name, value in options.items() if name not in OURS}
     ours = config["data"]["class_path"] == "HuggingFace"
     if smoke:
         config = _of_few_steps(config) | SMOKE | {"tune": min(1, config.get("tune", 0))}
@@ -186,6 +189,47 @@ def curves(folder: Path) -> Iterator[dict[str, Any]]:
             yield {**about, "epoch": epoch, "loss": fmean(float(row["loss"]) for row in of_epoch), **spent, **scores}
 
 
+def seconds_a_step(folder: Path) -> Rows:
+    """Medians over the runs of each method of a finished study, of the median step and of the mean one.
+
+    The mean has what comes now and then, such as refreshes. The first epoch is left out: it warms up.
+
+    Args:
+        folder: Of a study whose runs were alone on their device.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in sorted(folder.glob("runs/*/metrics.csv")):
+        run = StudyFolder(folder).run(f"runs/{path.parent.name}")
+        rows = run.steps()
+        steps = [now["seconds"] - before["seconds"] for before, now in pairwise(rows) if now["epoch"] > 0]
+        found.setdefault(run.settings()["method"], []).append((median(steps), fmean(steps)))
+    methods = yaml.safe_load((folder / "methods.yaml").read_text())
+    of = {method: [median(values) for values in zip(*found[method], strict=True)] for method in methods}
+    base = of[next(iter(methods))]
+    return [
+        {
+            **{"method": method, "runs": len(found[method]), "median": middle, "mean": mean},
+            **{"median_over_base": middle / base[0], "mean_over_base": mean / base[1]},
+        }
+        for method, (middle, mean) in of.items()
+    ]
+
+
+def keep_seconds(runs: Path, results: Path) -> None:
+    """Keep and print the seconds a step of the finished studies of a plan."""
+    for folder in sorted(path.parent for path in runs.glob("*/results.csv")):
+        rows = seconds_a_step(folder)
+        write_csv(results / folder.name / "seconds.csv", rows)
+        base = rows[0]["method"]
+        head = (f"{folder.name}, ms a step", "median", "mean", f"median over {base}'s", "mean over it")
+        body = [
+            [row["method"], *(f"{1000 * row[name]:.2f}" for name in ("median", "mean"))]
+            + [f"{row[f'{name}_over_base']:.2f}" for name in ("median", "mean")]
+            for row in rows
+        ]
+        print_table(head, body)
+
+
 def print_costs(plan: str) -> None:
     """Runs, steps and GPU minutes of the studies of a plan."""
     body, minutes = [], 0.0
@@ -236,6 +280,9 @@ def main() -> None:
         return
     if not args.minutes > 0 or args.jobs < 1:
         parser.error(f"expected --minutes above 0 and --jobs of at least 1, got {args.minutes:g} and {args.jobs}")
+    alone = any(options.get("alone") for options in read_plan(args.plan).values())
+    if alone and args.jobs > 1:
+        parser.error(f"expected --jobs 1 with the plan {args.plan}, each run of which is timed alone, got {args.jobs}")
     deadline = time.monotonic() + 60 * args.minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as passing:
@@ -244,6 +291,8 @@ def main() -> None:
             runs, out = Path(passing) / "runs", Path(passing) / "out"
         made = make_plan(args, runs, deadline)
         keep(runs, out)
+        if alone:
+            keep_seconds(runs, out)
         print(f"{args.plan}: {'all is made' if made else 'stopped'}; {out}", flush=True)
 
 

@@ -17,7 +17,7 @@ from lightning_modules.commands import compare
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.subject import Subject
-from lightning_modules.support.files import read_csv
+from lightning_modules.support.files import read_csv, write_csv
 from lightning_modules.support.read_outs import averages
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -173,6 +173,28 @@ def test_what_is_kept_names_the_data_and_not_where_they_lay(cifar10, tmp_path):
     cifar10.keep(tmp_path / "runs", tmp_path / "out")
     kept = yaml.safe_load((tmp_path / "out" / "study" / "config.yaml").read_text())
     assert kept["data"]["init_args"]["path"] == cifar10.HUB
+
+
+def test_seconds_a_step_are_medians_over_runs_without_the_first_epoch(cifar10, tmp_path):
+    """Of 3 epochs of 3 steps by hand: the first slow, and in the last a step with something now and then."""
+    methods = {"sgd": [[9, 9, 9, 1, 1, 1, 1, 1, 4], [9, 9, 9, 2, 2, 2, 2, 2, 8]], "nsgd": [[9, 9, 9, 3, 3, 3, 3, 3, 9]]}
+    for method, runs in methods.items():
+        for seed, steps in enumerate(runs):
+            run = tmp_path / "runs" / f"{method}-{seed}"
+            ends = [sum(steps[: i + 1]) for i in range(9)]
+            rows = [{"step": i + 1, "epoch": i // 3, "loss": 1.0, "seconds": end} for i, end in enumerate(ends)]
+            write_csv(run / "metrics.csv", rows)
+            (run / "run.yaml").write_text(yaml.safe_dump({"method": method, "seed": seed}))
+    (tmp_path / "methods.yaml").write_text(yaml.safe_dump({"sgd": {}, "nsgd": {}}, sort_keys=False))
+    of_sgd = {"method": "sgd", "runs": 2, "median": 1.5, "mean": 2.25, "median_over_base": 1.0, "mean_over_base": 1.0}
+    of_nsgd = {"method": "nsgd", "runs": 1, "median": 3, "mean": 4, "median_over_base": 2.0, "mean_over_base": 16 / 9}
+    assert cifar10.seconds_a_step(tmp_path) == [of_sgd, of_nsgd]
+
+
+def test_the_plan_of_seconds_is_made_alone(cifar10, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        called(cifar10, monkeypatch, "--plan", "seconds", "--smoke", "--jobs", "2")
+    assert "expected --jobs 1 with the plan seconds, each run of which is timed alone, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--jobs", "0"], ["--plan", "nothing"]])
