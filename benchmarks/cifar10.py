@@ -204,8 +204,10 @@ def seconds_a_step(folder: Path) -> Rows:
         steps = [now["seconds"] - before["seconds"] for before, now in pairwise(rows) if now["epoch"] > 0]
         found.setdefault(run.settings()["method"], []).append((median(steps), fmean(steps)))
     methods = yaml.safe_load((folder / "methods.yaml").read_text())
-    of = {method: [median(values) for values in zip(*found[method], strict=True)] for method in methods}
-    base = of[next(iter(methods))]
+    of = {
+        method: [median(values) for values in zip(*found[method], strict=True)] for method in methods if method in found
+    }
+    base = next(iter(of.values()))  # the first, where its runs did not die
     return [
         {
             **{"method": method, "runs": len(found[method]), "median": middle, "mean": mean},

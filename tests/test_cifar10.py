@@ -176,7 +176,7 @@ def test_what_is_kept_names_the_data_and_not_where_they_lay(cifar10, tmp_path):
 
 
 def test_seconds_a_step_are_medians_over_runs_without_the_first_epoch(cifar10, tmp_path):
-    """Of 3 epochs of 3 steps by hand: the first slow, and in the last a step with something now and then."""
+    """Of 3 epochs of 3 steps by hand: the first slow, in the last a step with more to do; and of a method that died."""
     methods = {"sgd": [[9, 9, 9, 1, 1, 1, 1, 1, 4], [9, 9, 9, 2, 2, 2, 2, 2, 8]], "nsgd": [[9, 9, 9, 3, 3, 3, 3, 3, 9]]}
     for method, runs in methods.items():
         for seed, steps in enumerate(runs):
@@ -185,7 +185,7 @@ def test_seconds_a_step_are_medians_over_runs_without_the_first_epoch(cifar10, t
             rows = [{"step": i + 1, "epoch": i // 3, "loss": 1.0, "seconds": end} for i, end in enumerate(ends)]
             write_csv(run / "metrics.csv", rows)
             (run / "run.yaml").write_text(yaml.safe_dump({"method": method, "seed": seed}))
-    (tmp_path / "methods.yaml").write_text(yaml.safe_dump({"sgd": {}, "nsgd": {}}, sort_keys=False))
+    (tmp_path / "methods.yaml").write_text(yaml.safe_dump({"sgd": {}, "adamw": {}, "nsgd": {}}, sort_keys=False))
     of_sgd = {"method": "sgd", "runs": 2, "median": 1.5, "mean": 2.25, "median_over_base": 1.0, "mean_over_base": 1.0}
     of_nsgd = {"method": "nsgd", "runs": 1, "median": 3, "mean": 4, "median_over_base": 2.0, "mean_over_base": 16 / 9}
     assert cifar10.seconds_a_step(tmp_path) == [of_sgd, of_nsgd]
