@@ -35,6 +35,7 @@ import yaml
 from common import RESULTS, print_table
 
 from lightning_modules.commands.sigterm import CODE as TERMINATED
+from lightning_modules.commands.sigterm import Terminated, raising_at_sigterm
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.plan import plan_runs
 from lightning_modules.support.files import Rows, read_csv, write_csv
@@ -132,7 +133,7 @@ def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:
         with subprocess.Popen([*command, "--jobs", str(args.jobs)]) as process:
             try:
                 code = process.wait(None if math.isinf(deadline) else max(1.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, Terminated):
                 process.terminate()
                 code = process.wait()
         if code == TERMINATED:
@@ -291,11 +292,12 @@ def main() -> None:
         runs, out = args.runs / args.plan, args.out / args.plan
         if args.smoke and args.runs == parser.get_default("runs"):
             runs, out = Path(passing) / "runs", Path(passing) / "out"
-        made = make_plan(args, runs, deadline)
-        keep(runs, out)
-        if alone:
-            keep_seconds(runs, out)
-        print(f"{args.plan}: {'all is made' if made else 'stopped'}; {out}", flush=True)
+        with raising_at_sigterm():
+            made = make_plan(args, runs, deadline)
+            keep(runs, out)
+            if alone:
+                keep_seconds(runs, out)
+            print(f"{args.plan}: {'all is made' if made else 'stopped'}; {out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -203,3 +205,30 @@ def test_bad_options_end_with_a_sentence(cifar10, monkeypatch, capsys, words):
         called(cifar10, monkeypatch, *words)
     assert ended.value.code == 2
     assert "expected" in capsys.readouterr().err or words[0] == "--plan"
+
+
+def test_sigterm_ends_the_study_that_is_under_way_and_keeps_what_is_finished(cifar10, monkeypatch, tmp_path, capsys):
+    ended = []
+
+    class Study:
+        def __init__(self, *_: Any) -> None: ...
+
+        def __enter__(self) -> Study:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait(self, timeout: float | None = None) -> int:
+            if not ended:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            return 128 + signal.SIGTERM
+
+        def terminate(self) -> None:
+            ended.append(True)
+
+    monkeypatch.setattr(subprocess, "Popen", Study)
+    with pytest.raises(SystemExit) as end:
+        called(cifar10, monkeypatch, "--smoke", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"))
+    assert (end.value.code, ended) == (143, [True])
+    assert "batch: stopped" in capsys.readouterr().out
