@@ -107,15 +107,35 @@ def equivalent_schedule(weights: Tensor, *, lr: float, curvature: float | Tensor
         ValueError: If the weights do not sum to 1.
     """
     weights = _checked(weights)
-    h = in_float64(curvature)
-    rho = 1 - lr * h
-    before = weights.cumsum(0)  # (T + 1,)
-    rates = torch.zeros((*h.shape, len(weights) - 1), dtype=torch.float64, device="cpu")
-    ahead = torch.zeros_like(h)  # e_t
-    for t in range(len(weights) - 2, -1, -1):
-        ahead = weights[t + 1] + rho * ahead
-        rates[..., t] = lr * ahead / (ahead + before[t])
-    return rates
+    ahead = _ahead(weights, 1 - lr * in_float64(curvature))
+    return lr * ahead / (ahead + weights.cumsum(0)[:-1])
+
+
+@of_their_kind
+def average_moments(weights: Tensor, *, lr: float, curvature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """How far an average of iterates has moved from the start, along a direction of the model.
+
+    With mean gradient g at the start and gradients' variance v from batch to batch, the average lies at -drift g in the
+    mean, with variance spread v:
+
+        drift = lr sum of e_t,    spread = lr^2 sum of e_t^2,    e_t as in :func:`equivalent_schedule`
+
+    Its expected loss is that of the start and -drift g^2 + h (drift^2 g^2 + spread v) / 2. It holds after any number of
+    steps, not only at stationarity.
+
+    Args:
+        weights: Of the iterates, (T + 1,), with sum 1.
+        lr: The constant rate.
+        curvature: h, or several (m,); also zero or negative.
+
+    Returns:
+        Drift and spread, shaped like the curvature.
+
+    Raises:
+        ValueError: If the weights do not sum to 1.
+    """
+    moves: Tensor = lr * _ahead(_checked(weights), 1 - lr * in_float64(curvature))
+    return moves.sum(-1), moves.square().sum(-1)
 
 
 @of_their_kind
@@ -198,6 +218,16 @@ def two_point_loss(losses: Sequence[float] | Tensor, *, curvature: float | Tenso
     """
     ends: Tensor = in_float64(losses)
     return ends.mean() - in_float64(curvature) / 8
+
+
+def _ahead(weights: Tensor, rho: Tensor) -> Tensor:
+    """What a unit move at each step t leaves in the average, (..., T): e_t = sum of w_k rho^(k - 1 - t) over k > t."""
+    found = torch.zeros((*rho.shape, len(weights) - 1), dtype=torch.float64, device="cpu")
+    ahead = torch.zeros_like(rho)
+    for t in range(len(weights) - 2, -1, -1):
+        ahead = weights[t + 1] + rho * ahead
+        found[..., t] = ahead
+    return found
 
 
 def _check(steps: int) -> None:

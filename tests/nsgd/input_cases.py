@@ -180,6 +180,7 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "two_point_weights": (averaging.two_point_weights, lambda p: {"steps": 5, "spacing": 2}),
     "tail_sums": (averaging.tail_sums, lambda p: {"weights": WEIGHTS}),
     "equivalent_schedule": (averaging.equivalent_schedule, lambda p: {"weights": WEIGHTS, "lr": 0.1, "curvature": 1.0}),
+    "average_moments": (averaging.average_moments, lambda p: {"weights": WEIGHTS, "lr": 0.1, "curvature": 1.0}),
     "stationary_variance": (averaging.stationary_variance, lambda p: {"lr": 0.1, "curvature": 1.0, "noise": 1.0}),
     "variance_ratio": (averaging.variance_ratio, lambda p: {"weights": WEIGHTS, "lr": 0.1, "curvature": 1.0}),
     "two_point_loss": (averaging.two_point_loss, lambda p: {"losses": [1.0, 2.0], "curvature": 1.0}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from nsgd.trajectory.averaging import (
+    average_moments,
     ema_weights,
     equivalent_schedule,
     squared_distance,
@@ -61,6 +63,32 @@ def test_tail_sums_are_the_shares_of_the_recorded_gradients(weights, minima):
     thetas = run(torch.full((len(CURVATURES), STEPS), LR, dtype=torch.float64), minima)
     gradients = CURVATURES * (thetas[:-1] - minima[:, None])
     assert_close(thetas[0] - LR * tail_sums(weights) @ gradients, weights @ thetas, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", AVERAGES.values(), ids=AVERAGES)
+def test_an_average_has_the_moments_that_sgd_gives_it(weights):
+    """The run is linear in the gradient at the start and in each batch's noise: one run for each, by the update rule."""
+    steps = len(weights) - 1
+    for h in CURVATURES.tolist():
+        pushes = np.vstack([np.ones(steps), np.eye(steps)])  # the constant gradient, then the noise of each step alone
+        theta = np.zeros(len(pushes))
+        average = float(weights[0]) * theta
+        for push, weight in zip(pushes.T, weights[1:].tolist(), strict=True):
+            theta = theta - LR * (h * theta + push)
+            average += weight * theta
+        drift, spread = average_moments(weights, lr=LR, curvature=h)
+        # Powers up to 0.9^40 and sums of 40 terms, each way in float64.
+        assert float(drift) == pytest.approx(-average[0], rel=1e-9, abs=1e-12)
+        assert float(spread) == pytest.approx(float(np.sum(average[1:] ** 2)), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("h", [2.0, 12.0])
+def test_moments_in_the_long_run_are_the_stationary_ones(h):
+    weights = ema_weights(600, decay=0.9)
+    drift, spread = average_moments(weights, lr=LR, curvature=h)
+    assert float(drift) == pytest.approx(1 / h, rel=1e-9)  # the minimum lies at -g / h
+    expected = stationary_variance(lr=LR, curvature=h, noise=1 / h**2) * variance_ratio(weights, lr=LR, curvature=h)
+    assert float(spread) == pytest.approx(float(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("weights", AVERAGES.values(), ids=AVERAGES)
