@@ -108,7 +108,9 @@ def equivalent_schedule(weights: Tensor, *, lr: float, curvature: float | Tensor
     """
     weights = _checked(weights)
     ahead = _ahead(weights, 1 - lr * in_float64(curvature))
-    return lr * ahead / (ahead + weights.cumsum(0)[:-1])
+    before = weights.cumsum(0)[:-1]
+    # Before the first weight the rate is lr; as a quotient it is 0 / 0 where lr h = 1 and later moves wipe it out.
+    return torch.where(before == 0, lr, lr * ahead / (ahead + before))
 
 
 @of_their_kind

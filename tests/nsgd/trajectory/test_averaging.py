@@ -21,7 +21,9 @@ from nsgd.trajectory.averaging import (
 )
 
 STEPS, LR = 40, 0.1
-CURVATURES = torch.tensor([0.0, 1e-6, 0.3, 2.0, 7.0, 9.5, 12.0, 19.0], dtype=torch.float64)  # lr h up to 1.9
+CURVATURES = torch.tensor(
+    [0.0, 1e-6, 0.3, 2.0, 7.0, 9.5, 12.0, 19.0, 10.0], dtype=torch.float64
+)  # lr h up to 1.9, and 1
 AVERAGES = {
     "last": ema_weights(STEPS, decay=0.0),
     "ema": ema_weights(STEPS, decay=0.9),
@@ -67,7 +69,7 @@ def test_tail_sums_are_the_shares_of_the_recorded_gradients(weights, minima):
 
 @pytest.mark.parametrize("weights", AVERAGES.values(), ids=AVERAGES)
 def test_an_average_has_the_moments_that_sgd_gives_it(weights):
-    """The run is linear in the gradient at the start and in each batch's noise: one run for each, by the update rule."""
+    """The run is linear in the start's gradient and in each batch's noise: one run for each, by the update rule."""
     steps = len(weights) - 1
     for h in CURVATURES.tolist():
         pushes = np.vstack([np.ones(steps), np.eye(steps)])  # the constant gradient, then the noise of each step alone
