@@ -50,13 +50,13 @@ class Change:
     equal: bool
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean; without bounds for fewer than two values, or where one is not finite."""
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean, of 95 %; without bounds for fewer than two values, or where one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return -math.inf, math.inf
     from scipy import stats  # takes a second
 
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 

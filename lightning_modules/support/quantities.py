@@ -75,21 +75,24 @@ R_SQUARED = "R^2"
 # What losses are of:
 OWN = "own"  # the batch whose gradient the step takes
 HELD_OUT = "held out"  # a batch that the step has not seen
+FIXED = "fixed"  # a batch that is the same all along the path
 
 # -- averaging -------------------------------------------------------------------------------------------------------
 
-START_DISTANCE = "distance from the start"
-SCHEDULE_DISTANCE = "distance of average and schedule"
-LAST_DISTANCE = "distance of average and last"
 TWO_POINT_GAIN = "two-point gain"
 PREDICTED_TWO_POINT_GAIN = "predicted two-point gain"
 SQUARED_DISTANCE = "squared distance"
 
 # What these are of:
+START = "start"
 LAST = "last"
 EMA = "EMA"
 SWA = "SWA"
 TWO_POINTS = "two points"
+WHOLE = "whole run"
+WINDOW = "window"  # the mean of so many last iterates
+SPACING = "spacing"  # the mean of two points so many steps apart
+REST = "rest"  # of the directions, beyond the sharpest
 
 
 def schedule_of(average: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.callbacks.measurements.evaluation import FORWARD, LossOf, Parts
+from lightning_modules.callbacks.measurements.local_model import LocalModel, fit_model, without
 from lightning_modules.callbacks.measurements.measurement import Measurement, trainable
 from lightning_modules.support import quantities
 from nsgd.curvature.checks import whole_number
+from nsgd.curvature.eigen import top_eigenpairs
 from nsgd.curvature.hessian import gradient_of, loss_hessian
 from nsgd.curvature.vectors import flatten, split
-from nsgd.trajectory.averaging import ema_weights, swa_weights, tail_sums, two_point_loss, two_point_weights
+from nsgd.trajectory.averaging import ema_weights, swa_weights, two_point_loss, two_point_weights
 from nsgd.trajectory.line import losses_along, moved
 
 _EMA_STEPS = 4  # the branch over the length that the exponential average remembers
@@ -27,17 +30,25 @@ class AveragingExperiment(Measurement):
     """Compare averages with the schedules that they equal, from the last weights on (Sandler et al. 2023, 2301.02312).
 
     When training ends, plain SGD at a constant rate goes on for some steps, on small batches of the training set. Its
-    EMA, its SWA and the mean of two of its points are compared with SGD from the same start, on the same batches, under
-    the schedules lr times the tail sums of their weights: losses on the evaluation samples, and distances. Then the
-    gain of two points against their spacing, measured and predicted. The weights are put back, and so is all else.
+    EMA, its SWA, the mean of two of its points and the mean of all of them are compared with SGD from the same start,
+    on the same batches, under the schedules that they equal on a quadratic: losses on the evaluation samples. A
+    schedule has a rate of its own along each of the sharpest directions, exact for the curvature there, and one for all
+    the rest, whose curvature is taken to be that along a batch's gradient. All of it is repeated on other batches, so
+    that the page can judge mean losses, with intervals.
+
+    The model also predicts mean losses, of every window and every spacing of two points, which stand beside the
+    measured ones. Then, for the first replicate, the gain of two points, measured and predicted. The weights are put
+    back, and so is all else. Holds k + 20 copies of the parameters, or some more for many steps.
 
     Args:
         samples: Evaluation samples, and samples of a batch; None for as many as the overhead pays, from 16 up to the
             running batch or 512.
         overhead: Gradients that measuring may cost for each gradient of training, refreshes not counted.
         steps: Steps of SGD at the constant rate, 8 or more; each schedule takes as many.
-        lr: Its learning rate; None for the largest that the optimizer had, or less where the curvature along the first
-            gradient would make it diverge.
+        lr: Its learning rate; None for the largest that the optimizer had, but 1 over the top eigenvalue at most: above
+            it, schedules that averages equal have rates below 0 and far above lr.
+        replicates: Repetitions on other batches; with one, nothing is resolved.
+        k: Sharpest directions, each with a rate of its own.
         path: The CSV file; None for averaging.csv in the folder of the logger, or in ``default_root_dir``.
         seed: Draws the samples.
     """
@@ -49,8 +60,10 @@ class AveragingExperiment(Measurement):
         self,
         samples: int | None = None,
         overhead: float = 0.15,
-        steps: int = 40,
+        steps: int = 20,
         lr: float | None = None,
+        replicates: int = 4,
+        k: int = 6,
         path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
@@ -59,24 +72,42 @@ class AveragingExperiment(Measurement):
         if lr is not None and not 0 < lr < math.inf:
             raise ValueError(f"expected lr to be a finite number above 0, or None, got {lr}")
         self.steps, self.lr = steps, lr
+        self.replicates, self.k = whole_number("replicates", replicates, least=1), whole_number("k", k, least=1)
         self._largest = 0.0  # learning rate so far
 
     def weights(self) -> dict[str, Tensor]:
-        """Weights of the iterates in each average, (steps + 1,)."""
+        """Weights of the iterates in each average that has a schedule beside it, (steps + 1,)."""
         return {
             quantities.EMA: ema_weights(self.steps, decay=1 - _EMA_STEPS / self.steps),
             quantities.SWA: swa_weights(self.steps, window=self.steps // 2),
             quantities.TWO_POINTS: two_point_weights(self.steps, spacing=self.steps // 2),
+            quantities.WHOLE: swa_weights(self.steps, window=self.steps + 1),
         }
 
     def spacings(self) -> list[int]:
         """Spacings of the two points whose gain is measured: powers of two up to the steps."""
         return [2**i for i in range(self.steps.bit_length()) if 2**i <= self.steps]
 
+    def scales(self) -> dict[tuple[str, int], Tensor]:
+        """Weights of the iterates over the time scales: windows up to the whole run, and spacings of two points."""
+        windows = sorted({*self.spacings()[1:], self.steps + 1})
+        return {
+            **{(quantities.WINDOW, n): swa_weights(self.steps, window=n) for n in windows},
+            **{(quantities.SPACING, n): two_point_weights(self.steps, spacing=n) for n in self.spacings()},
+        }
+
+    @property
+    def products(self) -> int:
+        """Hessian-vector products for the sharpest directions."""
+        return 2 * self.k + 4
+
     def price(self, product: int) -> float:
         """Gradients of the experiment on as many samples as a training batch has."""
         runs = 1 + len(self.weights())
-        return 1 + product + runs * self.steps + (2 * runs - 1) / 3 + (2 + product) * len(self.spacings())
+        model = 1 + product * (self.products + 1) + FORWARD + self.steps
+        points = 2 * runs - 1 + len(self.scales())
+        gains = (2 + product) * len(self.spacings())
+        return model + self.replicates * (runs * self.steps + points * FORWARD) + gains
 
     def is_due(self, step: int) -> bool:
         """Not while training goes on."""
@@ -100,75 +131,138 @@ class AveragingExperiment(Measurement):
         params = trainable(module)
         start = flatten(params, params)
         count, draw = self.evaluation.size, self.evaluation.draw
-        # In the order of the steps, the same for every schedule; samples may come back in later batches.
-        batches = [draw(trainer, module, count, seed=self.seed + 1 + i)[:1] for i in range(self.steps)]
-        step, lr = trainer.global_step, self._rate(loss_of, batches[0], params)
-        self.table.note(step, quantities.LR, lr)
+
+        def batches(series: int) -> list[Parts]:
+            """In the order of the steps; samples may come back in later batches."""
+            first = self.seed + 1 + series * self.steps
+            return [draw(trainer, module, count, seed=first + i)[:1] for i in range(self.steps)]
+
+        step, note = trainer.global_step, self.table.note
+        loss = float(losses_along(self.evaluation.loss(loss_of), params, start, [0.0]))
+        note(step, quantities.LOSS, loss, of=quantities.START)
         try:
-            self._experiment(step, loss_of, params, start, batches, lr)
+            model = self._model(loss_of, params, batches(self.replicates), loss)
+            lr = self._rate(float(model.curvatures[0]))
+            note(step, quantities.LR, lr)
+            self._note_model(step, model, lr)
+            for replicate in range(self.replicates):
+                self.table.number += replicate > 0  # each is a measurement of its own
+                before = self._replicate(step, loss_of, params, batches(replicate), start, model, lr)
+                if not replicate:
+                    _assign(params, before[0])
+                    for spacing in self.spacings():
+                        self._gain(step, loss_of, params, before[spacing] - before[0], spacing)
         finally:
             _assign(params, start)
 
-    def _rate(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> float:
+    def _rate(self, top: float) -> float:
         if self.lr is not None:
             return self.lr
-        _, quadratic = self.evaluation.along_gradient(loss_of, batch, params)
-        return min(self._largest, quadratic.best_rate)
+        return min(self._largest, 1 / top) if top > 0 else self._largest
+
+    def _gradient(self, loss_of: LossOf, batch: Parts, params: list[nn.Parameter]) -> Tensor:
+        gradient = gradient_of(self.evaluation.loss(loss_of, batch)(), params, create_graph=False)
+        self.evaluation.spend(1 - FORWARD, batch)
+        return flatten(gradient, params)
+
+    def _model(self, loss_of: LossOf, params: list[nn.Parameter], batches: list[Parts], loss: float) -> LocalModel:
+        """Of the loss on the evaluation samples, with the gradients of these batches; two batches or more."""
+        evaluation = self.evaluation
+        first, size = self._gradient(loss_of, batches[0], params), sum(p.numel() for p in params)
+        with loss_hessian(evaluation.curvature_loss(loss_of), params) as hessian:
+            gradient = hessian.gradient
+            pairs = top_eigenpairs(
+                hessian.hvp,
+                params,
+                k=min(self.k, size),
+                start=gradient,
+                max_hvps=self.products,
+                seed=self.seed,
+                repeated=False,
+            )
+            basis = pairs.eigenvectors
+            rest = without(basis, first)
+            norm = float(torch.dot(rest, rest))
+            left = len(basis) < size and norm > 0
+            beyond = float(torch.dot(rest, hessian.hvp(rest))) / norm if left else 0.0
+            evaluation.spend(hessian.cost(pairs.hvps + left))
+        curvatures = torch.cat(
+            [pairs.eigenvalues.double().cpu(), torch.tensor([beyond], dtype=torch.float64, device="cpu")]
+        )
+        gradients = (self._gradient(loss_of, batch, params) for batch in batches[1:])
+        return fit_model(
+            loss, basis=basis, curvatures=curvatures, gradient=gradient, gradients=chain([first], gradients)
+        )
+
+    def _note_model(self, step: int, model: LocalModel, lr: float) -> None:
+        note = self.table.note
+        for i, curvature in enumerate(model.curvatures[:-1].tolist()):
+            note(step, quantities.CURVATURE, curvature, of=quantities.eigenvector(i + 1))
+        note(step, quantities.CURVATURE, model.curvatures[-1], of=quantities.REST)
+        for name, weights in {quantities.LAST: ema_weights(self.steps, decay=0.0), **self.weights()}.items():
+            note(step, quantities.PREDICTED_LOSS, model.expected_loss(weights, lr=lr), of=name)
+        for (kind, at), weights in self.scales().items():
+            note(step, quantities.PREDICTED_LOSS, model.expected_loss(weights, lr=lr), of=kind, at=at)
 
     def _branch(
-        self, loss_of: LossOf, batches: list[Parts], params: list[nn.Parameter], rates: Tensor
+        self, loss_of: LossOf, batches: list[Parts], params: list[nn.Parameter], basis: Tensor, rates: Tensor
     ) -> Iterator[Tensor]:
-        """SGD at these rates: the iterates, the first included, (P,) each."""
+        """SGD at rates (k + 1, T) along a basis (k, P) and in the rest: the iterates, the first included, (P,) each."""
         yield flatten(params, params)
-        for batch, rate in zip(batches, rates.tolist(), strict=True):
-            gradient = gradient_of(self.evaluation.loss(loss_of, batch)(), params, create_graph=False)
-            self.evaluation.spend(1 - FORWARD, batch)
+        for batch, rate in zip(batches, rates.T, strict=True):
+            gradient = self._gradient(loss_of, batch, params)
+            more = (rate[:-1] - rate[-1]).to(basis)
+            change = float(rate[-1]) * gradient + (more * (basis @ gradient)) @ basis
             with torch.no_grad():
-                for p, g in zip(params, gradient, strict=True):
-                    if g is not None:
-                        p.sub_(g, alpha=rate)
+                for p, block in zip(params, split(change, params), strict=True):
+                    p.sub_(block)
             yield flatten(params, params)
 
-    def _experiment(
+    def _replicate(
         self,
         step: int,
         loss_of: LossOf,
         params: list[nn.Parameter],
-        start: Tensor,
         batches: list[Parts],
+        start: Tensor,
+        model: LocalModel,
         lr: float,
-    ) -> None:
+    ) -> dict[int, Tensor]:
+        """Note the losses of averages and schedules; returns the last iterate, 0, and those so many steps before it."""
         weights = self.weights()
-        averages = {name: torch.zeros_like(start) for name in weights}
-        before: dict[int, Tensor] = {}  # spacing to the iterate so many steps before the last
-        last = start
-        for t, last in enumerate(
-            self._branch(loss_of, batches, params, torch.full((self.steps,), lr, dtype=torch.float64, device="cpu"))
-        ):
-            for name, average in averages.items():
-                average.add_(last, alpha=float(weights[name][t]))
-            if self.steps - t in self.spacings():
-                before[self.steps - t] = last
+        every: dict[tuple[str, int | None], Tensor] = {(name, None): of for name, of in weights.items()}
+        every.update({(kind, at): of for (kind, at), of in self.scales().items()})
+        averages = {key: torch.zeros_like(start) for key in every}
+        before: dict[int, Tensor] = {}
+        _assign(params, start)
+        constant = torch.full((1, self.steps), lr, dtype=torch.float64, device="cpu")
+        for t, point in enumerate(self._branch(loss_of, batches, params, model.basis[:0], constant)):
+            for key, average in averages.items():
+                if every[key][t]:
+                    average.add_(point, alpha=float(every[key][t]))
+            if self.steps - t in (0, *self.spacings()):
+                before[self.steps - t] = point
+        _assign(params, start)
+        note_loss = self._loss_at(step, loss_of, params, start)
+        note_loss(quantities.LAST, before[0])
+        for (name, at), average in averages.items():
+            note_loss(name, average, at=at)
+        for name in weights:
+            rates = model.schedule(weights[name], lr=lr)
+            *_, scheduled = self._branch(loss_of, batches, params, model.basis, rates)
+            _assign(params, start)
+            note_loss(quantities.schedule_of(name), scheduled)
+        return before
+
+    def _loss_at(self, step: int, loss_of: LossOf, params: list[nn.Parameter], start: Tensor) -> Callable[..., None]:
+        """Notes the loss on the evaluation samples at a point; the parameters lie at the start."""
         loss = self.evaluation.loss(loss_of)
 
-        def note(quantity: str, value: float | Tensor, *, of: str) -> None:
-            self.table.note(step, quantity, value, of=of)
+        def note_loss(name: str, point: Tensor, at: float | None = None) -> None:
+            value = losses_along(loss, params, point - start, [1.0])
+            self.table.note(step, quantities.LOSS, value, of=name, at=at)
 
-        def note_point(name: str, point: Tensor) -> None:
-            _assign(params, start)
-            note(quantities.LOSS, losses_along(loss, params, point - start, [1.0]), of=name)
-            note(quantities.START_DISTANCE, torch.linalg.vector_norm(point - start), of=name)
-
-        note_point(quantities.LAST, last)
-        for name, average in averages.items():
-            *_, scheduled = self._branch(loss_of, batches, params, lr * tail_sums(weights[name]))
-            note_point(name, average)
-            note_point(quantities.schedule_of(name), scheduled)
-            note(quantities.SCHEDULE_DISTANCE, torch.linalg.vector_norm(average - scheduled), of=name)
-            note(quantities.LAST_DISTANCE, torch.linalg.vector_norm(average - last), of=name)
-        _assign(params, last)
-        for spacing, point in sorted(before.items()):
-            self._gain(step, loss_of, params, point - last, spacing)
+        return note_loss
 
     def _gain(self, step: int, loss_of: LossOf, params: list[nn.Parameter], difference: Tensor, spacing: int) -> None:
         """The depth of the loss at the mean of two points below the mean of their losses."""

@@ -24,8 +24,9 @@ class BatchQuadratic(Measurement):
     Each measurement draws two batches of training samples, as large as the running batch. Of the first: the loss, the
     squared gradient |g|^2, the curvature g^T H g, the best rate |g|^2 / g^T H g, the losses after steps at multiples of
     it, and the R^2 of the predicted losses. Of the second, which the step has not seen: its losses after steps at
-    multiples of the learning rate, and after the first's best step. By default twenty times in a run, at 7 1/3
-    gradients each.
+    multiples of the learning rate, and after the first's best step. A third batch is the same all along the path: its
+    loss there, and after the best step along its own gradient, measured and predicted. By default twenty times in a
+    run, at 11 gradients each.
 
     Args:
         every: Optimizer steps from one measurement to the next, also where they cost more than the overhead; None to
@@ -50,11 +51,11 @@ class BatchQuadratic(Measurement):
         return 0.0
 
     def fixed_price(self) -> float:
-        """A gradient, a product, and forward passes."""
-        return 3 + (2 * len(_MULTIPLES) + 3) / 3
+        """Two gradients, two products, and forward passes."""
+        return 6 + (2 * len(_MULTIPLES) + 5) / 3
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
-        """Measure one pair of batches."""
+        """Measure one pair of batches, and the fixed one."""
         step, lr = trainer.global_step, float(trainer.optimizers[0].param_groups[0]["lr"])
         params, note = trainable(module), self.table.note
         seen, unseen = ([batch] for batch in self.evaluation.draw_batches(trainer, module, 2))
@@ -82,3 +83,18 @@ class BatchQuadratic(Measurement):
         losses = losses_along(self.evaluation.loss(loss_of, unseen), params, gradient, [-rate for rate in steps])
         for rate, loss in zip(steps, losses.tolist(), strict=True):
             note(step, quantities.LOSS, loss, of=quantities.HELD_OUT, at=rate)
+        self._fixed(trainer, module, loss_of)
+
+    def _fixed(self, trainer: pl.Trainer, module: pl.LightningModule, loss_of: LossOf) -> None:
+        """The batch that is the same all along: drawn again each time, by the same seed."""
+        step, params, note = trainer.global_step, trainable(module), self.table.note
+        batch = self.evaluation.draw(trainer, module, self.budget.micro_batch, seed=self.seed)
+        gradient, quadratic = self.evaluation.along_gradient(loss_of, batch, params)
+        best = quadratic.best_rate
+        steps = [0.0, -best] if math.isfinite(best) else [0.0]
+        start, *end = losses_along(self.evaluation.loss(loss_of, batch), params, gradient, steps).tolist()
+        note(step, quantities.LOSS, start, of=quantities.FIXED, at=0.0)
+        predicted = replace(quadratic, loss=start).best_loss
+        for loss in end:  # none without positive curvature
+            note(step, quantities.LOSS, loss, of=quantities.FIXED, at=best)
+            note(step, quantities.PREDICTED_LOSS, predicted, of=quantities.FIXED, at=best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +31,8 @@ _SAME = 1 + 1e-9  # rates are products of floats
 
 
 def draw_quadratic(rows: Rows) -> tuple[Figure, str]:
-    """Losses along a batch's own gradient, of it and of an unseen one, and the best rates; with the caption."""
-    figure, (seen, unseen, rates) = new_figure(3)
+    """Losses along a batch's own gradient, of it and of an unseen one, best rates, a fixed batch; with the caption."""
+    figure, (seen, unseen, rates, path) = new_figure(2, rows=2)
     for batch in measured_by(rows):
         best, lr = value_of(batch, quantities.BEST_RATE), value_of(batch, quantities.LR)
         curve = _curve(batch, quantities.OWN)
@@ -54,7 +55,17 @@ def draw_quadratic(rows: Rows) -> tuple[Figure, str]:
     rates.plot(series(rows, quantities.LR)[0], _ratios(rows), "o", color=COLORS[0], markersize=4)
     rates.axhline(1, color=GREY, linewidth=0.8)
     rates.set(xlabel="optimizer steps", ylabel="best rate of a batch / lr", yscale="log")
-    return figure, _caption(rows)
+    fixed = _fixed(rows)
+    for column, style, color, label in (
+        (1, "o-", COLORS[0], "at the iterates"),
+        (2, "s-", COLORS[2], "after its best step"),
+        (3, "x--", COLORS[1], "after it, predicted by g and Hg"),
+    ):
+        path.plot(*columns([(point[0], point[column]) for point in fixed]), style, color=color, label=label)
+    above = all(value > 0 for point in fixed for value in point[1:] if math.isfinite(value))
+    path.set(xlabel="optimizer steps", ylabel="loss of one fixed batch", yscale="log" if fixed and above else "linear")
+    path.legend(frameon=False, fontsize=8)
+    return figure, _caption(rows) + _fixed_words(fixed)
 
 
 def summarize_quadratic(rows: Rows) -> str:
@@ -88,6 +99,38 @@ def _caption(rows: Rows) -> str:
     return (
         f"{words} For unseen batches the best of the rates tried is {least:g} times lr, where one half is predicted "
         "for stationary SGD without momentum."
+    )
+
+
+def _fixed(rows: Rows) -> list[tuple[int, float, float, float]]:
+    """Steps, loss of the fixed batch, and after its best step, measured and predicted; NaN where there is none."""
+    points = []
+    for batch in measured_by(rows):
+        curve = _curve(batch, quantities.FIXED)
+        predicted = [
+            row["value"]
+            for row in batch
+            if row["quantity"] == quantities.PREDICTED_LOSS and row.get("of") == quantities.FIXED
+        ]
+        if curve:  # files of earlier releases have none
+            end = (curve[-1][1], predicted[0]) if predicted else (math.nan, math.nan)
+            points.append((batch[0]["step"], curve[0][1], *end))
+    return points
+
+
+def _fixed_words(fixed: Sequence[tuple[int, float, float, float]]) -> str:
+    """What one gradient step does for a batch, beside what the whole path does."""
+    ends = [end for _, _, end, _ in fixed if math.isfinite(end)]
+    starts = [start for _, start, *_ in fixed if math.isfinite(start)]
+    if len(starts) < 2 or not ends:
+        return ""
+    least = min(starts)
+    below = sum(end < least for end in ends)
+    return (
+        f" One fixed batch along the whole path: its loss goes from {starts[0]:.3g} to {starts[-1]:.3g}, {least:.3g} "
+        f"at the lowest; one step along its own gradient ends below that from {below} of {len(ends)} points (no "
+        "verdict: points of one path and one batch are no replicates). Assumed: the batch's loss is a quadratic along "
+        "its gradient."
     )
 
 

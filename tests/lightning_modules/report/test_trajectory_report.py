@@ -13,12 +13,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from lightning_modules import AveragingExperiment, BatchQuadratic, Classifier, Digits, SharpnessMonitor, ValleyWalk
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
+from lightning_modules.report.measurements.averaging import Pair, draw_averaging, summarize_averaging
 from lightning_modules.report.measurements.report import measurement_figures, measurements_in, write_measurements
+from lightning_modules.report.verdicts import CONFIRMED, NOT_CONFIRMED, NOT_RESOLVED
 from lightning_modules.support import quantities
 from lightning_modules.support.files import read_csv, write_csv
 from nsgd import NSGD
@@ -119,6 +123,33 @@ def test_the_quadratics_caption_follows_the_unseen_losses(measured, tmp_path, sh
     assert verdict in altered(measured, tmp_path, "quadratic", change)
 
 
+@pytest.mark.parametrize("below", [0, 1, 6])
+def test_the_fixed_batch_is_compared_with_the_lowest_of_its_path(measured, tmp_path, below):
+    count = 0
+
+    def change(row):
+        nonlocal count
+        if row["quantity"] == "loss" and row.get("of") == "fixed":
+            if row["at"] > 0:
+                count += 1
+                row["value"] = 0.4 if count <= below else 0.6
+            else:
+                row["value"] = {0: 2.0, 30: 0.5}.get(row["step"], 1.0)
+        return row
+
+    caption = altered(measured, tmp_path, "quadratic", change)
+    assert count == 6
+    assert "goes from 2 to 1, 0.5 at the lowest" in caption
+    assert f"ends below that from {below} of 6 points" in caption
+    assert "Assumed: the batch's loss is a quadratic along its gradient." in caption
+
+
+def test_a_file_without_a_fixed_batch_is_drawn_without_it(measured, tmp_path):
+    rows = [row for row in read_csv(measured / "quadratic.csv") if row.get("of") != "fixed"]
+    write_csv(tmp_path / "quadratic.csv", rows)
+    assert "fixed batch" not in measurement_figures(measurements_in(tmp_path))["quadratic"][1]
+
+
 def test_one_batch_alone_resolves_nothing(measured, tmp_path):
     rows = [row for row in read_csv(measured / "quadratic.csv") if row["measurement"] == 1]
     write_csv(tmp_path / "quadratic.csv", rows)
@@ -137,16 +168,84 @@ def test_the_sharpest_directions_caption_follows_the_steps(measured, tmp_path, c
     assert verdict in altered(measured, tmp_path, "sharpness", change)
 
 
-@pytest.mark.parametrize(
-    ("share", "verdict"), [(0.1, "is confirmed"), (0.7, "is not resolved"), (2.0, "is not confirmed")]
-)
-def test_the_averages_caption_follows_the_distances(measured, tmp_path, share, verdict):
-    def change(row):
-        if row["quantity"].startswith("distance of average"):
-            row["value"] = share if row["quantity"].endswith("schedule") else 1.0
-        return row
+def noisy_quadratic(replicates: int, wrong: bool) -> list[dict[str, Any]]:
+    """Rows of an exact instance of the model: SGD at stationarity on h theta^2 / 2, two points against its schedule.
 
-    assert verdict in altered(measured, tmp_path, "averaging", change)
+    By the update rule in NumPy, with the schedule's closed form, lr rho^(n - 1) / (1 + rho^(n - 1)) n steps before the
+    end; or with the first-order one, lr / 2, which is wrong at so large a rate.
+    """
+    rng, lr, steps, spacing = np.random.default_rng(0), 1.0, 30, 15
+    curvatures = np.array([1.5, 1.2, 0.9, 0.6] * 10)  # lr h of 0.6 to 1.5
+    rho = 1 - lr * curvatures
+    rows: list[dict[str, Any]] = []
+
+    def note(replicate: int, quantity: str, value: float, of: str = "") -> None:
+        row = {"measurement": replicate + 1, "step": 5, "quantity": quantity, "of": of, "at": "", "value": value}
+        rows.append(row)
+
+    note(0, "lr", lr)
+    note(0, "curvature", 1.5, "e1")
+    note(0, "curvature", 0.6, "rest")
+    for replicate in range(replicates):
+        start = rng.standard_normal(40) * np.sqrt(lr * curvatures / (2 - lr * curvatures))
+        noise = rng.standard_normal((steps, 40))
+        constant, scheduled, path = start, start, [start]
+        for t in range(steps):
+            n = steps - t
+            rate = lr if n > spacing else lr / 2 if wrong else lr * rho ** (n - 1) / (1 + rho ** (n - 1))
+            scheduled = scheduled - rate * curvatures * (scheduled - noise[t])
+            constant = constant - lr * curvatures * (constant - noise[t])
+            path.append(constant)
+        average = (path[-1] + path[-1 - spacing]) / 2
+        for of, point in (("last", constant), ("two points", average), ("two points, schedule", scheduled)):
+            note(replicate, "loss", float((curvatures * point**2).sum() / 2), of)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("replicates", "wrong", "verdict"),
+    [(10, False, CONFIRMED), (10, True, NOT_CONFIRMED), (1, False, NOT_RESOLVED), (2, True, NOT_RESOLVED)],
+)
+def test_the_verdict_on_averages_follows_mean_losses_of_replicates(replicates, wrong, verdict):
+    rows = noisy_quadratic(replicates, wrong)
+    caption, summary = draw_averaging(rows)[1], summarize_averaging(rows)
+    assert f"mean loss of its schedule is {verdict} by this run" in caption
+    assert f"equals on a quadratic is {verdict} by this run" in summary
+    for words in ("Assumed: a quadratic loss with one Hessian for every batch", "95 % t-intervals over the replicates"):
+        assert words in caption
+
+
+def test_the_interval_of_the_verdict_is_that_of_a_t_test():
+    """Equal up to a quarter of what averaging changes, by SciPy's t-tests of both ends, at 2.5 % each."""
+    found = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        average, last = rng.normal(1, 0.1, 5), rng.normal(2, 0.4, 5)
+        difference = rng.normal(rng.choice([0.0, 0.25, 0.8]), 0.1, 5)
+        margin = 0.25 * np.linalg.norm(last - average) / np.sqrt(5)
+
+        def p(bound, side, values=difference):
+            return stats.ttest_1samp(values, bound, alternative=side).pvalue
+
+        equal = max(p(margin, "less"), p(-margin, "greater")) < 0.025
+        apart = min(p(margin, "greater"), p(-margin, "less")) < 0.025 / 4
+        expected = CONFIRMED if equal else NOT_CONFIRMED if apart else NOT_RESOLVED
+        assert Pair("EMA", average, average + difference, last).verdict(compared=4) == expected
+        found.add(expected)
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_averages_that_change_nothing_are_not_resolved(value):
+    same = np.full(4, value)
+    assert Pair("EMA", same, same, same).verdict(compared=1) == NOT_RESOLVED
+
+
+def test_an_experiment_that_found_a_diverged_run_is_said():
+    rows = [{"measurement": 1, "step": 2, "quantity": "loss", "of": "start", "at": "", "value": float("inf")}]
+    for words in (draw_averaging(rows)[1], summarize_averaging(rows)):
+        assert "training had diverged, and nothing was measured" in words
+        assert "is not resolved by this run" in words
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -211,9 +310,14 @@ def test_the_page_begins_with_a_line_on_each_measurement_and_what_its_signs_mean
     assert f"between the ends of {sum(0 < position < 1 for position in positions)} of 24 steps" in valley
     batch = [row for row in read_csv(measured / "quadratic.csv") if row["quantity"] == "best rate"]
     assert f"its best rate is {statistics.median(row['value'] / 0.2 for row in batch):.3g} times lr" in quadratic
-    losses = {row["of"]: row["value"] for row in read_csv(measured / "averaging.csv") if row["quantity"] == "loss"}
-    least = min(("EMA", "SWA", "two points"), key=lambda name: losses[name])
-    assert f"the lowest loss is that of {least}, {losses[least]:.3g}; the last iterate has" in averaging
+    losses: dict[str, list[float]] = {}
+    for row in read_csv(measured / "averaging.csv"):
+        if row["quantity"] == "loss":
+            losses.setdefault(row["of"], []).append(row["value"])
+    means = {name: statistics.fmean(losses[name]) for name in ("EMA", "SWA", "two points", "whole run", "last")}
+    last = means.pop("last")
+    least = min(means, key=lambda name: means[name])
+    assert f"the lowest mean loss is that of {least}, {means[least]:.3g}; the last iterate has {last:.3g}." in averaging
     for words in ("η or lr is", "β the", "B the", "T = η σ² / (2B)", "γ scales", "what damped steps feel is", "Δ is"):
         assert words in signs
 

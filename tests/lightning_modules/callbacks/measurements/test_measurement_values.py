@@ -72,6 +72,28 @@ def test_a_batch_of_a_quadratic_is_as_predicted(make_trainer):
     assert not torch.equal(kept[1][0][0][0], kept[2][0][0][0])  # fresh batches each time
 
 
+def test_one_batch_is_the_same_along_the_whole_path(make_trainer):
+    callback, iterates = BatchQuadratic(every=5, seed=3), Iterates()
+    kept = drawn(callback.evaluation, "draw")
+    make_trainer(callbacks=[iterates, callback], max_epochs=2).fit(
+        Bowl(partial(torch.optim.SGD, lr=0.1, momentum=0.5)), bowls(12)
+    )
+    found = table(callback)
+    fixed = [samples_of(parts) for parts in kept if len(parts) == 1]  # the fresh ones come in pairs
+    assert len(fixed) == 4
+    assert fixed[0].shape == (12, 7)
+    assert all(torch.equal(batch, fixed[0]) for batch in fixed)
+    for step in (0, 5, 10, 15):
+        theta = iterates.found[step]
+        gradient = gradient_at(theta, fixed[0])
+        best = float(gradient @ gradient / (gradient @ HESSIAN @ gradient))
+        assert near(found[step, "loss", "fixed", 0.0], loss_at(theta, fixed[0]))
+        (at,) = {at for s, _, of, at in found if s == step and of == "fixed" and at}
+        assert near(at, best)
+        for quantity in ("loss", "predicted loss"):
+            assert near(found[step, quantity, "fixed", at], loss_at(theta - best * gradient, fixed[0])), quantity
+
+
 # -- the sharpest directions -----------------------------------------------------------------------------------------
 
 
