@@ -76,18 +76,24 @@ def _against_costs(files: Files, points: Callable[[Rows], list[Point]], ylabel: 
         curves = {seed: curve for seed, run in runs.items() if (curve := points(run))}
         if not curves:
             continue
-        length = min(map(len, curves.values()))  # with other numbers of steps, the median goes up to the shortest
-        y = np.array([[value for _, value in curve[:length]] for curve in curves.values()])  # (seeds, points)
         for axes, cost in zip(panels, _AXES, strict=True):
-            x = np.array([[row[cost] for row, _ in curve[:length]] for curve in curves.values()])
-            plot_seeds(axes, files.styles[method], cost, curves)
-            middle = np.median(x, axis=0), np.median(y, axis=0)
-            plot(axes, files.styles[method], *middle, marker="o" if length == 1 else "")
+            plot_runs(axes, files.styles[method], cost, curves)
     for axes, name in zip(panels, _AXES.values(), strict=True):
         axes.set(xlabel=name, yscale="log" if log and has_logarithm(axes) else "linear")
     panels[0].set_ylabel(ylabel)
     legend_beside(figure, panels[0])
     return figure
+
+
+def plot_runs(axes: Axes, style: MethodStyle, cost: str, curves: dict[int, list[Point]]) -> None:
+    """A method's curves by seed, at least one, and their median up to the end of the shortest."""
+    length = min(map(len, curves.values()))
+    plot_seeds(axes, style, cost, curves)
+    x, y = (
+        np.array([[row[cost] for row, _ in curve[:length]] for curve in curves.values()]),  # (seeds, points)
+        np.array([[value for _, value in curve[:length]] for curve in curves.values()]),
+    )
+    plot(axes, style, np.median(x, axis=0), np.median(y, axis=0), marker="o" if length == 1 else "")
 
 
 def plot_seeds(axes: Axes, style: MethodStyle, cost: str, curves: dict[int, list[Point]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def seed_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     width, _ = figure.get_size_inches()
     figure.set_size_inches(width + 1.2 * len(measures), 1.1 + _ROW * len(files.methods))
     for axes, measure in zip(panels, measures, strict=True):
-        _draw(axes, files, measure)
+        draw_values(axes, files, measure)
     legend_beside(figure, panels[0])
     labels = " and ".join(measure.label for measure in measures)
     failed = " At the right edge: seeds that failed." if any(files.failed.values()) else ""
@@ -42,9 +43,9 @@ def seed_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     return {SEEDS: (figure, words)}
 
 
-def _draw(axes: Axes, files: Files, measure: Measure) -> None:
-    """Methods below each other, and in each one's row its read-outs."""
-    shown = [name for name in READ_OUTS if any(row["read_out"] == name for row in files.results)]
+def draw_values(axes: Axes, files: Files, measure: Measure, *, read_outs: Collection[str] = READ_OUTS) -> None:
+    """Methods below each other, and in each one's row its read-outs, or those of them that are wanted."""
+    shown = [name for name in READ_OUTS if name in read_outs and any(row["read_out"] == name for row in files.results)]
     found = {(entry["method"], entry["read_out"]): entry for entry in files.entries(measure.column)}
     for row, method in enumerate(files.methods):
         for number, read_out in enumerate(shown):

@@ -31,7 +31,7 @@ def verdict(files: Files) -> str:
     """Lines: the endpoint, which a study is judged by; how many seeds it would take; what is beside it; the cost."""
     if len(files.methods) == 1:
         return f"{files.label(files.base)} was trained alone: there is nothing to compare it with."
-    sentences = [_judged(files), _to_show(files), _beside(files), _cost(files)]
+    sentences = [judgement(files), _to_show(files), _beside(files), _cost(files)]
     return "\n".join(sentence for sentence in sentences if sentence)
 
 
@@ -51,8 +51,8 @@ def _value(entry: dict[str, Any], measure: Measure, *facts: str) -> str:
     return f"{value if value == 'diverged' else f'{value}{measure.unit}'}{f' ({inside})' if inside else ''}"
 
 
-def _judged(files: Files) -> str:
-    """Each subject against the first method, those of one kind together."""
+def judgement(files: Files) -> str:
+    """The endpoint: each subject against the first method, those of one kind together."""
     measure, base = files.endpoint, files.base
     entries = _entries(files, measure)
     kinds: dict[str, list[str]] = {}
