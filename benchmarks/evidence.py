@@ -1,7 +1,11 @@
-"""Write the tables of README.md, nsgd/README.md and benchmarks/README.md between their markers.
+"""The tables and figures of README.md, nsgd/README.md and benchmarks/README.md, from the files under results/.
 
-python benchmarks/readme.py            # rewrites them
-python benchmarks/readme.py --smoke    # fails if one is not what these files say
+A table stands between its markers; a study of cifar10.py that has none yet gets some in benchmarks/README.md.
+Figures are compared to the byte where the same matplotlib drew them, else by the numbers and words that they show.
+
+    python benchmarks/evidence.py            # makes all anew
+    python benchmarks/evidence.py --check    # fails, and names each table and figure that is not what the files say
+    python benchmarks/evidence.py --smoke    # half a minute: that, and a toy plan from its runs to its table and figure
 """
 
 from __future__ import annotations
@@ -9,14 +13,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
+from common import RESULTS
+from common.documents import is_of, markdown, rendered, svg, with_places
+from common.plan_entries import study_entry, study_table
+from common.plan_figures import study_figure
+from common.plans import Kept, kept_in
+from matplotlib.figure import Figure
 
 from lightning_modules.report.study.files import read_folder
 from lightning_modules.report.study.numbers import SIGNIFICANT, change_of, mean_of
@@ -25,13 +36,8 @@ from lightning_modules.support.files import read_csv
 from lightning_modules.support.score import TRAIN_LOSS, Measure
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+PLANS = RESULTS / "cifar10"
 sys.path.append(str(ROOT / "tests" / "nsgd"))  # the cases of models
-
-
-def markdown(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def digits() -> str:
@@ -127,7 +133,7 @@ def cost() -> str:
 
 
 def cost_on_gpu() -> str:
-    """What the drop-in's step takes on a GPU, in SGD's seconds, for every network of step.py that was measured there."""
+    """What the drop-in's step takes on a GPU, in SGD's seconds, for every network of step.py measured there."""
     rows = read_csv(RESULTS / "step-cuda.csv")
     found = {(row["network"], row["batch"], row["method"]): row for row in rows}
     body = []
@@ -137,31 +143,15 @@ def cost_on_gpu() -> str:
         body.append([f"{network}, batch {batch:,}", f"{1000 * sgd['seconds']:.1f}", *ratios])
     header = ["", "an iteration of SGD, ms", "NSGD, k = 10, times that", "k = 20"]
     source = (
-        f"Medians on one {rows[0]['device']}, bfloat16 autocast, channels last; from `benchmarks/results/step-cuda.csv`,\n"
-        "made by `python benchmarks/step.py --device cuda`."
+        f"Medians on one {rows[0]['device']}, bfloat16 autocast, channels last; from "
+        "`benchmarks/results/step-cuda.csv`,\nmade by `python benchmarks/step.py --device cuda`."
     )
     return f"{markdown(header, body)}\n\n{source}"
 
 
 def claim() -> str:
-    """What is made so far of the plan claim: the best of the trials of each method."""
-    folder = RESULTS / "cifar10" / "claim" / "resnet-32-plain-1024"
-    rows = read_csv(folder / "partial.csv")
-    device = yaml.safe_load((folder / "environment.yaml").read_text())["device"]
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        trials = [row for row in rows if row["method"] == method]
-        best = min((row for row in trials if math.isfinite(row["val_loss"])), key=lambda row: row["val_loss"])
-        lost = sum(not math.isfinite(row["val_loss"]) or row["train_loss"] > math.log(10) for row in trials)
-        cells = [f"{best['lr']:.2g}", f"{lost} of {len(trials)}", f"{best['train_loss']:.2f}"]
-        body.append([RECIPES[method].label, *cells, f"{100 * best['val_accuracy']:.1f}"])
-    body.sort(key=lambda cells: float(cells[-1]))
-    header = ["method", "best rate", "rates lost", "training loss", "validation accuracy, %"]
-    source = (
-        f"Partial: trials of one seed, {rows[0]['step']:.0f} steps, one {device}; no test accuracy or interval yet. Lost: no "
-        "better than chance.\nFrom `benchmarks/results/cifar10/claim/`, made by `python benchmarks/cifar10.py --plan claim`."
-    )
-    return f"{markdown(header, body)}\n\n{source}"
+    """What is made so far of the plan claim."""
+    return study_table(Kept(PLANS / "claim" / "resnet-32-plain-1024"))
 
 
 def models() -> str:
@@ -197,28 +187,85 @@ TABLES["benchmarks/README.md"] = {
 }
 
 
-def rendered(document: str, found: str) -> str:
-    """A document with every table made anew."""
-    for name, table in TABLES[document].items():
-        pattern = rf"(<!-- {name}: benchmarks/readme.py -->\n).*?(<!-- /{name} -->)"
-        content = table()
-        found, count = re.subn(pattern, lambda place, c=content: f"{place[1]}\n{c}\n\n{place[2]}", found, flags=re.S)
-        if count != 1:
-            raise ValueError(f"expected one place for the table {name} in {document}, got {count}")
-    return found
+PICTURE = RESULTS / "first_command.svg"
+BENCHMARKS = "benchmarks/README.md"
+
+
+def tables() -> dict[str, dict[str, Callable[[], str]]]:
+    """Document to name to table: those above, and those of plans."""
+    plans = {f"cifar10/{kept.name}": plan(kept) for kept in kept_in(PLANS)}
+    return {**TABLES, BENCHMARKS: {**TABLES[BENCHMARKS], **plans}}
+
+
+def plan(kept: Kept) -> Callable[[], str]:
+    """What benchmarks/README.md has of a study."""
+    return lambda: study_entry(kept, kept.drawing.relative_to(ROOT / "benchmarks").as_posix())
+
+
+def figures() -> dict[Path, Callable[[], Figure]]:
+    """Path to figure: README's first, and those of plans."""
+    return {
+        PICTURE: first_command,
+        **{kept.drawing: partial(study_figure, kept) for kept in kept_in(PLANS) if kept.has_figure},
+    }
+
+
+def first_command() -> Figure:
+    """README's first figure."""
+    picture = importlib.import_module("picture")
+    figure: Figure = picture.draw(*picture.read_results(PICTURE.with_suffix(".csv")))
+    return figure
+
+
+def check() -> list[str]:
+    """What is not as the files say: a document and a table, or a figure."""
+    wrong = []
+    for document, contents in tables().items():
+        text = with_places((ROOT / document).read_text(encoding="utf-8"), contents)
+        _, differing = rendered(text, {name: table() for name, table in contents.items()}, document)
+        wrong += [f"{document}: the table {name}" for name in differing]
+    wrong += [str(path.relative_to(ROOT)) for path, figure in figures().items() if not is_of(path, figure())]
+    return wrong
+
+
+def redraw() -> None:
+    """Write every table and figure."""
+    for path, figure in figures().items():
+        if not is_of(path, figure()):
+            path.write_text(svg(figure()), encoding="utf-8")
+    for document, contents in tables().items():
+        text = with_places((ROOT / document).read_text(encoding="utf-8"), contents)
+        text, _ = rendered(text, {name: table() for name, table in contents.items()}, document)
+        (ROOT / document).write_text(text, encoding="utf-8")
+
+
+def toy(folder: Path) -> str:
+    """Make a plan of seconds on digits, and return what a document would have of it; its figure lies beside it."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "cifar10.py"), "--smoke"]
+    subprocess.run([*command, "--runs", str(folder / "runs"), "--out", str(folder / "kept")], check=True)
+    (kept,) = kept_in(folder / "kept")
+    kept.drawing.write_text(svg(study_figure(kept)), encoding="utf-8")
+    if not is_of(kept.drawing, study_figure(kept)):
+        raise SystemExit(f"expected the figure of {kept.name} to be drawn the same twice, got two")
+    return study_entry(kept, kept.drawing.name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="check them instead of writing them")
+    parser.add_argument("--check", action="store_true", help="compare all with the files, and write nothing")
+    parser.add_argument("--smoke", action="store_true", help="that, and a toy plan; writes nothing")
     args = parser.parse_args()
-    for document in TABLES:
-        found = (ROOT / document).read_text(encoding="utf-8")
-        wanted = rendered(document, found)
-        if not args.smoke:
-            (ROOT / document).write_text(wanted, encoding="utf-8")
-        elif wanted != found:
-            raise SystemExit(f"{document} is not what its tables are made from; run python benchmarks/readme.py")
+    try:
+        if not (args.check or args.smoke):
+            return redraw()
+        wrong = check()
+    except ValueError as error:  # of a place or a file
+        raise SystemExit(str(error)) from error
+    if wrong:
+        raise SystemExit("\n".join([*wrong, "not what the files say; run python benchmarks/evidence.py"]))
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            print(toy(Path(folder)))
 
 
 if __name__ == "__main__":

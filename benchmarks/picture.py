@@ -2,12 +2,11 @@
 
 Digits in batches of 32 and of 1,024: the training loss of every method against steps and against seconds, and the top
 of the page as a browser shows it (chromium, and playwright to drive it). Beside the pictures stand the losses, the
-means of epochs or of as many of them as leave 60, and what they were made with. README's words come from these, by
-`python benchmarks/readme.py`.
+means of epochs or of as many of them as leave 60, and what they were made with. The drawing of the losses and README's
+words come from these, by `python benchmarks/evidence.py`.
 
     python benchmarks/picture.py            # two minutes; runs `nsgd compare`, writes results/first_command.*
-    python benchmarks/picture.py --draw     # seconds; draws the losses again, from the file of them
-    python benchmarks/picture.py --smoke    # seconds; fails if the drawing is not what the file says, writes nothing
+    python benchmarks/picture.py --smoke    # seconds; draws the losses that are there, writes nothing
 """
 
 from __future__ import annotations
@@ -15,20 +14,18 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 import shutil
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
+from common.documents import svg, wrapped
 from matplotlib.figure import Figure
 
-from lightning_modules.report.drawing import lay_out
+from lightning_modules.commands.main import main as nsgd
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.study.curves import Point, epoch_losses, has_logarithm, plot, plot_seeds
 from lightning_modules.report.study.files import read_folder
@@ -38,7 +35,6 @@ from lightning_modules.support.files import Rows, read_csv, write_csv, write_yam
 RESULTS = Path(__file__).parent / "results"
 COSTS = {"step": "steps", "seconds": "seconds"}
 POINTS = 60  # of a run's curve, at most
-LINE = 120  # letters of a line of README.md
 WIDTH = 1000  # pixels of the page
 MARGIN = 16  # below its first figure
 COLORS = 128  # of its picture, which makes the file a third as large
@@ -149,21 +145,6 @@ def draw(rows: Rows, about: dict[str, Any]) -> Figure:
     return figure
 
 
-def svg(figure: Figure) -> str:
-    """The drawing, its letters as outlines and its background white, for any font and any theme; the same each time."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "picture"}):
-        lay_out(figure)
-        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
-    # A tenth of a point is enough, and half the bytes.
-    short = re.sub(
-        r' (?:d|x|y)="[^"]*"',
-        lambda place: re.sub(r"\d+\.\d\d+", lambda number: f"{float(number[0]):.1f}", place[0]).replace(" \nL ", "L"),
-        file.getvalue(),
-    )
-    return re.sub(r">\s+<", "><", short)
-
-
 def findings(rows: Rows, about: dict[str, Any]) -> str:
     """What the drawing says, a sentence for each batch size."""
     styles, sentences = method_styles(about["methods"], about["methods"]), []
@@ -200,12 +181,6 @@ def caption() -> str:
     return f"![{alt}](benchmarks/results/first_command.svg)\n\n{wrapped(words)}"
 
 
-def wrapped(words: str) -> str:
-    """Lines of README.md, none of which ends inside code or before a per cent."""
-    kept = re.sub(r"`[^`]*`| %", lambda place: place[0].replace(" ", "\0"), words)
-    return fill(kept, LINE, break_on_hyphens=False).replace("\0", " ")
-
-
 def read_results(path: Path) -> tuple[Rows, dict[str, Any]]:
     return read_csv(path), yaml.safe_load(path.with_suffix(".yaml").read_text())
 
@@ -227,39 +202,24 @@ def photograph(page: Path, out: Path, browser: str) -> None:
     Image.open(io.BytesIO(photo)).convert("RGB").quantize(COLORS).save(out, optimize=True)
 
 
-def check(path: Path) -> None:
-    """Exit with a sentence if the drawing is not what the file says."""
-    written = path.with_suffix(".svg").read_text(encoding="utf-8")
-    drawn_by = re.findall(r"Matplotlib v([\w.]+)", written)
-    redrawn = svg(draw(*read_results(path)))
-    if drawn_by != [matplotlib.__version__]:
-        print(f"drawn by matplotlib {' '.join(drawn_by)}; {matplotlib.__version__} draws other bytes, not compared")
-    elif redrawn != written:
-        raise SystemExit("first_command.svg does not match first_command.csv; run python benchmarks/picture.py --draw")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("nsgd-compare"), help="folder of `nsgd compare`")
     parser.add_argument("--out", type=Path, default=RESULTS / "first_command.csv")
-    parser.add_argument("--draw", action="store_true", help="run nothing, draw the file of losses again")
-    parser.add_argument("--smoke", action="store_true", help="check the drawing instead of writing it")
+    parser.add_argument("--smoke", action="store_true", help="draw the losses that are there, write nothing")
     args = parser.parse_args()
     if args.smoke:
-        return check(args.out)
-    if not args.draw:
-        browser = shutil.which("chromium")
-        if browser is None:
-            raise SystemExit("expected the browser chromium on PATH, got none; on Debian, apt-get install chromium")
-        from lightning_modules.commands.main import main as nsgd  # the rest needs no Lightning
-
-        if code := nsgd(["compare", "--out", str(args.study)]):  # runs that are there already are not made again
-            raise SystemExit(code)
-        rows, about = read_studies(args.study)
-        write_csv(args.out, rows)
-        write_yaml(args.out.with_suffix(".yaml"), about)
-        photograph(args.study / "report.html", args.out.with_suffix(".png"), browser)
-    args.out.with_suffix(".svg").write_text(svg(draw(*read_results(args.out))), encoding="utf-8")
+        svg(draw(*read_results(args.out)))
+        return
+    browser = shutil.which("chromium")
+    if browser is None:
+        raise SystemExit("expected the browser chromium on PATH, got none; on Debian, apt-get install chromium")
+    if code := nsgd(["compare", "--out", str(args.study)]):  # runs that are there already are not made again
+        raise SystemExit(code)
+    rows, about = read_studies(args.study)
+    write_csv(args.out, rows)
+    write_yaml(args.out.with_suffix(".yaml"), about)
+    photograph(args.study / "report.html", args.out.with_suffix(".png"), browser)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""What a document shows of a study of a plan: what was compared, what came of it, a table, and where it comes from."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+from common.documents import markdown, wrapped
+from common.plans import Kept
+from lightning_modules.report.study.numbers import (
+    MISSING,
+    SIGNIFICANT,
+    amount,
+    and_,
+    change_of,
+    count,
+    mean_of,
+    test_of,
+    upper,
+)
+from lightning_modules.report.study.rates import at_the_edge, sensitivity_table
+from lightning_modules.report.study.verdict import judgement
+from lightning_modules.report.study.words import endpoint, title
+from lightning_modules.support.score import TRAIN_LOSS
+
+# What the papers say of the question of a plan.
+PUBLISHED = {
+    "paper": (
+        "Published ([1807.05031](https://arxiv.org/abs/1807.05031)): less of the step along the sharpest directions "
+        "can speed training up, and end where the loss is sharper and the network generalises better."
+    )
+}
+_EDGE = "*: the lowest or the highest of its trials, so that a better rate may lie beyond."
+
+
+def study_entry(kept: Kept, drawing: str) -> str:
+    """A heading, the table with its source, and the figure where there is one.
+
+    Args:
+        drawing: Its path from the document.
+    """
+    heading = wrapped(f"**{upper(kept.plan)}, {kept.folder.name}.** {title(kept.files)}{_data(kept)}. {_said(kept)}")
+    picture = f"![{_alt(kept)}]({drawing})" if kept.has_figure else ""
+    return "\n\n".join(filter(None, [heading, study_table(kept), picture]))
+
+
+def study_table(kept: Kept) -> str:
+    """Methods down, and below it where it comes from."""
+    body, words = _results(kept) if kept.finished else _trials(kept)
+    source = (
+        f"From `benchmarks/results/cifar10/{kept.plan}/`, made by `python benchmarks/cifar10.py --plan {kept.plan}`."
+    )
+    published = PUBLISHED.get(kept.plan.removesuffix("-scaled"), "")
+    below = wrapped(" ".join(filter(None, [words, source, published])))
+    return "\n\n".join(filter(None, [body, below]))
+
+
+def _said(kept: Kept) -> str:
+    """What it says: of the methods that damp against the first, and which of all came out best."""
+    if not kept.finished:
+        return "Not finished: trials that choose the rates, and nothing to judge by yet."
+    files, measure = kept.files, kept.files.endpoint
+    ends = {method: kept.entries[measure.column, method] for method in files.methods}
+    means = {method: measure.badness({measure.column: end["mean"]}) for method, end in ends.items() if end["n"]}
+    best = min(means, key=lambda method: means[method], default=None)
+    if best is None:
+        return judgement(files)
+    kind = "Lowest" if measure.lower_is_better else "Highest"
+    mean = mean_of(ends[best], measure, interval=False)
+    return f"{judgement(files)} {kind} of all: {files.label(best)}, {mean}{measure.unit}."
+
+
+def _data(kept: Kept) -> str:
+    """The size of the task, as the end of a sentence."""
+    given = kept.files.config["data"]["init_args"] or {}
+    parts = [
+        f"{given['limit']:,} images" if given.get("limit") else "",
+        f"at {given['side']} x {given['side']} pixels" if given.get("side") else "",
+        f"batches of {given['batch_size']:,}" if given.get("batch_size") else "",
+        "crops and flips" if given.get("augment") else "",
+    ]
+    return "".join(f", {part}" for part in parts if part)
+
+
+def _alt(kept: Kept) -> str:
+    """Its figure, for those who do not see it."""
+    if kept.finished:
+        return f"Training loss by epoch, and {kept.files.endpoint.label} at the end. {_said(kept)}"
+    found = [(method, kept.best_trial(method)) for method in kept.files.methods]
+    best = [
+        f"{kept.files.label(method)} {row['val_loss']:.2f} at {row['lr']:.2g}"
+        for method, row in sorted(found, key=lambda pair: pair[1].get("val_loss", math.inf))
+        if row
+    ]
+    return f"{upper(kept.files.criterion.label)} of every trial against its learning rate. Lowest: {and_(best)}."
+
+
+def _results(kept: Kept) -> tuple[str, str]:
+    """Of a finished study: every method in the order of the study, and what its numbers are."""
+    files, base = kept.files, kept.files.label(kept.files.base)
+    measure, entries = files.endpoint, kept.entries
+    rows, edge = [], False
+    for method in files.methods:
+        end, loss = (entries[name, method] for name in (measure.column, TRAIN_LOSS.column))
+        label = f"{files.label(method)} (control)" if files.styles[method].control else files.label(method)
+        at_edge = bool(at_the_edge(files, method))
+        edge |= at_edge
+        cells = [label, f"{_rate(files.settings[method])}{'*' if at_edge else ''}"]
+        change = f"{change_of(end, measure)}, {test_of(end)}" if end["pairs"] else ""
+        n = f"{end['n']} of {end['n'] + end['failed']}" if end["failed"] else str(end["n"])
+        cells += [n, mean_of(end, measure), change, mean_of(loss, TRAIN_LOSS)]
+        spent = [[row[cost] for row in files.last(method)] for cost in ("step", "gradients")]
+        rows.append([*cells, *(amount(median(values)) if values else MISSING for values in spent)])
+    over = f"{'over' if files.effect(measure) == 'ratio' else 'minus'} {base}"
+    rate = "tuned rate" if files.tuning else "rate"
+    head = ["method", rate, "n", measure.header, over, TRAIN_LOSS.header, "steps", "gradients"]
+    tables = [markdown(head, rows)]
+    if files.sweep:
+        swept = sensitivity_table(files)
+        tables += [f"{swept['title']}:", markdown(swept["header"], swept["rows"])]
+    return "\n\n".join(tables), " ".join(filter(None, [endpoint(files), _how(kept), _EDGE if edge else ""]))
+
+
+def _how(kept: Kept) -> str:
+    """What the numbers of a finished study are, and the hardware."""
+    seeds = kept.files.config["seeds"]
+    where = f"On {_hardware(kept)}."
+    if seeds == 1:
+        return f"One seed, so no interval and no test. {where}"
+    return (
+        f"Means over {seeds} paired seeds with their 95 % interval, of losses geometric; paired t-tests, Holm's p, "
+        f"significant below {SIGNIFICANT:g}. {where}"
+    )
+
+
+def _trials(kept: Kept) -> tuple[str, str]:
+    """Of a study that is not finished: the best of each method's trials, the worst method first."""
+    files, rows = kept.files, []
+    measure = files.score.validation
+    done = len({row["run"] for row in kept.runs if row["run"].startswith("runs/")})
+    made = f" Of the runs to judge by {done} are made." if done else ""
+    if not files.tuning:
+        return "", f"Partial, {_hardware(kept)}.{made}"
+    for method in files.methods:
+        trials, best = kept.trials_of(method), kept.best_trial(method)
+        if not trials:
+            continue
+        lost = sum(not math.isfinite(row["val_loss"]) or row["train_loss"] > kept.chance for row in trials)
+        cells = [files.label(method), _rate(best), f"{lost} of {len(trials)}"]
+        if best:
+            cells += [f"{best['train_loss']:.2f}", f"{measure.factor * best[measure.column]:.{measure.digits}f}"]
+        else:
+            cells += [MISSING] * 2
+        rows.append((measure.badness(best), cells))
+    rows.sort(key=lambda row: -row[0])
+    seeds, steps = len({row["seed"] for row in files.tuning}), max(row["step"] for row in files.tuning)
+    head = ["method", "best rate", "rates lost", TRAIN_LOSS.label, measure.header]
+    words = (
+        f"Partial: trials of {'one seed' if seeds == 1 else count(seeds, 'seed')}, {steps:.0f} steps, "
+        f"{_hardware(kept)}; no {files.config['endpoint'].replace('_', ' ')} or interval yet.{made} "
+        "Lost: no better than chance."
+    )
+    return markdown(head, [cells for _, cells in rows]), words
+
+
+def _hardware(kept: Kept) -> str:
+    environment = kept.files.environment
+    device = environment.get("device", "cpu")
+    return f"a CPU ({environment['processor']})" if device == "cpu" else f"one {device}"
+
+
+def _rate(settings: dict[str, Any]) -> str:
+    return f"{settings['lr']:.2g}" if "lr" in settings else MISSING

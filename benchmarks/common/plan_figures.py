@@ -1,0 +1,55 @@
+"""The figure of a study of a plan: its losses and its endpoint, or its trials so far."""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from common.plans import Kept
+from lightning_modules.report.drawing import legend_beside
+from lightning_modules.report.page import new_figure
+from lightning_modules.report.study.curves import has_logarithm, plot_runs
+from lightning_modules.report.study.rates import rate_figures
+from lightning_modules.report.study.seeds import draw_values
+from lightning_modules.report.style import GREY
+
+_DECADE = 10
+
+
+def study_figure(kept: Kept) -> Figure:
+    """Losses by epoch and the endpoint beside them; before the end, what every trial came to at its rate.
+
+    Args:
+        kept: A study that has a figure.
+    """
+    if not kept.finished:
+        return _trials_figure(kept)
+    files = kept.files
+    figure, (losses, ends) = new_figure(2)
+    for method, style in files.styles.items():
+        if runs := kept.curves(method):
+            plot_runs(losses, style, "epoch", runs)
+    losses.set(xlabel="epoch", ylabel="training loss, mean of each epoch")
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = losses.get_ylim()
+    if has_logarithm(losses) and not 0 < high < _DECADE * low:  # in less than a decade, a logarithm has few numbers
+        losses.set_yscale("log")
+    measure = files.endpoint
+    draw_values(ends, files, measure, read_outs=("last",))
+    base = kept.entries.get((measure.column, files.base), {"mean": math.nan})
+    ends.axvline(measure.factor * base["mean"], color=GREY, linewidth=0.7, zorder=1)
+    legend_beside(figure, losses)
+    return figure
+
+
+def _trials_figure(kept: Kept) -> Figure:
+    """Every trial at its rate, those that learned nothing left out where it is known what that is."""
+    figure, _ = rate_figures(kept.files)["trials"]
+    (axes,) = figure.axes
+    if math.isfinite(kept.chance):
+        axes.set(yscale="linear", ylim=(0, 1.1 * kept.chance))
+        axes.axhline(kept.chance, color="black", linestyle=":", linewidth=1)
+        axes.set_title("dotted: no better than chance", fontsize=8, loc="left")
+    return figure

@@ -1,0 +1,297 @@
+"""benchmarks/evidence.py: what it draws of studies of plans, and that it names what is not as the files say."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+from statistics import geometric_mean, mean, median
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from studies import MEASURES, finished
+
+from lightning_modules.study.statistics import summarise
+from lightning_modules.support.files import read_csv, write_csv
+
+ROOT = Path(__file__).parent.parent
+CLAIM = "claim/resnet-32-plain-1024"
+METHODS = {"sgd": "SGD", "nsgd": "NSGD", "adamw": "AdamW"}
+SEEDS = range(3)
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("evidence")
+
+
+@pytest.fixture
+def plans(evidence):
+    return importlib.import_module("common.plans")
+
+
+@pytest.fixture
+def house(evidence, tmp_path, monkeypatch):
+    """The documents and results, to be changed."""
+    for document in evidence.TABLES:
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / document, tmp_path / document)
+    results = shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    for name, value in {"ROOT": tmp_path, "RESULTS": results, "PLANS": results / "cifar10"}.items():
+        monkeypatch.setattr(evidence, name, value)
+    monkeypatch.setattr(evidence, "PICTURE", results / "first_command.svg")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished study of three methods and three seeds, as benchmarks/cifar10.py keeps it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(ROOT / "benchmarks"))
+        folder = tmp_path_factory.mktemp("made")
+        study = {"methods": list(METHODS), "seeds": len(SEEDS), "lr": None, "tune": 3, "endpoint": "test_accuracy"}
+        finished(folder / "runs" / "toy", **study)
+        importlib.import_module("cifar10").keep(folder / "runs", folder / "plans" / "toy-plan")
+        return folder / "plans" / "toy-plan" / "toy"
+
+
+@pytest.fixture
+def kept(plans, made, tmp_path):
+    return plans.Kept(shutil.copytree(made, tmp_path / "toy-plan" / "toy"))
+
+
+def table_of(text):
+    """Cells of the first table by their row's name and their column's."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    header, _, *rows = lines
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def replaced(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_everything_is_what_the_files_say_and_what_is_not_is_named(evidence, house):
+    assert evidence.check() == []
+    replaced(house / "nsgd" / "README.md", "CNN, batch 128 | 1.00", "CNN, batch 128 | 0.99")
+    replaced(house / "benchmarks" / "results" / "first_command.svg", "<path", "<path ")
+    trials = house / "benchmarks" / "results" / "cifar10" / CLAIM / "partial.csv"
+    rows = read_csv(trials)
+    best = min((row for row in rows if row["method"] == "adamw"), key=lambda row: row["val_loss"])
+    best |= {"val_accuracy": 0.6, "val_loss": 1.0}
+    write_csv(trials, rows)
+    assert evidence.check() == [
+        "README.md: the table claim",
+        "nsgd/README.md: the table cost",
+        f"benchmarks/README.md: the table cifar10/{CLAIM}",
+        "benchmarks/results/first_command.svg",
+        f"benchmarks/results/cifar10/{CLAIM}/curves.svg",
+    ]
+    evidence.redraw()
+    assert evidence.check() == []
+    assert "| AdamW | 0.0029 | 1 of 5 | 1.23 | 60.0 |" in (house / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_study_that_is_new_is_missed_and_gets_its_place_and_its_figure(evidence, house, made):
+    to = house / "benchmarks" / "results" / "cifar10" / "toy-plan" / "toy"
+    shutil.copytree(made, to)
+    drawing = "results/cifar10/toy-plan/toy/curves.svg"
+    assert evidence.check() == ["benchmarks/README.md: the table cifar10/toy-plan/toy", f"benchmarks/{drawing}"]
+    before = (house / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    evidence.redraw()
+    after = (house / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert evidence.check() == []
+    start, end = before.split(f"<!-- /cifar10/{CLAIM} -->\n")
+    assert after.startswith(start)
+    assert after.endswith(f"<!-- /cifar10/toy-plan/toy -->\n{end}")
+    assert f"]({drawing})\n\n<!-- /cifar10/toy-plan/toy -->" in after
+    shutil.rmtree(to)
+    with pytest.raises(ValueError, match=r"expected files for the table cifar10/toy-plan/toy in benchmarks/README.md"):
+        evidence.check()
+
+
+def test_the_command_ends_with_names_or_with_a_sentence(evidence, house, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--check"])
+    monkeypatch.setattr(evidence, "figures", dict)  # which take a second each
+    evidence.main()
+    replaced(house / "README.md", "| Muon | 0.0082 |", "| Muon | 0.0083 |")
+    with pytest.raises(SystemExit, match=r"^README.md: the table claim\nnot what the files say; run python"):
+        evidence.main()
+    replaced(house / "README.md", "<!-- /claim -->", "")
+    with pytest.raises(SystemExit, match=r"^expected one place for the table claim in README.md, got 0$"):
+        evidence.main()
+
+
+def test_the_table_of_a_finished_study_has_the_statistics_of_its_runs(kept):
+    """Against SciPy and the standard library, from results.csv."""
+    entries = importlib.import_module("common.plan_entries")
+    last = [row for row in read_csv(kept.folder / "results.csv") if row["read_out"] == "last"]
+    settled = yaml.safe_load((kept.folder / "settled.yaml").read_text())["settings"]
+    values = {
+        (method, name): [next(r[name] for r in last if (r["method"], r["seed"]) == (method, seed)) for seed in SEEDS]
+        for method in METHODS
+        for name in ("test_accuracy", "train_loss", "step", "gradients")
+    }
+    base = values["sgd", "test_accuracy"]
+    p = {m: float(stats.ttest_rel(values[m, "test_accuracy"], base).pvalue) for m in ("nsgd", "adamw")}
+    smaller, larger = sorted(p, key=p.__getitem__)
+    holm = {smaller: min(1, 2 * p[smaller]), larger: max(min(1, 2 * p[smaller]), p[larger])}
+
+    def half(numbers):
+        return stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers)
+
+    table = table_of(entries.study_table(kept))
+    assert list(table) == list(METHODS.values())
+    for method, label in METHODS.items():
+        row, accuracy, loss = table[label], values[method, "test_accuracy"], values[method, "train_loss"]
+        assert float(row["tuned rate"].rstrip("*")) == pytest.approx(settled[method]["lr"], rel=0.05)
+        tried = [trial["lr"] for trial in read_csv(kept.folder / "tuning.csv") if trial["method"] == method]
+        assert row["tuned rate"].endswith("*") == (settled[method]["lr"] in (min(tried), max(tried)))
+        assert row["n"] == "3"
+        assert row["test accuracy, %"] == f"{100 * mean(accuracy):.1f} ± {100 * half(accuracy):.1f}"
+        assert row["training loss"].split(" (")[0] == f"{geometric_mean(loss):.4f}"
+        assert float(row["steps"]) == median(values[method, "step"])
+        assert float(row["gradients"]) == pytest.approx(median(values[method, "gradients"]), rel=1e-2)
+        if method == "sgd":
+            assert row["minus SGD"] == ""
+            continue
+        gains = [own - other for own, other in zip(accuracy, base, strict=True)]
+        what = "significant" if holm[method] < 0.05 else "no significant difference"
+        assert row["minus SGD"] == (
+            f"{100 * mean(gains):+.1f} ± {100 * half(gains):.1f}, {what} (p = {holm[method]:.2g})"
+        )
+
+
+def test_an_entry_says_what_was_compared_who_won_where_it_ran_and_how_it_is_made(kept):
+    entries = importlib.import_module("common.plan_entries")
+    last = [row for row in read_csv(kept.folder / "results.csv") if row["read_out"] == "last"]
+    means = {method: mean(row["test_accuracy"] for row in last if row["method"] == method) for method in METHODS}
+    best = max(means, key=means.__getitem__)
+    entry = entries.study_entry(kept, "curves.svg")
+    words = " ".join(entry.split())
+    won = f"Highest of all: {METHODS[best]}, {100 * means[best]:.1f} %."
+    for part in (
+        "**Toy-plan, toy.** SGD, NSGD, AdamW on Digits: mlp, 2 epochs, 3 seeds, 300 images, batches of 50.",
+        won,
+        "Endpoint, fixed before the runs: test accuracy",
+        "Means over 3 paired seeds with their 95 % interval",
+        f"On a CPU ({yaml.safe_load((kept.folder / 'environment.yaml').read_text())['processor']}).",
+        "From `benchmarks/results/cifar10/toy-plan/`, made by `python benchmarks/cifar10.py --plan toy-plan`.",
+    ):
+        assert part in words
+    (alt,) = re.findall(r"^!\[(.*)\]\(curves.svg\)$", entry, flags=re.M)
+    assert alt.endswith(won)
+    assert "Published" not in words
+
+
+def test_the_figure_of_a_finished_study_has_every_seed_thin_their_median_thick_and_the_ends(kept):
+    figures = importlib.import_module("common.plan_figures")
+    losses, ends = figures.study_figure(kept).axes
+    rows, results = read_csv(kept.folder / "curves.csv"), read_csv(kept.folder / "results.csv")
+    lines = {line.get_label(): line for line in losses.get_lines()}
+    for method, label in METHODS.items():
+        runs = [[r["loss"] for r in rows if (r["method"], r["seed"]) == (method, seed)] for seed in SEEDS]
+        for seed, run in enumerate(runs):
+            np.testing.assert_array_equal(lines[f"_{label}, seed {seed}"].get_xydata(), list(enumerate(run, 1)))
+            assert lines[f"_{label}, seed {seed}"].get_linewidth() < lines[label].get_linewidth() / 2
+        np.testing.assert_allclose(lines[label].get_ydata(), [median(at) for at in zip(*runs, strict=True)])
+        (points,) = [line for line in ends.get_lines() if line.get_label() == f"_{method} last"]
+        own = [r["test_accuracy"] for r in results if (r["method"], r["read_out"]) == (method, "last")]
+        np.testing.assert_allclose(points.get_xdata(), sorted(100 * value for value in own))
+
+
+def test_seeds_and_methods_that_failed_are_said(kept):
+    entries, figures = (importlib.import_module(f"common.plan_{name}") for name in ("entries", "figures"))
+    for name in ("results", "curves"):
+        rows = [row for row in read_csv(kept.folder / f"{name}.csv") if row["method"] != "adamw"]
+        for row in rows:
+            if (row["method"], row["seed"]) == ("nsgd", 1):
+                row["train_loss" if name == "results" else "loss"] = math.nan
+        write_csv(kept.folder / f"{name}.csv", rows)
+    summary = summarise(read_csv(kept.folder / "results.csv"), list(METHODS), MEASURES, SEEDS)
+    write_csv(kept.folder / "summary.csv", summary)
+    table = table_of(entries.study_entry(kept, "curves.svg"))
+    assert table["NSGD"]["n"] == "2 of 3"
+    assert [table["AdamW"][name] for name in ("n", "test accuracy, %", "steps")] == [
+        "0 of 3",
+        "failed",
+        "–",
+    ]
+    evidence = importlib.import_module("common.documents")
+    assert evidence.svg(figures.study_figure(kept))
+
+
+def test_a_study_that_is_not_finished_shows_its_trials_and_judges_nothing(plans):
+    entries, figures = (importlib.import_module(f"common.plan_{name}") for name in ("entries", "figures"))
+    claim = plans.Kept(ROOT / "benchmarks" / "results" / "cifar10" / CLAIM)
+    if claim.finished:
+        pytest.skip("it is finished")
+    found = {}
+    for row in read_csv(claim.folder / "partial.csv"):
+        found.setdefault(row["method"], []).append(row)
+    table = table_of(entries.study_table(claim))
+    for method, rows in found.items():
+        best = min((row for row in rows if math.isfinite(row["val_loss"])), key=lambda row: row["val_loss"])
+        lost = sum(not row["train_loss"] <= math.log(10) for row in rows)
+        cells = [f"{best['lr']:.2g}", f"{lost} of {len(rows)}", f"{best['train_loss']:.2f}"]
+        shown = list(table[claim.files.label(method)].values())[1:]
+        assert shown == [*cells, f"{100 * best['val_accuracy']:.1f}"]
+    (axes,) = figures.study_figure(claim).axes
+    assert axes.get_ylim()[1] < 3  # what diverged does not flatten the rest
+    for method, rows in found.items():
+        (line,) = [line for line in axes.get_lines() if line.get_label() == claim.files.label(method)]
+        np.testing.assert_array_equal(sorted(line.get_xdata()), sorted(row["lr"] for row in rows))
+
+
+def test_a_study_with_no_trials_yet_has_no_table_and_no_figure(plans, kept):
+    entries = importlib.import_module("common.plan_entries")
+    results = read_csv(kept.folder / "results.csv")
+    for name in ("results", "summary", "tuning", "curves"):
+        (kept.folder / f"{name}.csv").unlink()
+    write_csv(kept.folder / "partial.csv", [{"run": f"runs/sgd-{row['seed']}", **row} for row in results[:2]])
+    begun = plans.Kept(kept.folder)
+    assert not begun.has_figure
+    entry = entries.study_entry(begun, "curves.svg")
+    assert "Of the runs to judge by 1 are made." in " ".join(entry.split())
+    assert "| " not in entry
+    assert "![" not in entry
+
+
+def test_what_a_paper_says_stands_below_its_plan_and_is_called_published(plans, kept, tmp_path):
+    entries = importlib.import_module("common.plan_entries")
+    shutil.copytree(kept.folder, tmp_path / "paper-scaled" / "toy")
+    words = " ".join(entries.study_table(plans.Kept(tmp_path / "paper-scaled" / "toy")).split())
+    assert "Published ([1807.05031](" in words
+
+
+def test_a_drawing_of_another_matplotlib_is_compared_by_what_it_shows(kept):
+    documents, figures = (importlib.import_module(f"common.{name}") for name in ("documents", "plan_figures"))
+    drawing = documents.svg(figures.study_figure(kept))
+    assert "<dc:date>" not in drawing
+    kept.drawing.write_text(drawing)
+    assert documents.is_of(kept.drawing, figures.study_figure(kept))
+    kept.drawing.write_text(drawing.replace("<path", "<path ", 1))
+    assert not documents.is_of(kept.drawing, figures.study_figure(kept))
+    kept.drawing.write_text(re.sub(r"Matplotlib v[\w.]+", "Matplotlib v1.0", drawing).replace("<path", "<path ", 1))
+    assert documents.is_of(kept.drawing, figures.study_figure(kept))
+    rows = read_csv(kept.folder / "curves.csv")
+    rows[0]["loss"] *= 1.001
+    write_csv(kept.folder / "curves.csv", rows)
+    assert not documents.is_of(kept.drawing, figures.study_figure(kept))
+
+
+def test_lines_of_a_cell_stay_apart_and_code_is_not_broken(evidence):
+    documents = importlib.import_module("common.documents")
+    assert documents.markdown(["a", "b"], [["1\n2", "3"]]).splitlines()[-1] == "| 1<br>2 | 3 |"
+    words = documents.wrapped(f"{'x ' * 55}`python benchmarks/a.py` {'y ' * 60}50 %")
+    assert "`python benchmarks/a.py`" in words
+    assert max(map(len, words.splitlines())) <= 120
+    assert "50 %" in words
