@@ -170,6 +170,23 @@ def test_the_table_of_a_finished_study_has_the_statistics_of_its_runs(kept):
         )
 
 
+def test_a_study_that_is_judged_by_its_training_loss_has_the_accuracy_beside_it(kept):
+    entries = importlib.import_module("common.plan_entries")
+    last = [row for row in read_csv(kept.folder / "results.csv") if row["read_out"] == "last"]
+    config = yaml.safe_load((kept.folder / "config.yaml").read_text()) | {"endpoint": "train_loss"}
+    (kept.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    words = entries.study_table(kept)
+    table = table_of(words)
+    assert list(table["NSGD"])[3:6] == ["training loss", "over SGD", "test accuracy, %"]
+    ratios = [
+        next(row["train_loss"] for row in last if (row["method"], row["seed"]) == ("nsgd", seed))
+        / next(row["train_loss"] for row in last if (row["method"], row["seed"]) == ("sgd", seed))
+        for seed in SEEDS
+    ]
+    assert table["NSGD"]["over SGD"].startswith(f"{geometric_mean(ratios):.2f} times (")
+    assert "Endpoint, fixed before the runs: training loss" in words
+
+
 def test_an_entry_says_what_was_compared_who_won_where_it_ran_and_how_it_is_made(kept):
     entries = importlib.import_module("common.plan_entries")
     last = [row for row in read_csv(kept.folder / "results.csv") if row["read_out"] == "last"]

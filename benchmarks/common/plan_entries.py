@@ -99,22 +99,24 @@ def _alt(kept: Kept) -> str:
 def _results(kept: Kept) -> tuple[str, str]:
     """Of a finished study: every method in the order of the study, and what its numbers are."""
     files, base = kept.files, kept.files.label(kept.files.base)
-    measure, entries = files.endpoint, kept.entries
+    measure, beside, entries = files.endpoint, files.secondary, kept.entries
     rows, edge = [], False
     for method in files.methods:
-        end, loss = (entries[name, method] for name in (measure.column, TRAIN_LOSS.column))
+        end = entries[measure.column, method]
         label = f"{files.label(method)} (control)" if files.styles[method].control else files.label(method)
         at_edge = bool(at_the_edge(files, method))
         edge |= at_edge
         cells = [label, f"{_rate(files.settings[method])}{'*' if at_edge else ''}"]
         change = f"{change_of(end, measure)}, {test_of(end)}" if end["pairs"] else ""
         n = f"{end['n']} of {end['n'] + end['failed']}" if end["failed"] else str(end["n"])
-        cells += [n, mean_of(end, measure), change, mean_of(loss, TRAIN_LOSS)]
+        cells += [n, mean_of(end, measure), change]
+        cells += [] if beside is None else [mean_of(entries[beside.column, method], beside)]
         spent = [[row[cost] for row in files.last(method)] for cost in ("step", "gradients")]
         rows.append([*cells, *(amount(median(values)) if values else MISSING for values in spent)])
     over = f"{'over' if files.effect(measure) == 'ratio' else 'minus'} {base}"
     rate = "tuned rate" if files.tuning else "rate"
-    head = ["method", rate, "n", measure.header, over, TRAIN_LOSS.header, "steps", "gradients"]
+    shown = [measure.header, over, *([] if beside is None else [beside.header])]
+    head = ["method", rate, "n", *shown, "steps", "gradients"]
     tables = [markdown(head, rows)]
     if files.sweep:
         swept = sensitivity_table(files)

@@ -12,6 +12,7 @@ from lightning_modules.report.study.curves import Point
 from lightning_modules.report.study.files import Files, read_folder
 from lightning_modules.report.style import method_styles
 from lightning_modules.support.files import Rows, read_csv
+from lightning_modules.support.run_folder import rows
 from lightning_modules.support.study_folder import StudyFolder
 
 
@@ -47,8 +48,8 @@ class Kept:
 
     @cached_property
     def runs(self) -> Rows:
-        """Of a study that is not finished, what its runs ended with so far."""
-        return read_csv(self.folder / "partial.csv")
+        """Of a study that is not finished, what its runs ended with so far; none where none has."""
+        return rows(self.folder / "partial.csv")
 
     @cached_property
     def files(self) -> Files:
