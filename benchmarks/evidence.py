@@ -183,6 +183,7 @@ TABLES["benchmarks/README.md"] = {
     "eigen": benchmark("eigen", "Medians over checkpoints and seeds.", lambda first: ", k = 10," in first),
     "step": benchmark("step", "Medians of iterations taken in turn."),
     "centring": benchmark("centring", "Means over paired seeds."),
+    "where_not": benchmark("where_not", "Means over seeds; along the path early / halfway / at the end, of one seed."),
     "hvp": benchmark("hvp", "Medians of calls taken in turn.", lambda first: not first.endswith(", gradient")),
 }
 

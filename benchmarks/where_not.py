@@ -2,9 +2,9 @@
 
 Trains momentum SGD and NSGD (differences, k = 20, gamma = 0.1) on 6,000 CIFAR-10 images of 8 x 8 pixels, on three seeds
 at each of a few rates; the rate with the least mean final training loss is the method's best. The first seed then runs
-again at that rate, and is stopped early, halfway and at the end, where the top 20 eigenvalues of the training-mode loss
-on 128 fixed training images are taken, by 40 products: the first are exact, the last somewhat low. SGD runs as NSGD with gamma = 1, bitwise the same, so that the directions
-which NSGD would follow on SGD's path are known too. Noted there:
+again at that rate, and is stopped early, halfway and at the end. There the top 20 eigenvalues of the training-mode loss
+on 128 fixed training images are taken, by 40 products: the first are exact, the last somewhat low. SGD runs as NSGD
+with gamma = 1, bitwise the same, so that the directions which NSGD would follow on SGD's path are known too. Noted:
 
 - edge: lambda_1 lr / (2 (1 + momentum)). Above 1 the rate is not borne along that direction.
 - felt: the same of M^(1/2) H M^(1/2), what a step damped by gamma = 0.1 along the directions still feels.
@@ -235,7 +235,7 @@ def best_rate(rows: list[Row]) -> float:
 
 
 MEASURED = ("edge", "felt", "caught", "alignment", "noise")
-HEADER = ("case: method", "lr", "rates", "training loss", "test, %", *MEASURED, "lambda_1 / lambda_20")
+HEADER = ("case: method", "lr", "rates", "training loss", "test, %", *MEASURED, "lambda_1 / lambda_10")
 
 
 def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -251,7 +251,7 @@ def table(rows: list[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
         cells += [f"{mean(row['train_loss'] for row in best):.3f}"]
         cells += [f"{100 * mean(row['test_accuracy'] for row in best):.1f}"]
         cells += [" / ".join(f"{row[name]:.2f}" for row in points) for name in MEASURED]
-        cells += [" / ".join(f"{row['lambda_1'] / row[f'lambda_{TOP}']:.1f}" for row in points)]
+        cells += [" / ".join(f"{row['lambda_1'] / row['lambda_10']:.1f}" for row in points)]
         body.append([f"{case}: {method}", *cells])
     return HEADER, body
 

@@ -126,7 +126,7 @@ def test_the_table_takes_the_best_rate_by_mean_loss(where_not):
         {**key, "lr": 0.2, "seed": 1, "train_loss": math.inf, "test_accuracy": 0.1},
         {**key, "lr": 0.1, "seed": 0, "edge": 0.5, "felt": 0.25, "caught": 0.6, "alignment": 0.3, "noise": 0.7},
     ]
-    rows[-1] |= {"lambda_1": 8.0, "lambda_20": 2.0}
+    rows[-1] |= {"lambda_1": 8.0, "lambda_10": 2.0}
     header, body = where_not.table(rows)
     assert body == [["A: SGD", "0.1", "0.1 to 0.2", "1.100", "45.0", "0.50", "0.25", "0.60", "0.30", "0.70", "4.0"]]
     assert len(header) == len(body[0])
