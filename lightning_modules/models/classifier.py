@@ -29,7 +29,8 @@ class Classifier(Stages):
         sizes: Sizes in place of the network's own, by name, such as {"hidden": [32, 32]} of mlp.
 
     Raises:
-        ValueError: If the network or a size is unknown, or the images do not fit the network; in training, if a batch
+        ValueError: If the network or a size is unknown, the images do not fit the network, or there are fewer than 2
+            classes; in training, if a batch
             is of another kind.
     """
 
@@ -44,6 +45,8 @@ class Classifier(Stages):
     ) -> None:
         super().__init__()
         input_shape = tuple(input_shape)
+        if num_classes < 2:
+            raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
         self.save_hyperparameters()
         self.lr, self._shape = lr, input_shape
         self.net = make_net(net, input_shape, num_classes, sizes)

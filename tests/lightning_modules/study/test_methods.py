@@ -524,7 +524,8 @@ def test_entries_and_schedules_are_options_of_the_command_and_of_a_file(tmp_path
     config = tmp_path / "a" / "config.yaml"
     found = yaml.safe_load(config.read_text())
     assert found["methods"] == ["sgd", RMSPROP]
-    assert found["schedule"] == {"name": "cosine", "warmup": 0.25 if len(schedule[1]) > 6 else 0.0}
+    warmup = 0.25 if len(schedule[1]) > 6 else 0.0
+    assert found["schedule"] == {"name": "cosine", "warmup": warmup, "average": None}
     assert main(["compare", str(config), "--run", "1", "--out", str(tmp_path / "b")]) == 0
     assert without_seconds(tmp_path / "a") == without_seconds(tmp_path / "b")
 
