@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(capsys, here, 
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small file system")
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_disk_that_is_really_full_keeps_what_is_finished(capsys, here, jobs):
     disk = here / "disk"
     disk.mkdir()

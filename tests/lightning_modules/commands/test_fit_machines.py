@@ -54,7 +54,7 @@ def test_our_language_model_in_true_precisions(precision):
     assert main(["fit", *QUIET, *TEXT, *options, "--trainer.precision", precision]) == 0
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
 def test_two_processes_share_the_data_and_validate_all_of_it(strategy):
     """Against one process: half as many steps, and the same validation loss, of all images and not of a half."""
     train = ["--optimizer", "SGD", "--optimizer.lr", "1e-7", "--trainer.max_epochs", "1", "--data.limit", "300"]

@@ -27,7 +27,7 @@ def short(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("words", [[], ["--out", "nsgd-compare", "--jobs=1"]])
+@pytest.mark.parametrize("words", [[], pytest.param(["--out", "nsgd-compare", "--jobs=1"], marks=pytest.mark.slow)])
 def test_both_regimes_are_made_and_stand_on_one_page(short, capsys, words):
     assert main(["compare", *words]) == 0
     page = (short / "nsgd-compare" / "report.html").read_text()

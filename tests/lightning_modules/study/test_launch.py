@@ -156,7 +156,10 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("epochs", [(20, 20), (20, 10)], ids=["the same study", "two studies"])
+@pytest.mark.parametrize(
+    "epochs",
+    [pytest.param((20, 20), id="the same study", marks=pytest.mark.slow), pytest.param((20, 10), id="two studies")],
+)
 def test_two_studies_begun_on_one_folder_at_once_leave_one_whole(tmp_path, epochs):
     """The second is refused in a sentence, or, where the first had ended by then, finds all runs made."""
     command = [sys.executable, "-c", TOGETHER, str(tmp_path / "out"), str(Path(__file__).parents[1])]
@@ -194,7 +197,7 @@ def test_a_folder_is_free_again_once_a_study_has_ended_however(tmp_path):
     assert run_study(study(epochs=1), tmp_path / "out", silent) == []
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_study_killed_three_times_ends_with_the_results_of_one_that_was_not(tmp_path, jobs):
     options: dict[str, Any] = {"methods": ["sgd", "nsgd"], "tune": 1, "lr": None, "seeds": 3, "epochs": 20}
     whole, folder = finished(tmp_path / "whole", **options), tmp_path / "killed"
@@ -221,7 +224,9 @@ def test_a_study_killed_three_times_ends_with_the_results_of_one_that_was_not(tm
     assert without_seconds(folder) == without_seconds(whole)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])  # SIGKILL: above
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)  # SIGKILL: above
 def test_a_study_that_is_ended_leaves_no_process(tmp_path, sent):
     here = str(Path(__file__).parents[1])
     process = subprocess.Popen(
@@ -239,8 +244,10 @@ def test_a_study_that_is_ended_leaves_no_process(tmp_path, sent):
 
 @pytest.mark.parametrize(
     ("sent", "words"),
-    [(signal.SIGKILL, "ended by signal 9"), (signal.SIGTERM, "nsgd: ended by SIGTERM")],
-    ids=["SIGKILL", "SIGTERM"],
+    [
+        pytest.param(signal.SIGKILL, "ended by signal 9", id="SIGKILL"),
+        pytest.param(signal.SIGTERM, "nsgd: ended by SIGTERM", id="SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_worker_that_is_killed_takes_one_run_with_it_which_is_tried_again(tmp_path, sent, words):
     killed: list[int] = []

@@ -379,6 +379,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
     options: dict[str, Any] = {
         "methods": ["sgd", "own", {**RMSPROP, "search": {"lr": [1e-3, 1e-2]}, "damped": True}, "muon", "schedule-free"],

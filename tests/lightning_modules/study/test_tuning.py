@@ -210,6 +210,7 @@ run_study(study(**eval(sys.argv[3])), Path(sys.argv[1]), silent)
 """
 
 
+@pytest.mark.slow
 def test_a_study_killed_amid_the_repeats_ends_as_if_it_had_not_been(tmp_path):
     options: dict[str, Any] = {**ONE, "tune": 2, "epochs": 5}
     whole, folder = finished(tmp_path / "whole", **options), tmp_path / "killed"
