@@ -56,8 +56,9 @@ class Study:
             with its schedule) and damped-own (the rule on it); and any optimizer as {class_path: torch.optim.RMSprop},
             with init_args, search (ranges of its trials), damped: true for the rule on it, and label, as far as
             wanted; and any variant of these as {like: nsgd, nsgd: {gamma: 0.01, k: 5}}, with settings, search ({} for
-            no trials), clip (largest norm of the gradient), schedule (in place of the study's) and label. The others
-            are compared with the first.
+            no trials), clip (largest norm of the gradient), noise (standard deviation of white noise on it),
+            batch_size (or all), epochs and schedule (in place of the data's and the study's) and label. The others are
+            compared with the first.
         seeds: Number of paired seeds.
         epochs: Epochs of each run.
         lr: One learning rate for all methods but own and damped-own, in place of their own.
@@ -135,7 +136,7 @@ class Study:
         )
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         score = {"monitor": self.score.monitor, "mode": self.score.mode}
-        schedule = None if self.schedule is None else asdict(self.schedule)
+        schedule = None if self.schedule is None else self.schedule.resolved()
         spectrum = None if self.spectrum is None else asdict(self.spectrum)
         nested = {"schedule": schedule, "spectrum": spectrum, "nsgd": asdict(self.nsgd)}
         return {"data": self._data(), **plain, **score, **nested}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_modules.report.measurements.averaging import draw_averaging, summarize_averaging
 from lightning_modules.report.measurements.quadratic import draw_quadratic, summarize_quadratic
 from lightning_modules.report.measurements.sharpness import draw_sharpness, summarize_sharpness
-from lightning_modules.report.measurements.valley import draw_valley, summarize_valley
+from lightning_modules.report.measurements.valley import draw_valley, summarize_valley, valley_table
 from lightning_modules.report.page import write_page
 from lightning_modules.support import quantities
 from lightning_modules.support.files import Rows, read_csv, unused
@@ -35,26 +35,32 @@ def write_measurements(folder: Path, files: Mapping[str, Path], *, title: str, c
     Raises:
         ValueError: If none of the files has a row.
     """
-    tables = _tables(files)
-    figures = {files[name].stem: _DRAW[name](rows) for name, rows in tables.items()}
+    found = _rows(files)
+    figures = {files[name].stem: _DRAW[name](rows) for name, rows in found.items()}
     if not figures:
         raise ValueError(f"expected a file of {', '.join(quantities.MEASUREMENTS)} with rows for {folder}, got none")
     appendix = {} if config is None else {"Configuration": config.read_text(encoding="utf-8")}
-    signs = " ".join([_SIGNS, *(words for name, words in _SIGNS_OF.items() if name in tables)])
-    summary = [*(_SUMMARIZE[name](rows) for name, rows in tables.items()), signs]
+    signs = " ".join([_SIGNS, *(words for name, words in _SIGNS_OF.items() if name in found)])
+    summary = [*(_SUMMARIZE[name](rows) for name, rows in found.items()), signs]
+    tables = [valley_table(found[quantities.VALLEY])] if quantities.VALLEY in found else []
     page = unused(folder / "measurements.html")
-    return write_page(page, title=title, summary=summary, figures=figures, appendix=appendix)
+    return write_page(page, title=title, summary=summary, figures=figures, tables=tables, appendix=appendix)
 
 
 def measurement_figures(files: Mapping[str, Path]) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption of every measurement that has rows, from the files that they wrote."""
-    return {name: _DRAW[name](rows) for name, rows in _tables(files).items()}
+    return {name: _DRAW[name](rows) for name, rows in _rows(files).items()}
 
 
-def _tables(files: Mapping[str, Path]) -> dict[str, Rows]:
+def measured(folder: Path) -> dict[str, Rows]:
+    """The rows of each measurement of a folder that one run alone has written into."""
+    return _rows(measurements_in(folder))
+
+
+def _rows(files: Mapping[str, Path]) -> dict[str, Rows]:
     """The rows of each measurement that has some, always in one order."""
-    tables = {name: read_csv(files[name]) for name in _DRAW if name in files}
-    return {name: rows for name, rows in tables.items() if rows}
+    found = {name: read_csv(files[name]) for name in _DRAW if name in files}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def measurements_in(folder: Path) -> dict[str, Path]:

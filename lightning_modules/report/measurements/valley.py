@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,6 +54,34 @@ def summarize_valley(rows: Rows) -> str:
         f"Valley: the floor lies between the ends of {crossings.inside} of {crossings.steps} steps"
         f"{crossings.interval}. That most steps cross the valley is {crossings.verdict} by this run."
     )
+
+
+BURSTS = (
+    *("steps", "barriers crossed", "barriers along the floor", "mean height", "mean cosine of gradients"),
+    "distance from the start",
+)
+
+
+def bursts(rows: Rows) -> list[tuple[int, list[str]]]:
+    """The step that each burst begins after, and its cells: that step, and what ``BURSTS`` names."""
+    found = []
+    for burst in measured_by(rows):
+        heights, barriers = values_of(burst, quantities.HEIGHT), values_of(burst, quantities.BARRIER)
+        if not len(heights):
+            continue
+        along = int((values_of(burst, quantities.FLOOR_BARRIER) > 0).sum())
+        means = [finite(values) for values in (heights, values_of(burst, quantities.COSINE))]
+        words = [f"{np.mean(values):.3g}" if len(values) else "" for values in means]
+        far = f"{values_of(burst, quantities.DISTANCE)[-1]:.3g}"
+        step = min(row["step"] for row in burst)
+        found.append((step, [f"{step}", f"{len(heights)}", f"{int((barriers > 0).sum())}", f"{along}", *words, far]))
+    return found
+
+
+def valley_table(rows: Rows) -> dict[str, Any]:
+    """A row for each burst of steps: barriers, height, and how far it is from the start."""
+    title = "The valley, burst by burst"
+    return {"title": title, "header": ["from step", *BURSTS], "rows": [cells for _, cells in bursts(rows)]}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lightning_modules.report.study.averages import averages_figures
 from lightning_modules.report.study.curves import curve_figures
 from lightning_modules.report.study.files import Files
 from lightning_modules.report.study.numbers import and_
+from lightning_modules.report.study.paths import paths_figures
 from lightning_modules.report.study.rates import rate_figures
 from lightning_modules.report.study.seeds import seed_figures
 from lightning_modules.report.style import EARLIER
@@ -20,7 +21,8 @@ from lightning_modules.support.files import Rows
 
 def study_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption: the loss first, where the runs are there, and then everything else."""
-    figures = {**curve_figures(files), **seed_figures(files), **averages_figures(files), **rate_figures(files)}
+    drawn = (curve_figures, seed_figures, averages_figures, paths_figures, rate_figures)
+    figures = {name: figure for draw in drawn for name, figure in draw(files).items()}
     if refreshed := _refreshed(files):
         figures["eigenvalues"] = (_eigenvalues(files, refreshed), _eigenvalues_caption(files, refreshed))
     for method in (m for m in files.methods if 0 in files.metrics[m]):

@@ -11,6 +11,8 @@ from lightning_modules.report.page import Figures, Section, print_tables, write_
 from lightning_modules.report.study.averages import AVERAGES, WORDS, averages_tables
 from lightning_modules.report.study.figures import study_figures
 from lightning_modules.report.study.files import Files, read_folder
+from lightning_modules.report.study.paths import PATHS, paths_tables
+from lightning_modules.report.study.paths import WORDS as PATHS_WORDS
 from lightning_modules.report.study.rates import edges, settings_table
 from lightning_modules.report.study.seeds import SEEDS
 from lightning_modules.report.study.shortfalls import shortfalls_table, shortfalls_words
@@ -49,13 +51,14 @@ def write_report(folder: Path) -> Path:
 def _sections(files: Files, figures: Figures) -> list[Section]:
     """What comes after the one table; all but the first three are folded."""
     averages, table = beside_averages(files), shortfalls_table(files)
-    more = {name: figure for name, figure in figures.items() if name not in (SEEDS, AVERAGES)}
-    schedules = averages_tables(files)
-    drawn = {AVERAGES: figures[AVERAGES]} if AVERAGES in figures else {}
+    more = {name: figure for name, figure in figures.items() if name not in (SEEDS, AVERAGES, PATHS)}
+    schedules, paths = averages_tables(files), paths_tables(files)
+    drawn, walked = ({name: figures[name]} if name in figures else {} for name in (AVERAGES, PATHS))
     return [
         Section("Every seed", figures={SEEDS: figures[SEEDS]}),
         *([Section("More than averaging gives?", averages)] if averages else []),
         *([Section("Averages and schedules", [WORDS], schedules, drawn)] if schedules else []),
+        *([Section("Paths side by side", [PATHS_WORDS], paths, walked)] if paths or walked else []),
         Section("Where NSGD did not help", shortfalls_words(files), [table] if table["rows"] else []),
         Section("The result in sentences", summary(files), folded=True),
         Section("Every read-out with its test, costs", [caption(files)], main_tables(files), folded=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightning_modules.report.verdicts import Numbers
 from lightning_modules.support.read_outs import READ_OUTS, label_of
 from lightning_modules.support.score import Measure
 
+_WIDTH = 32  # letters of a name in a line, beside its points
 SEEDS = "final-values"  # name of the figure
 
 _MARKERS = {"last": "o", "ema": "^", "swa": "s", "two-point": "D", "best": "*"}
@@ -66,7 +68,7 @@ def draw_values(axes: Axes, files: Files, measure: Measure, *, read_outs: Collec
             )
     for read_out in shown:  # what the legend shows, for the points of all methods
         axes.plot([], [], _MARKERS[read_out], color=GREY, label=label_of(read_out), markersize=5)
-    axes.set_yticks(range(len(files.methods)), [files.label(method) for method in files.methods])
+    axes.set_yticks(range(len(files.methods)), [fill(files.label(method), _WIDTH) for method in files.methods])
     axes.set_ylim(len(files.methods) - 0.5, -0.5)
     log = files.effect(measure) == "ratio" and any(len(line.get_xdata()) for line in axes.get_lines())  # type: ignore[arg-type]
     axes.set(xlabel=measure.header, xscale="log" if log else "linear")

@@ -16,6 +16,7 @@ from nsgd.options import FROM_TRAINING, Estimator
 
 Method = str  # the name of a method in its study
 Settings = dict[str, float]  # hyperparameters of a method by name
+BatchSize = int | Literal["all"]
 Damping = Mapping[str, Any] | None  # options that the rule takes, where there is any
 Make = Callable[[Iterable[torch.nn.Parameter], Mapping[str, float], Damping, int], torch.optim.Optimizer]
 Install = Callable[[pl.LightningModule, Mapping[str, float], Damping, int], Callable[[], Any]]
@@ -89,6 +90,10 @@ class Recipe:
         clip: Largest norm of the gradient that a step goes by; None for no clipping.
         schedule: Of its learning rate, in place of the study's; None for the study's.
         like: The built-in method that it is a variant of; None for another.
+        batch_size: Samples in its training batches, or all the training data, in place of the data's own; None for
+            that, whose batches all methods see.
+        epochs: Of its runs, in place of the study's; None for that.
+        noise: Standard deviation of the white noise that is added to each gradient.
     """
 
     label: str
@@ -104,6 +109,9 @@ class Recipe:
     clip: float | None = None
     schedule: Schedule | None = None
     like: Method | None = None
+    batch_size: BatchSize | None = None
+    epochs: int | None = None
+    noise: float = 0.0
 
     @property
     def damps(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,9 @@ from lightning_modules.support.nearest import meant
 from lightning_modules.support.read_outs import average
 from nsgd.trajectory.averaging import tail_sums
 
-_Name = Literal["constant", "cosine", "linear"]
+_Name = Literal["constant", "cosine", "linear", "trapezoid"]
+
+_COOLDOWN = 0.2  # of a trapezoid that does not say
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,19 @@ class Schedule:
     """A factor on the learning rate, step by step: up from zero in a straight line, then on or down to zero.
 
     Args:
-        name: What follows the warm-up: constant, cosine to zero, or linear to zero.
+        name: What follows the warm-up: constant; cosine to zero; linear to zero; or trapezoid, constant and at the end
+            linear to zero (Xing et al. 2018, arXiv 1802.08770).
         warmup: Share of the run's steps that the warm-up takes, for example 0.05.
         average: Name of an average, as ``averages`` takes it, that the last weights are to equal: the factor above is
             multiplied by the share of the average that lies ahead of each step. To first order in rate times curvature
             the last weights are then that average of a run without it (Sandler et al. 2023, arXiv 2301.02312).
+        cooldown: Share of the run's steps that a trapezoid falls in; null for 0.2, and for other names.
     """
 
     name: _Name = "constant"
     warmup: float = 0.0
     average: str | None = None
+    cooldown: float | None = None
 
     def check(self) -> None:
         """Raise a ValueError for a schedule that no run can follow."""
@@ -45,6 +50,28 @@ class Schedule:
             )
         if self.average is not None:
             average(self.average)
+        if self.name != "trapezoid":
+            if self.cooldown is not None:
+                raise ValueError(
+                    f"expected schedule.cooldown with the name trapezoid alone, got it with {self.name}; leave it out"
+                )
+        elif not 0 < self._cooldown <= 1 - self.warmup:
+            raise ValueError(
+                "expected schedule.cooldown to be a share of the run's steps above 0, and at most the "
+                f"{1 - self.warmup:g} that the warm-up leaves, got {self._cooldown:g}; give 0.2 for 20 % of them"
+            )
+
+    @property
+    def _cooldown(self) -> float:
+        """Share of the steps that a trapezoid falls in."""
+        return _COOLDOWN if self.cooldown is None else self.cooldown
+
+    def resolved(self) -> dict[str, Any]:
+        """Its options as plain values; as a file has them they are this schedule."""
+        values = asdict(self)
+        if self.cooldown is None:  # which files of before do not have
+            del values["cooldown"]
+        return values
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Schedule:
@@ -57,8 +84,11 @@ class Schedule:
         if unknown := [name for name in options if name not in known]:
             near = meant(str(unknown[0]), known)
             raise ValueError(f"expected schedule to have {', '.join(known)}, got {unknown[0]!r}{near}")
-        if isinstance(warmup := options.get("warmup", 0.0), bool) or not isinstance(warmup, int | float):
-            raise ValueError(f"expected schedule.warmup to be a number, got {warmup!r}")
+        for share in ("warmup", "cooldown"):
+            value = options.get(share, 0.0)
+            absent = share == "cooldown" and value is None
+            if not absent and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"expected schedule.{share} to be a number, got {value!r}")
         schedule = Schedule(**options)
         schedule.check()
         return schedule
@@ -75,14 +105,22 @@ class Schedule:
         if step < rising:
             return ahead * (step + 1) / rising
         done = min(1.0, (step - rising) / max(1, steps - rising))
-        return ahead * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[self.name]
+        falling = round(self._cooldown * steps)
+        falls = {
+            "constant": 1.0,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "linear": 1 - done,
+            "trapezoid": min(1.0, max(0, steps - step) / max(1, falling)),
+        }
+        return ahead * falls[self.name]
 
     @property
     def label(self) -> str:
         """What it is called in print."""
         falls = "" if self.average is None else f", falling as {average(self.average).label} does"
         warmup = f", after a warm-up of {100 * self.warmup:g} % of the steps" if self.warmup else ""
-        return f"{self.name}{falls}{warmup}"
+        cooldown = f", cool-down {100 * self._cooldown:g} %" if self.name == "trapezoid" else ""
+        return f"{self.name}{cooldown}{falls}{warmup}"
 
     def configured(self, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
         """What ``configure_optimizers`` returns: the optimizer, and this schedule, which Lightning steps with it."""

@@ -1,4 +1,4 @@
-"""A variant of a built-in method: {like, nsgd, settings, search, clip, schedule, label}, in place of a name."""
+"""A variant of a built-in method: {like: sgd} with what differs, in place of a name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_modules.study.methods.recipe import Method, NSGDOptions, Recipe
 from lightning_modules.study.methods.schedule import Schedule
 from lightning_modules.support.nearest import meant
 
-_KEYS = ("like", "nsgd", "settings", "search", "clip", "schedule", "label")
+_KEYS = ("like", "nsgd", "settings", "search", "clip", "schedule", "batch_size", "epochs", "noise", "label")
 
 
 def variant_recipe(
@@ -24,8 +24,9 @@ def variant_recipe(
         entry: ``like``, the method's name, and as far as they are given ``nsgd``, options of the directions in place of
             the study's; ``settings``, hyperparameters in place of the method's; ``search``, ranges in place of the
             method's, {} for no trials; ``clip``, the gradient's largest norm; ``schedule``, of its learning rate in
-            place of the study's; ``label``, what it is called in print, without which it says what is changed. Its name
-            is the label in lower case with hyphens.
+            place of the study's; ``batch_size``, of training batches in place of the data's, or "all"; ``epochs`` in
+            place of the study's; ``noise``, the standard deviation of white noise on each gradient; ``label``, what it
+            is called in print, without which it says what is changed. Its name is the label in lower case with hyphens.
         color: Of its curves.
         line: Of its curves.
         built_in: The methods it may be like.
@@ -36,7 +37,8 @@ def variant_recipe(
     """
     if unknown := [key for key in entry if key not in _KEYS]:
         raise ValueError(f"expected a variant to have {', '.join(_KEYS)}, got {unknown[0]!r}{meant(unknown[0], _KEYS)}")
-    like, label, clip = entry["like"], entry.get("label"), entry.get("clip")
+    like, label, clip, noise = entry["like"], entry.get("label"), entry.get("clip"), entry.get("noise")
+    size, epochs = entry.get("batch_size"), entry.get("epochs")
     parts = {key: entry.get(key) for key in ("nsgd", "settings", "search", "schedule")}
     if not isinstance(like, str) or like not in built_in:
         near = meant(like, built_in) if isinstance(like, str) else ""
@@ -46,9 +48,14 @@ def variant_recipe(
             raise ValueError(f"expected {key} of a variant of {like} to be a mapping, got {value!r}")
     if not isinstance(label, str | None):
         raise ValueError(f"expected label of a variant of {like} to be a text, got {label!r}")
-    number = isinstance(clip, int | float) and not isinstance(clip, bool)
-    if clip is not None and not (number and 0 < clip < math.inf):
-        raise ValueError(f"expected clip of a variant of {like} to be a norm above 0, got {clip!r}")
+    for key, value, kind in (("clip", clip, "a norm"), ("noise", noise, "a standard deviation")):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"expected {key} of a variant of {like} to be {kind} above 0, got {value!r}")
+    for key, value, more in (("batch_size", size, ', or "all"'), ("epochs", epochs, "")):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is not None and not whole and not (more and value == "all"):
+            raise ValueError(f"expected {key} of a variant of {like} to be a number of at least 1{more}, got {value!r}")
     recipe = built_in[like]
     if recipe.more_of is not None:
         raise ValueError(f"expected like to be a method with settings of its own, got {like}; take {recipe.more_of[0]}")
@@ -66,6 +73,9 @@ def variant_recipe(
             raise ValueError(f"expected settings.{option} of a variant of {like} to be a number, got {value!r}")
     words = [f"{name} {value}" for name, value in (changed | settings).items()]
     words += [] if clip is None else [f"clipped at {clip:g}"]
+    words += [] if size is None else ["batch of all" if size == "all" else f"batch {size}"]
+    words += [] if epochs is None else [f"{epochs} epochs"]
+    words += [] if noise is None else [f"noise {noise:g}"]
     schedule = None if parts["schedule"] is None else Schedule.of(scheduled)
     if schedule is not None and recipe.follows != "all":
         raise ValueError(f"expected no schedule in a variant of {like}, whose rate a study does not set; leave it out")
@@ -83,6 +93,9 @@ def variant_recipe(
         clip=None if clip is None else float(clip),
         schedule=schedule,
         like=like,
+        batch_size=size,
+        epochs=epochs,
+        noise=float(noise or 0.0),
     )
     if parts["search"] is not None:
         found = replace(found, search={option: (float(low), float(high)) for option, (low, high) in search.items()})

@@ -33,6 +33,7 @@ def check_study(subject: Subject) -> None:
     _check_numbers(study)
     _check_augment(study)
     _check_methods(study)
+    _check_batches(study)
     _check_settings(study)
     _check_search(study)
     make_measurements(study.measure)
@@ -88,6 +89,19 @@ def _check_augment(study: Study) -> None:
         return
     got = "none, for the module has loaders of its own" if data is None else f"{type(data).__name__}, which has none"
     raise ValueError(f"expected data with an option augment for augment {study.augment}, got {got}; leave augment out")
+
+
+def _check_batches(study: Study) -> None:
+    """A batch size of a method's own is an option of the data's, by its name."""
+    data = study.data
+    own = [recipe for recipe in study.recipes.values() if recipe.batch_size is not None]
+    if not own or isinstance(getattr(data, "batch_size", None), int):
+        return
+    got = "none, for the module has loaders of its own" if data is None else f"{type(data).__name__}, which has none"
+    raise ValueError(
+        f"expected data with an option batch_size for batch_size {own[0].batch_size} of {own[0].label}, got {got}; "
+        "leave batch_size out"
+    )
 
 
 def _check_methods(study: Study) -> None:
@@ -167,11 +181,13 @@ def _check_training(subject: Subject) -> None:
         if (options := recipe.directions(study.given(method), study.nsgd)) is not None:
             for callback in options.refresh():
                 callback.check_samples([options.solver], module)
-    if subject.steps < 1:
-        raise ValueError("expected a batch of training data at least, got none")
-    schedules = (recipe.followed(study.schedule) for recipe in study.recipes.values())
-    for name in (*study.averages, *(s.average for s in schedules if s is not None and s.average is not None)):
-        average(name).check(subject.steps)
+    for method, recipe in study.recipes.items():
+        if subject.steps(method) < 1:
+            raise ValueError(f"expected a batch of training data at least, got none for {recipe.label}")
+        schedule = recipe.followed(study.schedule)
+        own = [] if schedule is None or schedule.average is None else [schedule.average]
+        for name in own or study.averages:
+            average(name).check(subject.steps(method))
 
 
 def _check_scores(subject: Subject) -> None:

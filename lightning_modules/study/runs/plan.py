@@ -197,4 +197,4 @@ def steps_of(subject: Subject, folder: StudyFolder, run: Run) -> int:
         other = folder.run(run_name("study", more_of[1], run.seed))
         if other.finished:
             return round(float(other.results()[0]["gradients"]))
-    return subject.steps
+    return subject.steps(run.method)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.data.images import ImageData
 from lightning_modules.models.base import Split
 from lightning_modules.models.classifier import Classifier
+from lightning_modules.study.methods.recipe import BatchSize, Method
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.devices import Devices, find_devices
 from lightning_modules.support.quiet import quiet, quiet_trainer
@@ -76,11 +77,14 @@ class Subject:
         shape, classes = study.data.input_shape, study.data.num_classes  # type: ignore[union-attr]
         return Classifier(study.net, shape, classes, sizes=study.sizes)
 
-    def data(self) -> pl.LightningDataModule | None:
+    def data(self, method: Method | None = None) -> pl.LightningDataModule | None:
         """The data as they are before any run, set up once for all stages; None where the module has its own.
 
         Each run has a copy, so that it finds generators and the like as the others do. And they are not set up again
         for its validation and test, where many split anew, at random, and mix what was trained on with what was not.
+
+        Args:
+            method: Whose batches they are to make, where it has a batch size of its own.
         """
         if self.study.data is None:
             return None
@@ -90,6 +94,9 @@ class Subject:
         data.prepare_data()
         for stage in ("fit", "validate", *(["test"] if is_overridden("test_dataloader", data) else [])):
             data.setup(stage)
+        size = None if method is None else self.study.recipes[method].batch_size
+        if size is not None:
+            vars(data).update(batch_size=len(data.train_dataloader().dataset) if size == "all" else size)
         vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
         return data
 
@@ -98,10 +105,17 @@ class Subject:
         """Whether an interrupted run may go on from the end of an epoch: ours; what others keep is not known."""
         return self.study.model is None and isinstance(self.study.data, ImageData)
 
-    def loader(self, stage: Split) -> Any:
-        """The loader of a stage, of the data or of the module; None where there is none."""
+    def loader(self, stage: Split, method: Method | None = None) -> Any:
+        """The loader of a stage, of the data or of the module; None where there is none.
+
+        Args:
+            stage: "train", "val" or "test".
+            method: Whose it is, where it may have a batch size of its own.
+        """
         name = f"{stage}_dataloader"
-        return getattr(self._source, name)() if is_overridden(name, self._source) else None
+        own = method is not None and self.study.recipes[method].batch_size is not None
+        source = self.data(method) if own else self._source
+        return getattr(source, name)() if is_overridden(name, source) else None
 
     @cached_property
     def _source(self) -> Any:
@@ -119,14 +133,24 @@ class Subject:
         """Whether there are test data, and a test of the module's."""
         return is_overridden("test_step", self.module()) and self.loader("test") is not None
 
-    @cached_property
-    def steps(self) -> int:
-        """Optimizer steps of one run.
+    def steps(self, method: Method) -> int:
+        """Optimizer steps of a run of a method.
 
         Raises:
             ValueError: If there is no training loader, or none with a length.
         """
-        loader = self.loader("train")
+        recipe = self.study.recipes[method]
+        if recipe.batch_size not in self._batches:
+            self._batches[recipe.batch_size] = self._batches_of(method)
+        return (recipe.epochs or self.study.epochs) * self._batches[recipe.batch_size]
+
+    @cached_property
+    def _batches(self) -> dict[BatchSize | None, int]:
+        """Batches of an epoch, by the batch size that a method has of its own."""
+        return {}
+
+    def _batches_of(self, method: Method) -> int:
+        loader = self.loader("train", method)
         if loader is None:
             raise ValueError("expected data with a train_dataloader, got none; give --data, or the model one")
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -135,7 +159,7 @@ class Subject:
                 f"expected a train_dataloader that is a DataLoader over a data set with a length, got {what}: a study "
                 "needs to know its steps beforehand, and takes the training loss of samples"
             )
-        return self.study.epochs * len(loader)
+        return len(loader)
 
 
 def _module_of(config: Mapping[str, Any]) -> pl.LightningModule:

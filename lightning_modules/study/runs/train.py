@@ -11,6 +11,7 @@ import torch
 from lightning_modules.callbacks.averages import ReadOuts
 from lightning_modules.callbacks.epoch_checkpoint import EpochCheckpoint
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
+from lightning_modules.callbacks.gradient_noise import GradientNoise
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
 from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.callbacks.refresh import RefreshDirections
@@ -109,13 +110,14 @@ def _train(
     prepare(module, recipe, settings, nsgd, seed=seed, schedule=subject.study.schedule, steps=steps)
     directions = recipe.directions(settings, nsgd)
     refresh = [] if directions is None else directions.refresh()
-    callbacks = [*measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
+    noise = [GradientNoise(recipe.noise, seed)] if recipe.noise else []
+    callbacks = [*measurements, *noise, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
     checkpoint = None
     if kept is not None:
         callbacks, checkpoint = [*callbacks, kept], kept.found()
     with quiet():
         trainer = subject.trainer(max_epochs=-1, max_steps=steps, callbacks=callbacks, gradient_clip_val=recipe.clip)
-        trainer.fit(module, datamodule=subject.data(), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=subject.data(method), ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step != steps:
         raise RuntimeError(f"expected {steps} steps, {trainer.global_step} were made; something ended the training")
     return trainer
@@ -183,9 +185,11 @@ def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]
             )
             step += first["seconds"] / max(1.0, every)
         read = len(READ_OUTS) + len(_averages(study, method))
-        scored = study.epochs * batches["val"] + read * (sum(batches.values()) + evaluated)
-        seconds[method] = subject.steps * step + scored * record.validating / max(1, batches["val"])
-    return sum(seconds[run.method] * steps_of(subject, folder, run) / subject.steps for run in runs)
+        scored = (study.recipes[method].epochs or study.epochs) * batches["val"] + read * (
+            sum(batches.values()) + evaluated
+        )
+        seconds[method] = subject.steps(method) * step + scored * record.validating / max(1, batches["val"])
+    return sum(seconds[run.method] * steps_of(subject, folder, run) / subject.steps(run.method) for run in runs)
 
 
 def _batches(loader: Any) -> int:

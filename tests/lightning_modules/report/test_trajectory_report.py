@@ -308,6 +308,11 @@ def test_the_page_begins_with_a_line_on_each_measurement_and_what_its_signs_mean
     assert f"above it at {sum(share > 1 for share in shares)} of 3 measurements" in sharpness
     positions = [row["value"] for row in read_csv(measured / "valley.csv") if row["quantity"] == "position"]
     assert f"between the ends of {sum(0 < position < 1 for position in positions)} of 24 steps" in valley
+    barriers = sum(r["value"] > 0 for r in read_csv(measured / "valley.csv") if r["quantity"] == "barrier")
+    table = re.findall(r"<tr[^>]*>(.*?)</tr>", page.read_text().partition("The valley, burst by burst")[2], re.DOTALL)
+    bursts = [re.findall(r"<td[^>]*><div>(.*?)</div>", row, re.DOTALL) for row in table[1:]]
+    assert sum(int(burst[1]) for burst in bursts) == 24
+    assert sum(int(burst[2]) for burst in bursts) == barriers
     batch = [row for row in read_csv(measured / "quadratic.csv") if row["quantity"] == "best rate"]
     assert f"its best rate is {statistics.median(row['value'] / 0.2 for row in batch):.3g} times lr" in quadratic
     losses: dict[str, list[float]] = {}

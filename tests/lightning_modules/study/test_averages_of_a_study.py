@@ -177,6 +177,7 @@ def test_averages_that_no_run_has_are_refused_before_any_run(tmp_path, names, wo
         ({"like": "sgd", "schedule": {"name": "step"}}, "expected schedule.name to be one of constant, .*, got 'step'"),
         ({"like": "sgd", "schedule": {"warmup": 1.0}}, "expected schedule.warmup to be a share .*, got 1.0"),
         ({"like": "sgd", "schedule": {"warmup": "long"}}, "expected schedule.warmup to be a number, got 'long'"),
+        ({"like": "sgd", "schedule": {"cooldown": True}}, "expected schedule.cooldown to be a number, got True"),
         ({"like": "sgd", "schedule": {"average": 3}}, "expected an average to be named .*, got 3"),
         ({"like": "schedule-free", "schedule": {}}, "expected no schedule in a variant of schedule-free, .*; leave it"),
         ({"like": "own", "schedule": {}}, "expected no schedule in a variant of own, .*; leave it out"),

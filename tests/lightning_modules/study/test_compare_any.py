@@ -592,6 +592,6 @@ def test_what_cannot_be_compared_is_one_sentence_and_writes_nothing(own, capsys,
 def test_every_run_of_a_users_module_is_a_command(own):
     chosen = study(own)
     assert [run.name for run in plan_runs(chosen)] == ["runs/sgd-0", "runs/nsgd-0"]
-    assert Subject(chosen).steps == 10
+    assert Subject(chosen).steps("sgd") == 10
     assert not Subject(chosen).is_tested
     assert Subject(study(own, "Tested")).is_tested

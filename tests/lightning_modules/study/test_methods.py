@@ -227,7 +227,7 @@ def test_a_test_on_some_batches(tmp_path):
 # -- schedules -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "trapezoid"])
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
 def test_rates_are_those_of_the_formula_at_every_step(tmp_path, name, warmup):
     rising = int(8 * warmup)
@@ -236,9 +236,11 @@ def test_rates_are_those_of_the_formula_at_every_step(tmp_path, name, warmup):
         if step < rising:
             return 0.2 * (step + 1) / rising
         done = (step - rising) / (8 - rising)
+        if name == "trapezoid":  # the last half of the run
+            return 0.2 * min(1.0, (8 - step) / 4)
         return 0.2 * {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done}[name]
 
-    schedule = Schedule(name, warmup)
+    schedule = Schedule(name, warmup, cooldown=0.5 if name == "trapezoid" else None)
     assert [0.2 * schedule.factor(step, 8) for step in range(8)] == pytest.approx([rate(s) for s in range(8)])
     folder = finished(tmp_path, methods=["sgd"], seeds=1, schedule=schedule)
     expected = by_hand(lambda params: torch.optim.SGD(params, lr=0.2), rate=rate)
@@ -457,7 +459,13 @@ def entry(path: str, **rest: Any) -> dict[str, Any]:
         ({"settings": {"adamww": {"lr": 0.1}}}, r"got 'adamww'; did you mean adamw\?"),
         ({"methods": ["own"], "settings": {"own": {"lr": 0.1}}}, "settings of own to be among none at all, got 'lr'"),
         ({"schedule": Schedule("cosine", 1.5)}, "warmup to be a share of the run's steps, .*got 1.5, .* give 0.05"),
-        ({"schedule": Schedule("step")}, "schedule.name to be one of constant, cosine, linear, got 'step'"),
+        ({"schedule": Schedule("step")}, "schedule.name to be one of constant, cosine, linear, trapezoid, got 'step'"),
+        ({"schedule": Schedule("trapezoid", 0.9)}, "cooldown to be a share .* at most the 0.1 that the warm-up leaves"),
+        (
+            {"schedule": Schedule("trapezoid", cooldown=0.0)},
+            "cooldown to be a share of the run's steps above 0, .*got 0",
+        ),
+        ({"schedule": Schedule(cooldown=0.1)}, "cooldown with the name trapezoid alone, got it with constant; leave"),
         ({"weight_decay": -0.1}, "weight_decay >= 0 and finite, got -0.1"),
         ({"limit_test": 0}, "limit_test to be a number of batches of at least 1, got 0"),
         ({"methods": ["own"], "model": {"class_path": f"{__name__}.Bare"}}, "Bare to have a configure_optimizers"),
@@ -537,7 +545,10 @@ def test_entries_and_schedules_are_options_of_the_command_and_of_a_file(tmp_path
         (["--methods", "[sgd, mouon]"], "got 'mouon'; did you mean muon?"),
         (["--methods", "[{class_path: torch.optim.RMSProp}]"], "did you mean RMSprop?"),
         (["--schedule", "{name: cosine, warmup: 500}"], "a share of the run's steps, at least 0 and below 1, got 500"),
-        (["--schedule", "{name: cosin}"], "to be 'constant', 'cosine', 'linear', got 'cosin'; did you mean cosine?"),
+        (
+            ["--schedule", "{name: cosin}"],
+            "to be 'constant', 'cosine', 'linear', 'trapezoid', got 'cosin'; did you mean cosine?",
+        ),
     ],
 )
 def test_what_the_command_cannot_compare_is_one_sentence(tmp_path, capsys, monkeypatch, words, said):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from studies import OPTIONS, STEPS, finished, plain_start, plain_steps, silent, study
 
+from lightning_modules.callbacks.gradient_noise import GradientNoise
 from lightning_modules.study.compare import claim, run_study
 from lightning_modules.study.methods.built_in import RECIPES, recipes_of
 from lightning_modules.support.files import read_csv
@@ -55,6 +58,67 @@ def test_a_clipped_variant_steps_by_the_clipped_gradient(tmp_path):
     assert any(clipped)
 
 
+@pytest.mark.parametrize(("size", "steps"), [(30, 16), ("all", 2)])
+def test_a_variant_has_batches_of_its_own(tmp_path, size, steps):
+    """240 training images, two epochs; validation and test see what they see in other runs."""
+    folder = finished(tmp_path, methods=["sgd", {"like": "sgd", "batch_size": size, "label": "other"}], seeds=1)
+    net, data = plain_start()
+    data.batch_size = 240 if size == "all" else size
+    expected = plain_steps(net, data, torch.optim.SGD(net.parameters(), lr=0.2), steps=steps)
+    assert losses(folder, "other") == pytest.approx([*expected], rel=1e-5)
+    alone = finished(tmp_path / "alone", methods=["sgd"], seeds=1)
+    assert losses(folder, "sgd") == losses(alone, "sgd")
+    tables = [read_csv(f / "results.csv") for f in (folder, alone)]
+    assert [row for row in tables[0] if row["method"] == "sgd"] == tables[1]
+
+
+def test_a_variant_has_epochs_of_its_own_and_its_schedule_ends_with_them(tmp_path):
+    longer = {"like": "sgd", "epochs": 3, "schedule": {"name": "linear"}, "label": "longer"}
+    folder = finished(tmp_path, methods=["sgd", longer], seeds=1)
+    net, data = plain_start()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+    expected = plain_steps(net, data, optimizer, steps=12, rate=lambda step: 0.2 * (1 - step / 12))
+    assert losses(folder, "longer") == pytest.approx([*expected], rel=1e-5)
+    assert len(losses(folder, "sgd")) == STEPS
+
+
+def test_noise_is_white_and_a_function_of_seed_and_step(tmp_path, random_state):
+    """What the steps add to those of the gradient alone has the given deviation; another seed has other noise."""
+    drawn: dict[tuple[int, int], torch.Tensor] = {}
+    before = random_state()
+    for seed in (0, 1):
+        noise = GradientNoise(0.5, seed)
+        for step in (0, 1):
+            module = pl.LightningModule()
+            module.p = torch.nn.Parameter(torch.zeros(4000))
+            module.p.grad = torch.full((4000,), 3.0)
+            trainer: Any = SimpleNamespace(global_step=step)
+            noise.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), lr=1.0))
+            drawn[seed, step] = module.p.grad - 3.0
+    assert random_state() == before
+    for values in drawn.values():
+        assert float(values.std()) == pytest.approx(0.5, rel=0.05)  # 4.5 standard errors
+        assert abs(float(values.mean())) < 0.04  # five
+    stacked = torch.corrcoef(torch.stack(list(drawn.values())))
+    assert float((stacked - torch.eye(4)).abs().max()) < 0.08
+
+
+def test_a_noisy_variant_is_the_same_run_again_and_another_than_without(tmp_path):
+    noisy = {"like": "sgd", "noise": 0.05, "label": "noisy"}
+    folder = finished(tmp_path / "a", methods=["sgd", noisy], seeds=1)
+    assert losses(folder, "noisy") == losses(finished(tmp_path / "b", methods=["sgd", noisy], seeds=1), "noisy")
+    assert losses(folder, "noisy")[0] == losses(folder, "sgd")[0]  # before the first step
+    assert losses(folder, "noisy")[1] != losses(folder, "sgd")[1]
+
+
+def test_names_of_variants_say_what_is_changed():
+    entry = {"like": "sgd", "batch_size": "all", "epochs": 9, "noise": 0.1, "schedule": {"name": "trapezoid"}}
+    (recipe,) = recipes_of([entry]).values()
+    assert recipe.label == "SGD, batch of all, 9 epochs, noise 0.1, trapezoid, cool-down 20 %"
+    (small,) = recipes_of([{"like": "nsgd", "batch_size": 8}]).values()
+    assert small.label == "NSGD, batch 8"
+
+
 def test_a_variant_is_made_again_from_the_files_of_its_study(tmp_path):
     chosen = study(methods=["sgd", {"like": "nsgd", "nsgd": {"k": 3}}], seeds=1)
     run_study(chosen, tmp_path, silent)
@@ -87,6 +151,11 @@ def test_styles_and_names_of_variants_differ():
         ({"like": "nsgd", "nsgd": {"k": 3}, "search": {"k": [2, 4]}}, "expected search .* got 'k'"),
         ({"like": "sgd", "clip": 0}, "expected clip .* a norm above 0, got 0"),
         ({"like": "sgd", "clip": True}, "expected clip .* a norm above 0, got True"),
+        ({"like": "sgd", "noise": -1}, "expected noise .* a standard deviation above 0, got -1"),
+        ({"like": "sgd", "batch_size": 0}, 'expected batch_size .* a number of at least 1, or "all", got 0'),
+        ({"like": "sgd", "batch_size": "whole"}, "expected batch_size .* a number of at least 1, .* got 'whole'"),
+        ({"like": "sgd", "epochs": "all"}, "expected epochs .* a number of at least 1, got 'all'"),
+        ({"like": "sgd", "epochs": 2.5}, "expected epochs .* a number of at least 1, got 2.5"),
         ({"like": "sgd-more"}, "expected like to be a method with settings of its own, got sgd-more; take sgd"),
         ({"like": "sgd"}, "expected the label .* one of its own, got 'SGD'; give another"),
     ],
@@ -105,6 +174,7 @@ def test_a_bad_variant_is_refused_in_a_sentence(entry, words):
         ({"like": "nsgd", "nsgd": {"samples": -1}}, "samples"),
         ({"like": "nsgd", "nsgd": {"solver": "best"}}, "solver"),
         ({"like": "nsgd", "settings": {"lr": -1.0}}, "expected lr >= 0, got -1.0"),
+        ({"like": "sgd", "batch_size": 241}, "expected a batch of training data at least, got none for SGD, batch 241"),
     ],
 )
 def test_a_variant_that_cannot_train_is_refused_before_any_run(tmp_path, entry, words):
