@@ -36,8 +36,12 @@ from common import RESULTS, print_table
 
 from lightning_modules.commands.sigterm import CODE as TERMINATED
 from lightning_modules.commands.sigterm import Terminated, raising_at_sigterm
+from lightning_modules.report.measurements.numbers import by_step
+from lightning_modules.report.measurements.report import measured
+from lightning_modules.report.measurements.valley import bursts
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.plan import plan_runs
+from lightning_modules.support import quantities
 from lightning_modules.support.files import Rows, read_csv, write_csv
 from lightning_modules.support.read_outs import average
 from lightning_modules.support.study_folder import StudyFolder
@@ -96,7 +100,7 @@ def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[
     config = {name: value for name, value in options.items() if name not in OURS}
     ours = config["data"]["class_path"] == "HuggingFace"
     if smoke:
-        config = _of_few_steps(config) | SMOKE | {"tune": min(1, config.get("tune", 0))}
+        config = _small(_of_few_steps(config)) | SMOKE | {"tune": min(1, config.get("tune", 0))}
         if not ours:
             return config | {"epochs": 1, "model": merged(config["model"], {"init_args": {"dim": 8, "depth": 1}})}
         batch = min(64, config["data"]["init_args"]["batch_size"])
@@ -118,6 +122,18 @@ def _of_few_steps(config: Mapping[str, Any]) -> dict[str, Any]:
 
     averages = {"averages": [name for name in config["averages"] if fits(name)]} if "averages" in config else {}
     return {**config, "methods": [method for method in config["methods"] if fits(scheduled(method))], **averages}
+
+
+def _small(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A study whose variants are as short as the others, and whose batches a smoke run has."""
+
+    def small(method: str | Mapping[str, Any]) -> str | dict[str, Any]:
+        if isinstance(method, str):
+            return method
+        size = {"batch_size": min(64, method["batch_size"])} if isinstance(method.get("batch_size"), int) else {}
+        return {**method, **size, **({"epochs": 2} if "epochs" in method else {})}
+
+    return {**config, "methods": [small(method) for method in config["methods"]]}
 
 
 def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:
@@ -152,8 +168,9 @@ def keep(runs: Path, results: Path) -> None:
         for name in KEPT:
             if (folder / name).exists():
                 (to / name).write_text(_public((folder / name).read_text(), folder))
-        if rows := list(curves(folder)):
-            write_csv(to / "curves.csv", rows)
+        for name, rows in (("curves", list(curves(folder))), ("paths", list(paths(folder)))):
+            if rows:
+                write_csv(to / f"{name}.csv", rows)
         partial = to / "partial.csv"
         if (folder / "results.csv").exists():
             partial.unlink(missing_ok=True)
@@ -188,6 +205,26 @@ def curves(folder: Path) -> Iterator[dict[str, Any]]:
             scores = {name: value for name, value in last.items() if name.startswith("val_") and value is not None}
             spent = {name: last[name] for name in ("step", "gradients", "seconds")}
             yield {**about, "epoch": epoch, "loss": fmean(float(row["loss"]) for row in of_epoch), **spent, **scores}
+
+
+def paths(folder: Path) -> Iterator[dict[str, Any]]:
+    """What was measured along the first run of each method: the sharpness, and each burst of steps in the valley.
+
+    Args:
+        folder: Of a study.
+    """
+    for path in sorted(folder.glob("runs/*-0")):
+        run = StudyFolder(folder).run(f"runs/{path.name}")
+        if not run.finished:
+            continue
+        method, rows = run.settings()["method"], measured(path)
+        sharpness = rows.get(quantities.SHARPNESS, [])
+        top = by_step(sharpness, quantities.EIGENVALUE, quantities.eigenvector(1))
+        limits = by_step(sharpness, quantities.STABILITY_LIMIT)
+        for step, value in top.items():
+            yield {"method": method, "step": step, "lambda_1": value, "limit": limits.get(step)}
+        for burst in bursts(rows.get(quantities.VALLEY, [])):
+            yield {"method": method, **burst}
 
 
 def seconds_a_step(folder: Path) -> Rows:
@@ -238,8 +275,18 @@ def print_costs(plan: str) -> None:
     body, minutes = [], 0.0
     for name, options in read_plan(plan).items():
         study = Study(data=None, **{key: options[key] for key in COUNTS if key in options})
-        runs, steps, milliseconds = plan_runs(study), steps_of(options), options["milliseconds"]
-        iterations = sum(steps * _relative(study, run.method) for run in runs)
+        runs, milliseconds, usual = (
+            plan_runs(study),
+            options["milliseconds"],
+            options["data"]["init_args"]["batch_size"],
+        )
+        steps, iterations = steps_of(options), 0.0
+        for run in runs:
+            recipe = study.recipes[run.method]
+            size = _images(options) if recipe.batch_size == "all" else recipe.batch_size or usual
+            own = {"epochs": recipe.epochs or options["epochs"], "data": _of_batches(options["data"], size)}
+            # An iteration takes as long as its batch is large, and no less than a launch-bound one.
+            iterations += steps_of({**options, **own}) * _relative(study, run.method, options) * max(1.0, size / usual)
         cost = iterations * milliseconds / 60_000
         minutes += cost
         counts = [str(len(runs)), str(steps), f"{milliseconds:g}"]
@@ -251,18 +298,25 @@ def print_costs(plan: str) -> None:
 
 def steps_of(options: Mapping[str, Any]) -> int:
     """Steps of a run on CIFAR-10, or on a text of Python's length."""
+    return int(options["epochs"]) * (_images(options) // int(options["data"]["init_args"]["batch_size"]))
+
+
+def _images(options: Mapping[str, Any]) -> int:
+    """Samples of the training split."""
     given = options["data"]["init_args"]
     if options["data"]["class_path"] == "HuggingFace":
         images = given.get("limit") or IMAGES
-        train = images - math.ceil(images * given.get("val_fraction", 0.2))
-    else:
-        train = round(0.8 * 460_000) // given.get("context", 64)
-    return int(options["epochs"]) * (train // int(given["batch_size"]))
+        return int(images - math.ceil(images * given.get("val_fraction", 0.2)))
+    return int(round(0.8 * 460_000) // given.get("context", 64))
 
 
-def _relative(study: Study, method: str) -> float:
+def _of_batches(data: Mapping[str, Any], size: int) -> dict[str, Any]:
+    return {**data, "init_args": {**data["init_args"], "batch_size": size}}
+
+
+def _relative(study: Study, method: str, options: Mapping[str, Any]) -> float:
     recipe = study.recipes[method]
-    solver = str((recipe.damping or {}).get("solver", ""))
+    solver = "" if recipe.damping is None else str({**options.get("nsgd", {}), **recipe.damping}.get("solver", ""))
     return COSTS.get(solver, COSTS["sam"] if method.startswith("sam") else 1.0)
 
 

@@ -193,6 +193,58 @@ def test_seconds_a_step_are_medians_over_runs_without_the_first_epoch(cifar10, t
     assert cifar10.seconds_a_step(tmp_path) == [of_sgd, of_nsgd]
 
 
+def test_paths_are_the_sharpness_and_the_bursts_of_first_runs(cifar10, tmp_path):
+    """Worked out by hand from rows as the measurements write them; a run that is not finished has none."""
+    for name in ("sgd-0", "sgd-1", "nsgd-0"):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "run.yaml").write_text(yaml.safe_dump({"method": name[:-2], "seed": int(name[-1])}))
+        sharp = [(10, "stability limit", None, 20.0), (10, "eigenvalue", "e1", 8.0), (10, "eigenvalue", "e2", 3.0)]
+        write_csv(
+            run / "sharpness.csv",
+            [{"measurement": 1, "step": s, "quantity": q, "of": of, "at": None, "value": v} for s, q, of, v in sharp],
+        )
+        walk = [
+            *((5, "height", 0.5), (5, "barrier", 0.0), (5, "cosine", float("nan")), (5, "distance", 1.0)),
+            *(
+                (6, "height", 0.3),
+                (6, "barrier", 0.1),
+                (6, "cosine", 0.2),
+                (6, "distance", 2.0),
+                (6, "floor barrier", 0.4),
+            ),
+        ]
+        write_csv(
+            run / "valley.csv",
+            [{"measurement": 1, "step": s, "quantity": q, "of": None, "at": None, "value": v} for s, q, v in walk],
+        )
+        if name != "nsgd-0":
+            write_csv(run / "results.csv", [{"method": name[:-2], "seed": 0, "read_out": "last", "train_loss": 1.0}])
+    assert list(cifar10.paths(tmp_path)) == [
+        {"method": "sgd", "step": 10, "lambda_1": 8.0, "limit": 20.0},
+        {
+            **{"method": "sgd", "step": 5, "steps": 2, "crossed": 1, "along": 1},
+            **{"height": pytest.approx(0.4), "cosine": pytest.approx(0.2), "distance": 2.0},
+        },
+    ]
+
+
+def test_variants_cost_what_their_batches_and_epochs_do(cifar10, monkeypatch, capsys):
+    """Of 900 images: 2 epochs of 9 batches of 100; 4 epochs of 3 of 300, each thrice as long; 5 of all, nine times."""
+    methods = [
+        "sgd",
+        {"like": "sgd", "batch_size": 300, "epochs": 4, "label": "large"},
+        {"like": "sgd", "batch_size": "all", "epochs": 5, "label": "all"},
+        {"like": "sgd", "batch_size": 10, "label": "small"},
+    ]
+    data = {"class_path": "HuggingFace", "init_args": {"limit": 1000, "val_fraction": 0.1, "batch_size": 100}}
+    options = {"data": data, "methods": methods, "seeds": 1, "epochs": 2, "milliseconds": 6000}
+    monkeypatch.setattr(cifar10, "read_plan", lambda name: {"toy": options})
+    cifar10.print_costs("toy")
+    minutes = (18 + 4 * 3 * 3 + 5 * 9 + 180) * 6000 / 60_000
+    assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == [f"{minutes:.0f}", f"{0.6 * minutes:.0f}"]
+
+
 def test_the_plan_of_seconds_is_made_alone(cifar10, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         called(cifar10, monkeypatch, "--plan", "seconds", "--smoke", "--jobs", "2")

@@ -312,3 +312,22 @@ def test_lines_of_a_cell_stay_apart_and_code_is_not_broken(evidence):
     assert "`python benchmarks/a.py`" in words
     assert max(map(len, words.splitlines())) <= 120
     assert "50 %" in words
+
+
+def test_paths_that_were_measured_have_a_table_of_their_own(kept):
+    """Of two bursts and two measurements by hand, in any order; a method without any has none."""
+    rows = [
+        {"method": "sgd", "step": 20, "lambda_1": 6.0, "limit": 8.0},
+        {"method": "sgd", "step": 0, "lambda_1": 9.0, "limit": 8.0},
+        {"method": "sgd", "step": 30, "steps": 5, "crossed": 1, "along": 2, "height": 0.25, "distance": 3.5},
+        {"method": "sgd", "step": 0, "steps": 4, "crossed": 2, "along": 1, "height": 0.5, "distance": 1.5},
+        {"method": "nsgd", "step": 0, "lambda_1": 4.0, "limit": None},
+    ]
+    write_csv(kept.folder / "paths.csv", rows)
+    entries = importlib.import_module("common.plan_entries")
+    table = table_of(entries.study_table(kept).partition("\n\n")[2])
+    names = ["largest eigenvalue, at most", "at the end", "its share of (2 + 2β) / lr", "barriers crossed"]
+    names += ["along the floor", "height, first and last", "distance from the start"]
+    assert [table["SGD"][name] for name in names] == ["9", "6", "0.75", "3 of 9", "3", "0.5, 0.25", "3.5"]
+    assert [table["NSGD"][name] for name in names[:3]] == ["4", "4", entries.MISSING]
+    assert set(table["AdamW"].values()) == {"AdamW", entries.MISSING}

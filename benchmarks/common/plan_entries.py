@@ -22,14 +22,20 @@ from lightning_modules.report.study.numbers import (
 from lightning_modules.report.study.rates import at_the_edge, sensitivity_table
 from lightning_modules.report.study.verdict import judgement
 from lightning_modules.report.study.words import endpoint, title
+from lightning_modules.support.files import Rows
 from lightning_modules.support.score import TRAIN_LOSS
 
 # What the papers say of the question of a plan.
 PUBLISHED = {
+    "walk": (
+        "Published ([1802.08770](https://arxiv.org/abs/1802.08770)): the loss between iterates is nearly convex, with "
+        "its floor in between; along the floor there are barriers. A large rate keeps the height above it, a small "
+        "batch explores, and both go further from the start."
+    ),
     "paper": (
         "Published ([1807.05031](https://arxiv.org/abs/1807.05031)): less of the step along the sharpest directions "
         "can speed training up, and end where the loss is sharper and the network generalises better."
-    )
+    ),
 }
 _EDGE = "*: the lowest or the highest of its trials, so that a better rate may lie beyond."
 
@@ -53,7 +59,7 @@ def study_table(kept: Kept) -> str:
     )
     published = PUBLISHED.get(kept.plan.removesuffix("-scaled"), "")
     below = wrapped(" ".join(filter(None, [words, source, published])))
-    return "\n\n".join(filter(None, [body, below]))
+    return "\n\n".join(filter(None, [body, *_paths(kept), below]))
 
 
 def _said(kept: Kept) -> str:
@@ -122,6 +128,46 @@ def _results(kept: Kept) -> tuple[str, str]:
         swept = sensitivity_table(files)
         tables += [f"{swept['title']}:", markdown(swept["header"], swept["rows"])]
     return "\n\n".join(tables), " ".join(filter(None, [endpoint(files), _how(kept), _EDGE if edge else ""]))
+
+
+def _paths(kept: Kept) -> list[str]:
+    """Of a finished study whose paths were measured: sharpness, and the valley in the first and the last burst."""
+    if not kept.paths or not kept.finished:
+        return []
+    walked = any("height" in row for row in kept.paths)
+    body = []
+    for method in kept.files.methods:
+        own = [row for row in kept.paths if row["method"] == method]
+        cells = _sharpness([row for row in own if row.get("lambda_1") is not None])
+        cells += _valley([row for row in own if row.get("height") is not None]) if walked else []
+        body.append([kept.files.label(method), *cells])
+    head = ["along the first run", "largest eigenvalue, at most", "at the end", "its share of (2 + 2β) / lr"]
+    head += (
+        ["barriers crossed", "along the floor", "height, first and last", "distance from the start"] if walked else []
+    )
+    return [markdown(head, body)]
+
+
+def _sharpness(measured: Rows) -> list[str]:
+    if not measured:
+        return [MISSING] * 3
+    last = max(measured, key=lambda row: row["step"])
+    share = f"{last['lambda_1'] / last['limit']:.2g}" if last.get("limit") else MISSING
+    return [f"{max(row['lambda_1'] for row in measured):.3g}", f"{last['lambda_1']:.3g}", share]
+
+
+def _valley(bursts: Rows) -> list[str]:
+    if not bursts:
+        return [MISSING] * 4
+    ordered = sorted(bursts, key=lambda row: row["step"])
+    first, last = ordered[0], ordered[-1]
+    crossed, along, steps = (sum(row[name] for row in bursts) for name in ("crossed", "along", "steps"))
+    return [
+        f"{crossed:.0f} of {steps:.0f}",
+        f"{along:.0f}",
+        f"{first['height']:.2g}, {last['height']:.2g}",
+        f"{last['distance']:.3g}",
+    ]
 
 
 def _how(kept: Kept) -> str:

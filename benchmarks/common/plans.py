@@ -52,6 +52,11 @@ class Kept:
         return rows(self.folder / "partial.csv")
 
     @cached_property
+    def paths(self) -> Rows:
+        """What was measured along the first run of each method; none where nothing was."""
+        return rows(self.folder / "paths.csv")
+
+    @cached_property
     def files(self) -> Files:
         """What the report of a study goes by; of one that is not finished, its trials alone."""
         if self.finished:

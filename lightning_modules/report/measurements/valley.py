@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,32 +57,43 @@ def summarize_valley(rows: Rows) -> str:
     )
 
 
-BURSTS = (
-    *("steps", "barriers crossed", "barriers along the floor", "mean height", "mean cosine of gradients"),
-    "distance from the start",
-)
+BURSTS = {
+    "steps": "steps",
+    "crossed": "barriers crossed",
+    "along": "barriers along the floor",
+    "height": "mean height",
+    "cosine": "mean cosine of gradients",
+    "distance": "distance from the start",
+}
 
 
-def bursts(rows: Rows) -> list[tuple[int, list[str]]]:
-    """The step that each burst begins after, and its cells: that step, and what ``BURSTS`` names."""
-    found = []
-    for burst in measured_by(rows):
-        heights, barriers = values_of(burst, quantities.HEIGHT), values_of(burst, quantities.BARRIER)
-        if not len(heights):
-            continue
-        along = int((values_of(burst, quantities.FLOOR_BARRIER) > 0).sum())
-        means = [finite(values) for values in (heights, values_of(burst, quantities.COSINE))]
-        words = [f"{np.mean(values):.3g}" if len(values) else "" for values in means]
-        far = f"{values_of(burst, quantities.DISTANCE)[-1]:.3g}"
-        step = min(row["step"] for row in burst)
-        found.append((step, [f"{step}", f"{len(heights)}", f"{int((barriers > 0).sum())}", f"{along}", *words, far]))
-    return found
+def bursts(rows: Rows) -> Rows:
+    """A row for each burst of steps in a row: the step that it begins after, and what ``BURSTS`` names."""
+    return [_burst(burst) for burst in measured_by(rows) if len(values_of(burst, quantities.HEIGHT))]
+
+
+def _burst(rows: Rows) -> dict[str, Any]:
+    heights, cosines = (finite(values_of(rows, name)) for name in (quantities.HEIGHT, quantities.COSINE))
+    return {
+        "step": min(row["step"] for row in rows),
+        "steps": len(values_of(rows, quantities.HEIGHT)),
+        "crossed": int((values_of(rows, quantities.BARRIER) > 0).sum()),
+        "along": int((values_of(rows, quantities.FLOOR_BARRIER) > 0).sum()),
+        "height": float(heights.mean()) if len(heights) else math.nan,
+        "cosine": float(cosines.mean()) if len(cosines) else math.nan,
+        "distance": float(values_of(rows, quantities.DISTANCE)[-1]),
+    }
+
+
+def burst_cells(burst: Mapping[str, Any]) -> list[str]:
+    """What a table shows of a burst, under the names of ``BURSTS``."""
+    return [f"{burst[name]:.3g}" if math.isfinite(burst[name]) else "" for name in BURSTS]
 
 
 def valley_table(rows: Rows) -> dict[str, Any]:
     """A row for each burst of steps: barriers, height, and how far it is from the start."""
-    title = "The valley, burst by burst"
-    return {"title": title, "header": ["from step", *BURSTS], "rows": [cells for _, cells in bursts(rows)]}
+    body = [[f"{burst['step']}", *burst_cells(burst)] for burst in bursts(rows)]
+    return {"title": "The valley, burst by burst", "header": ["from step", *BURSTS.values()], "rows": body}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_modules.report.drawing import legend_beside
 from lightning_modules.report.measurements.numbers import series
 from lightning_modules.report.measurements.report import measured
-from lightning_modules.report.measurements.valley import BURSTS, bursts
+from lightning_modules.report.measurements.valley import BURSTS, burst_cells, bursts
 from lightning_modules.report.page import new_figure
 from lightning_modules.report.study.files import Files
 from lightning_modules.support import quantities
@@ -56,12 +56,17 @@ def paths_figures(files: Files) -> dict[str, tuple[Figure, str]]:
 def paths_tables(files: Files) -> list[dict[str, Any]]:
     """One table, where the valley was measured: a row for each burst of steps of each method."""
     body = [
-        [files.label(method) if i == 0 else "", _epoch(files, method, step), *cells]
+        [
+            files.label(method) if i == 0 else "",
+            _epoch(files, method, burst["step"]),
+            f"{burst['step']}",
+            *burst_cells(burst),
+        ]
         for method, rows in _measured(files, quantities.VALLEY).items()
-        for i, (step, cells) in enumerate(bursts(rows))
+        for i, burst in enumerate(bursts(rows))
     ]
     title = "The valley: steps in a row, the barriers that they cross, and how high above the floor they go"
-    header = ["method", "epoch", "from step", *BURSTS]
+    header = ["method", "epoch", "from step", *BURSTS.values()]
     return [{"title": title, "header": header, "rows": body}] if body else []
 
 
