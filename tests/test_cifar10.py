@@ -130,6 +130,7 @@ def without_seconds(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_ended_goes_on_to_the_same_files(cifar10, monkeypatch, tmp_path, capfd):
     def smoke(name: str, *more: str) -> Path:
         runs, out = tmp_path / name, tmp_path / f"{name}-kept"

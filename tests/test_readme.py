@@ -138,10 +138,6 @@ def test_the_line_that_changes_is_the_one_of_the_first_block():
     assert added.removeprefix("optimizer = nsgd.") in BLOCKS[0]
 
 
-def test_the_tables_and_figures_are_what_the_result_files_say():
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--check"], check=True)
-
-
 @pytest.mark.parametrize("command", ["compare", "escape", "fit", "test"])
 def test_commands_of_the_readme_use_flags_that_exist(command, capsys):
     from lightning_modules.commands.main import main

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
+
+from lightning_modules.report import drawing
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +54,17 @@ def _as_found() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a short study's seconds: the room of the report does it, and a test that is marked so."""
+    if request.path.parent.name == "report" or request.node.get_closest_marker("draws"):
+        return
+    nothing = drawing.Drawn([drawing.Panel("a panel", "0 0 1 1", "", None, "", [])], [])
+    monkeypatch.setattr(drawing, "lay_out", lambda figure: None)
+    monkeypatch.setattr(drawing, "draw", lambda figure, heading, prefix: nothing)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"a figure"))
 
 
 @pytest.fixture

@@ -26,7 +26,11 @@ COMPARE = [
 
 @pytest.mark.skipif(os.name != "posix", reason="paths are UTF-8 elsewhere")
 @pytest.mark.parametrize(
-    ("command", "page"), [(COMPARE, "report.html"), (FIT, "lightning_logs/version_0/measurements.html")]
+    ("command", "page"),
+    [
+        pytest.param(COMPARE, "report.html", id="compare"),
+        pytest.param(FIT, "lightning_logs/version_0/measurements.html", id="fit", marks=pytest.mark.slow),
+    ],
 )
 def test_a_folder_beyond_ascii_is_written_and_said_in_any_locale(tmp_path, command, page):
     name = "größe-λ"

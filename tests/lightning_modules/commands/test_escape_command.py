@@ -430,6 +430,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, here, monkeypatch):
 # -- the report ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_the_page_stands_alone_and_holds_the_pictures(folder):
     source = write_escape(folder).read_text(encoding="utf-8")
     assert not re.search(r"https?:|@import|\bsrc=|url\((?!#)", source)

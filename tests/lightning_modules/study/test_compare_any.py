@@ -515,6 +515,7 @@ def test_a_language_model_takes_its_vocabulary_from_its_data(own, capsys):
     assert yaml.safe_load(Path("a/config.yaml").read_text())["model"]["init_args"]["vocabulary"] == 29
 
 
+@pytest.mark.slow
 def test_options_of_any_type_reach_every_process(own):
     """Paths, classes and modules in modules; and all options of data that saved some of them only."""
     typed = ["--model.path", "b", "--model.activation", "torch.nn.Sigmoid", "--model.more", "torch.nn.Identity"]

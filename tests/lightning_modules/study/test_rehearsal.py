@@ -127,6 +127,7 @@ def test_config_and_rehearsals_make_the_same_study_in_another_folder(tmp_path, t
     assert interval(tmp_path / "three", "nsgd") == {"refresh_every": 100}
 
 
+@pytest.mark.slow
 def test_runs_in_processes_of_their_own_take_the_number_of_the_main_one(tmp_path, timed):
     chosen = study(methods=["nsgd"], seeds=2, nsgd=AUTO)
     assert run_study(chosen, tmp_path / "out", silent, jobs=2) == []
