@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import distributed
 
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
@@ -59,7 +62,19 @@ def run_lightning(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*configure_optimizers. will be overridden by.*")
     # Every command logs to a folder of its own, so that nothing is overwritten.
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")
-    _Commands(argv)
+    with _process_group_ended():
+        _Commands(argv)
+
+
+@contextmanager
+def _process_group_ended() -> Iterator[None]:
+    """End the group of processes that a run has begun: left to Python's end, gloo's threads may abort the process."""
+    there = distributed.is_available() and distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if not there and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 class _Commands(LightningCLI):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from lightning_modules.commands.main import main
 from lightning_modules.support.files import read_csv
@@ -81,3 +82,33 @@ def test_two_processes_share_the_data_and_validate_all_of_it(strategy):
     apart = strategy == "ddp_spawn"
     assert (folder / "measurements.html").exists() is not apart
     assert ("trains in processes that have ended" in ran.stdout) is apart
+
+
+def test_a_run_leaves_no_group_of_processes_and_one_that_was_there_alone(monkeypatch):
+    """Left to the end of Python, the threads of gloo's would abort the process now and then, though all is done."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # so that what Lightning sets is put back
+        monkeypatch.delenv(name)
+    begun: list[int] = []
+    begin = distributed.init_process_group
+    monkeypatch.setattr(distributed, "init_process_group", lambda *a, **k: (begun.append(1), begin(*a, **k)))
+    options = [
+        "--optimizer",
+        "SGD",
+        "--optimizer.lr",
+        "0.05",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_steps",
+        "2",
+    ]
+    options += ["--trainer.strategy", "ddp", "--trainer.devices", "1"]
+    assert main(["fit", *QUIET, *SMALL, *options]) == 0
+    assert begun
+    assert not distributed.is_initialized()
+    begin("gloo", init_method=f"file://{Path('store').resolve()}", rank=0, world_size=1)
+    try:
+        assert main(["fit", *QUIET, *SMALL, *options]) == 0
+        assert distributed.is_initialized()
+    finally:
+        distributed.destroy_process_group()
