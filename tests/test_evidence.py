@@ -331,3 +331,23 @@ def test_paths_that_were_measured_have_a_table_of_their_own(kept):
     assert [table["SGD"][name] for name in names] == ["9", "6", "0.75", "3 of 9", "3", "0.5, 0.25", "3.5"]
     assert [table["NSGD"][name] for name in names[:3]] == ["4", "4", entries.MISSING]
     assert set(table["AdamW"].values()) == {"AdamW", entries.MISSING}
+
+
+def test_averages_by_name_stand_beside_their_schedules_in_table_and_figure(plans, tmp_path):
+    falling = {"like": "sgd", "schedule": {"average": "ema-0.5"}, "label": "as EMA"}
+    finished(tmp_path / "runs" / "toy", methods=["sgd", falling], seeds=2, epochs=1, averages=["ema-0.5", "swa-0.5"])
+    importlib.import_module("cifar10").keep(tmp_path / "runs", tmp_path / "plans" / "averages-scaled")
+    kept = plans.Kept(tmp_path / "plans" / "averages-scaled" / "toy")
+    entry = importlib.import_module("common.plan_entries").study_entry(kept, "curves.svg")
+    row = next(line.split(" | ") for line in entry.splitlines() if line.startswith("|  | EMA 0.5"))
+    ends = {
+        name: [
+            r["test_accuracy"] for r in read_csv(kept.folder / "results.csv") if (r["method"], r["read_out"]) == name
+        ]
+        for name in (("sgd", "ema-0.5"), ("as-ema", "last"))
+    }
+    assert row[2].startswith(f"{100 * mean(ends['sgd', 'ema-0.5']):.1f}")
+    assert row[4].startswith(f"{100 * mean(ends['as-ema', 'last']):.1f}")
+    assert "averages by their settings, and of runs under the schedules" in entry
+    figure = importlib.import_module("common.plan_figures").study_figure(kept)
+    assert [axes.get_xlabel().partition(":")[0] for axes in figure.axes] == ["EMA", "SWA"]

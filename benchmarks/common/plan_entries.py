@@ -8,6 +8,7 @@ from typing import Any
 
 from common.documents import markdown, wrapped
 from common.plans import Kept
+from lightning_modules.report.study.averages import averages_by_method, averages_tables
 from lightning_modules.report.study.numbers import (
     MISSING,
     SIGNIFICANT,
@@ -31,6 +32,10 @@ PUBLISHED = {
         "Published ([1802.08770](https://arxiv.org/abs/1802.08770)): the loss between iterates is nearly convex, with "
         "its floor in between; along the floor there are barriers. A large rate keeps the height above it, a small "
         "batch explores, and both go further from the start."
+    ),
+    "averages": (
+        "Published ([2301.02312](https://arxiv.org/abs/2301.02312)): to first order an average of the weights equals a "
+        "schedule of the rate; the mean of two points far apart is clearly better than the last."
     ),
     "paper": (
         "Published ([1807.05031](https://arxiv.org/abs/1807.05031)): less of the step along the sharpest directions "
@@ -59,7 +64,7 @@ def study_table(kept: Kept) -> str:
     )
     published = PUBLISHED.get(kept.plan.removesuffix("-scaled"), "")
     below = wrapped(" ".join(filter(None, [words, source, published])))
-    return "\n\n".join(filter(None, [body, *_paths(kept), below]))
+    return "\n\n".join(filter(None, [body, *_averages(kept), *_paths(kept), below]))
 
 
 def _said(kept: Kept) -> str:
@@ -91,6 +96,9 @@ def _data(kept: Kept) -> str:
 
 def _alt(kept: Kept) -> str:
     """Its figure, for those who do not see it."""
+    if kept.finished and averages_by_method(kept.files):
+        label = upper(kept.files.endpoint.label)
+        return f"{label} of averages by their settings, and of runs under the schedules that they are to equal."
     if kept.finished:
         return f"Training loss by epoch, and {kept.files.endpoint.label} at the end. {_said(kept)}"
     found = [(method, kept.best_trial(method)) for method in kept.files.methods]
@@ -128,6 +136,14 @@ def _results(kept: Kept) -> tuple[str, str]:
         swept = sensitivity_table(files)
         tables += [f"{swept['title']}:", markdown(swept["header"], swept["rows"])]
     return "\n\n".join(tables), " ".join(filter(None, [endpoint(files), _how(kept), _EDGE if edge else ""]))
+
+
+def _averages(kept: Kept) -> list[str]:
+    """Of a finished study with averages by name: each beside the runs under its schedule, by the endpoint."""
+    if not kept.finished:
+        return []
+    tables = averages_tables(kept.files)[:1]
+    return [f"{table['title']}:\n\n{markdown(table['header'], table['rows'])}" for table in tables]
 
 
 def _paths(kept: Kept) -> list[str]:

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from common.plans import Kept
 from lightning_modules.report.drawing import legend_beside
 from lightning_modules.report.page import new_figure
+from lightning_modules.report.study.averages import AVERAGES, averages_figures
 from lightning_modules.report.study.curves import has_logarithm, plot_runs
 from lightning_modules.report.study.rates import rate_figures
 from lightning_modules.report.study.seeds import draw_values
@@ -19,7 +20,7 @@ _DECADE = 10
 
 
 def study_figure(kept: Kept) -> Figure:
-    """Losses by epoch and the endpoint beside them; before the end, what every trial came to at its rate.
+    """Losses by epoch and the endpoint beside them, or averages by their settings; before the end, all trials.
 
     Args:
         kept: A study that has a figure.
@@ -27,6 +28,8 @@ def study_figure(kept: Kept) -> Figure:
     if not kept.finished:
         return _trials_figure(kept)
     files = kept.files
+    if averages := averages_figures(files):
+        return averages[AVERAGES][0]
     figure, (losses, ends) = new_figure(2)
     for method, style in files.styles.items():
         if runs := kept.curves(method):

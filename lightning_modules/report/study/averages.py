@@ -113,11 +113,12 @@ def averages_figures(files: Files) -> dict[str, tuple[Figure, str]]:
         for method, averages in read.items():
             _draw(axes, files, method, [one for one in averages if one.kind == kind])
         axes.set(xlabel=_AXES[kind], xscale="linear" if kind == "swa" else "log")
-        if files.effect(measure) == "ratio":
-            axes.set_yscale("log")
     ends = [axes.get_ylim() for axes in panels]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    if files.effect(measure) == "ratio" and high > 10 * low > 0:  # in less than a decade, a logarithm has few numbers
+        panels[0].set_yscale("log")
     for axes in panels:
-        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        axes.set(yscale=panels[0].get_yscale(), ylim=(low, high))
     panels[0].set_ylabel(measure.header)
     legend_beside(figure, panels[0])
     words = (
