@@ -38,11 +38,17 @@ def plans(evidence):
 
 @pytest.fixture
 def house(evidence, tmp_path, monkeypatch):
-    """The documents and results, to be changed."""
+    """The documents and results, to be changed; of the plans one, since to draw all takes long."""
+    others = re.compile(rf"<!-- (cifar10/(?!{CLAIM}).*?): .*?<!-- /\1 -->\n*", re.DOTALL)
     for document in evidence.TABLES:
         (tmp_path / document).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / document, tmp_path / document)
+        (tmp_path / document).write_text(
+            others.sub("", (ROOT / document).read_text(encoding="utf-8")), encoding="utf-8"
+        )
     results = shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    for path in (results / "cifar10").iterdir():
+        if path.name != CLAIM.partition("/")[0]:
+            shutil.rmtree(path)
     for name, value in {"ROOT": tmp_path, "RESULTS": results, "PLANS": results / "cifar10"}.items():
         monkeypatch.setattr(evidence, name, value)
     monkeypatch.setattr(evidence, "PICTURE", results / "first_command.svg")
@@ -79,7 +85,11 @@ def replaced(path, old, new):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def test_everything_is_what_the_files_say_and_what_is_not_is_named(evidence, house):
+def test_everything_is_what_the_files_say(evidence):
+    assert evidence.check() == []
+
+
+def test_what_is_not_as_the_files_say_is_named(evidence, house):
     assert evidence.check() == []
     replaced(house / "nsgd" / "README.md", "CNN, batch 128 | 1.00", "CNN, batch 128 | 0.99")
     replaced(house / "benchmarks" / "results" / "first_command.svg", "<path", "<path ")

@@ -58,8 +58,8 @@ def _as_found() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a short study's seconds: the room of the report does it, and a test that is marked so."""
-    if request.path.parent.name == "report" or request.node.get_closest_marker("draws"):
+    """Drawing takes most of a short study's seconds: fixtures of modules do it, and tests that are marked so."""
+    if request.node.get_closest_marker("draws"):
         return
     nothing = drawing.Drawn([drawing.Panel("a panel", "0 0 1 1", "", None, "", [])], [])
     monkeypatch.setattr(drawing, "lay_out", lambda figure: None)

@@ -25,6 +25,8 @@ from lightning_modules.report.page import Section, new_figure, write_page
 from lightning_modules.report.study.report import write_report
 from lightning_modules.study.escape import EscapeStudy, run_escape
 
+pytestmark = pytest.mark.draws
+
 PAGES = ("example", "study", "escape", "measurements")
 WIDTHS = (390, 1280)
 SCHEMES = ("light", "dark")

@@ -419,6 +419,7 @@ def test_the_verdict_names_what_is_worse_and_what_is_cheaper(tmp_path):
 # -- methods that a study names itself -------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_methods_are_called_and_drawn_as_the_study_says(tmp_path, curves):
     folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
     for path in (folder / "results.csv", folder / "times.csv", folder / "summary.csv"):
@@ -929,6 +930,7 @@ def test_a_report_is_written_without_torch_and_lightning(tmp_path):
 # -- names, links, the terminal --------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_names_from_the_config_are_escaped(tmp_path):
     folder = write_study(tmp_path, {"sgd": SGD, "nsgd": NSGD})
     plain = [tag for tag, _ in Page(write_report(folder)).tags]
@@ -943,6 +945,7 @@ def test_names_from_the_config_are_escaped(tmp_path):
 USERS = """<script>alert(1)</script> "><img src=x onerror=alert(1)>' a & b {{ 7 * 7 }} {% x %} $x_{ $ %s [/b] é"""
 
 
+@pytest.mark.draws
 def test_whatever_users_name_is_shown_as_text_wherever_it_stands(tmp_path):
     """Labels of methods, classes, options, networks, metrics, the machine, and the folder itself."""
     plain = Page(write_report(write_study(tmp_path / "plain", {"sgd": SGD, "nsgd": NSGD})))
@@ -1101,6 +1104,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
+@pytest.mark.draws
 def test_the_page_stands_alone(folder):
     page = Page(write_report(folder))
     assert page.source.lower().startswith("<!doctype html>")

@@ -66,6 +66,7 @@ def altered(measured: Path, to: Path, name: str, change: Any) -> str:
     return measurement_figures(measurements_in(to))[name][1]
 
 
+@pytest.mark.draws
 def test_one_page_holds_a_figure_of_each_and_asks_for_nothing_else(measured):
     page = write_measurements(measured, measurements_in(measured), title="A run").read_text()
     assert page.count("<figure>") == len(MEASUREMENTS)
