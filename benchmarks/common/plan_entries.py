@@ -21,6 +21,7 @@ from lightning_modules.report.study.numbers import (
     upper,
 )
 from lightning_modules.report.study.rates import at_the_edge, sensitivity_table
+from lightning_modules.report.study.tables import STATE
 from lightning_modules.report.study.verdict import judgement
 from lightning_modules.report.study.words import endpoint, title
 from lightning_modules.support.files import Rows
@@ -113,6 +114,8 @@ def _alt(kept: Kept) -> str:
 def _results(kept: Kept) -> tuple[str, str]:
     """Of a finished study: every method in the order of the study, and what its numbers are."""
     files, base = kept.files, kept.files.label(kept.files.base)
+    costs = {"step": "steps", "gradients": "gradients", "state": STATE}
+    costs = {name: header for name, header in costs.items() if all(name in row for row in files.results)}
     measure, beside, entries = files.endpoint, files.secondary, kept.entries
     rows, edge = [], False
     for method in files.methods:
@@ -125,12 +128,12 @@ def _results(kept: Kept) -> tuple[str, str]:
         n = f"{end['n']} of {end['n'] + end['failed']}" if end["failed"] else str(end["n"])
         cells += [n, mean_of(end, measure), change]
         cells += [] if beside is None else [mean_of(entries[beside.column, method], beside)]
-        spent = [[row[cost] for row in files.last(method)] for cost in ("step", "gradients")]
+        spent = [[row[cost] for row in files.last(method)] for cost in costs]
         rows.append([*cells, *(amount(median(values)) if values else MISSING for values in spent)])
     over = f"{'over' if files.effect(measure) == 'ratio' else 'minus'} {base}"
     rate = "tuned rate" if files.tuning else "rate"
     shown = [measure.header, over, *([] if beside is None else [beside.header])]
-    head = ["method", rate, "n", *shown, "steps", "gradients"]
+    head = ["method", rate, "n", *shown, *costs.values()]
     tables = [markdown(head, rows)]
     if files.sweep:
         swept = sensitivity_table(files)

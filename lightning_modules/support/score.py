@@ -25,7 +25,7 @@ _MORE = _ACCURACY | {"auc", "auroc", "f1", "iou", "miou", "map", "r2", "precisio
 _POSITIVE = {"loss", "perplexity", "ppl", "mse", "rmse", "mae", "nll"}  # losses, which are compared as ratios
 # Columns of results and steps that are the study's own.
 _TAKEN = {"method", "seed", "read_out", "lr", "train_loss", "step", "epoch", "loss", "gradients", "seconds"}
-_TAKEN |= {"refreshes", "hvps", "alignment", "overlap", "trial", "start_loss", FROBENIUS, LAMBDA_1, DISTANCE}
+_TAKEN |= {"refreshes", "hvps", "state", "alignment", "overlap", "trial", "start_loss", FROBENIUS, LAMBDA_1, DISTANCE}
 
 
 def better(monitor: str) -> Mode:

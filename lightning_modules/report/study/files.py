@@ -148,13 +148,12 @@ class Files:
         return [row for row in self.results if row["method"] == method and row["read_out"] == "last"]
 
     def cost(self, method: str) -> dict[str, float] | None:
-        """Medians over the runs of a method: steps, gradients, seconds, refreshes and products."""
+        """Medians over the runs of a method: steps, gradients, seconds, refreshes, products, state of the optimizer."""
         rows = self.last(method)
         if not rows:
             return None
-        counts = {
-            name: float(np.median([r[name] for r in rows])) for name in ("step", "gradients", "refreshes", "hvps")
-        }
+        names = ("step", "gradients", "refreshes", "hvps", "state")
+        counts = {name: float(np.median([r[name] for r in rows])) for name in names if name in rows[0]}
         seconds = float(np.median([row["seconds"] for row in self.times if row["method"] == method]))
         return {**counts, "seconds": seconds}
 

@@ -29,6 +29,7 @@ Table = dict[str, Any]
 
 TEST = "paired t-test"
 PRODUCTS = "Hessian-vector products"
+STATE = "optimizer's state / parameters"
 TEXT_COLUMNS = (
     *("weights", "method", TEST, "settings", "schedule", "dearer", "runs"),
     *("significantly worse in", "no significant difference in", "no test of"),
@@ -159,11 +160,15 @@ def _costs(files: Files) -> Table:
         "seconds": "seconds",
         "refreshes": "refreshes",
         "hvps": PRODUCTS,
+        "state": STATE,
     }
+    costs = {method: files.cost(method) for method in files.methods}
+    if not any(cost is not None and "state" in cost for cost in costs.values()):  # of a study of before
+        del columns["state"]
     rows = []
-    for method in files.methods:
-        cost = files.cost(method)
-        rows.append([files.label(method), *(MISSING if cost is None else amount(cost[name]) for name in columns)])
+    for method, cost in costs.items():
+        cells = [MISSING if cost is None or name not in cost else amount(cost[name]) for name in columns]
+        rows.append([files.label(method), *cells])
     return {"title": "Cost of a run: medians over seeds", "header": ["method", *columns.values()], "rows": rows}
 
 

@@ -242,7 +242,8 @@ def caption(files: Files) -> str:
         f"{_intervals(files)}. Learning rates: {rates or 'of the module itself'} ({tuned}){size}; threads: "
         f"{config['threads']}. "
         "One gradient is a forward and backward pass on a training batch, and refreshes are counted in; seconds are "
-        "those of training without validation and measurements. Averages are read-outs of the same runs; training "
+        "those of training without validation and measurements; an optimizer's state is what it holds between steps, "
+        "in multiples of the parameters. Averages are read-outs of the same runs; training "
         f"losses are taken on at most {EVALUATED:,} samples, {tested}.{_optimizers(files)}{_lost(files)}"
     )
 

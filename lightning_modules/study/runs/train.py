@@ -20,6 +20,7 @@ from lightning_modules.study.methods import Method, NSGDOptions, Settings, prepa
 from lightning_modules.study.options import Study
 from lightning_modules.study.rehearsal import rehearse, rehearsed_options
 from lightning_modules.study.runs.evaluate import score_read_outs
+from lightning_modules.study.runs.memory import held_share
 from lightning_modules.study.runs.plan import Run, decide, plan_runs, settings_of, steps_of
 from lightning_modules.study.runs.subject import Subject
 from lightning_modules.study.tuning import TUNING_SEED
@@ -131,6 +132,7 @@ def _results(
     stages: list[Split] = ["val", "test"] if counted and subject.is_tested else ["val"]
     wanted = read_outs.available if counted else ["last"]
     counts = {name: last[name] for name in ("step", "gradients", "refreshes", "hvps")}
+    counts["state"] = round(held_share(trainer.optimizers), 3)
     about = {"method": run.method, "seed": run.seed}
     rate = {"lr": settings["lr"]} if "lr" in settings else {}  # not where the module sets it
     study = subject.study
