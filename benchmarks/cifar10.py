@@ -36,7 +36,7 @@ from common import RESULTS, print_table
 
 from lightning_modules.commands.sigterm import CODE as TERMINATED
 from lightning_modules.commands.sigterm import Terminated, raising_at_sigterm
-from lightning_modules.report.measurements.numbers import by_step
+from lightning_modules.report.measurements.numbers import by_step, value_of
 from lightning_modules.report.measurements.report import measured
 from lightning_modules.report.measurements.valley import bursts
 from lightning_modules.study.options import Study
@@ -125,7 +125,7 @@ def _of_few_steps(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _small(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A study whose variants are as short as the others, and whose batches a smoke run has."""
+    """A study whose variants are as short as the others, of batches, refreshes and samples that a smoke run has."""
 
     def small(method: str | Mapping[str, Any]) -> str | dict[str, Any]:
         if isinstance(method, str):
@@ -133,7 +133,9 @@ def _small(config: Mapping[str, Any]) -> dict[str, Any]:
         size = {"batch_size": min(64, method["batch_size"])} if isinstance(method.get("batch_size"), int) else {}
         return {**method, **size, **({"epochs": 2} if "epochs" in method else {})}
 
-    return {**config, "methods": [small(method) for method in config["methods"]]}
+    nsgd = {"nsgd": {**config["nsgd"], "warmup_steps": 1}} if "warmup_steps" in config.get("nsgd", {}) else {}
+    measured = {"measure_samples": 16} if "measure_samples" in config else {}
+    return {**config, **nsgd, **measured, "methods": [small(method) for method in config["methods"]]}
 
 
 def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:
@@ -222,7 +224,8 @@ def paths(folder: Path) -> Iterator[dict[str, Any]]:
         top = by_step(sharpness, quantities.EIGENVALUE, quantities.eigenvector(1))
         limits = by_step(sharpness, quantities.STABILITY_LIMIT)
         for step, value in top.items():
-            yield {"method": method, "step": step, "lambda_1": value, "limit": limits.get(step)}
+            samples = value_of(sharpness, quantities.EVALUATION_SAMPLES)
+            yield {"method": method, "step": step, "lambda_1": value, "limit": limits.get(step), "samples": samples}
         for burst in bursts(rows.get(quantities.VALLEY, [])):
             yield {"method": method, **burst}
 
@@ -317,7 +320,7 @@ def _of_batches(data: Mapping[str, Any], size: int) -> dict[str, Any]:
 def _relative(study: Study, method: str, options: Mapping[str, Any]) -> float:
     recipe = study.recipes[method]
     solver = "" if recipe.damping is None else str({**options.get("nsgd", {}), **recipe.damping}.get("solver", ""))
-    return COSTS.get(solver, COSTS["sam"] if method.startswith("sam") else 1.0)
+    return COSTS.get(solver, COSTS["sam"] if (recipe.like or method) == "sam" else 1.0)
 
 
 def main() -> None:

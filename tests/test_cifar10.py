@@ -200,7 +200,12 @@ def test_paths_are_the_sharpness_and_the_bursts_of_first_runs(cifar10, tmp_path)
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
         (run / "run.yaml").write_text(yaml.safe_dump({"method": name[:-2], "seed": int(name[-1])}))
-        sharp = [(10, "stability limit", None, 20.0), (10, "eigenvalue", "e1", 8.0), (10, "eigenvalue", "e2", 3.0)]
+        sharp = [
+            (10, "evaluation samples", None, 64.0),
+            (10, "stability limit", None, 20.0),
+            (10, "eigenvalue", "e1", 8.0),
+            (10, "eigenvalue", "e2", 3.0),
+        ]
         write_csv(
             run / "sharpness.csv",
             [{"measurement": 1, "step": s, "quantity": q, "of": of, "at": None, "value": v} for s, q, of, v in sharp],
@@ -222,7 +227,7 @@ def test_paths_are_the_sharpness_and_the_bursts_of_first_runs(cifar10, tmp_path)
         if name != "nsgd-0":
             write_csv(run / "results.csv", [{"method": name[:-2], "seed": 0, "read_out": "last", "train_loss": 1.0}])
     assert list(cifar10.paths(tmp_path)) == [
-        {"method": "sgd", "step": 10, "lambda_1": 8.0, "limit": 20.0},
+        {"method": "sgd", "step": 10, "lambda_1": 8.0, "limit": 20.0, "samples": 64.0},
         {
             **{"method": "sgd", "step": 5, "steps": 2, "crossed": 1, "along": 1},
             **{"height": pytest.approx(0.4), "cosine": pytest.approx(0.2), "distance": 2.0},

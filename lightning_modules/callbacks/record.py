@@ -46,7 +46,7 @@ class RecordSteps(pl.Callback):
         self.rows: list[dict[str, Any]] = []
         self._unread: list[tuple[dict[str, Any], Any]] = []  # rows with the device's loss, and marks of the watch
         self._on_step = on_step
-        self.validating = 0.0  # seconds
+        self.validating, self.validations = 0.0, 0  # seconds, and how often
         self._passes = 0
         self._watch = Stopwatch(torch.device("cpu"))
         self._waits = True
@@ -97,14 +97,15 @@ class RecordSteps(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, and what the next ones are counted from."""
-        counts = {"passes": self._passes, "described": self._described, "validating": self.validating}
-        return {"rows": [dict(row) for row in self.rows], **counts}
+        counts = {"passes": self._passes, "described": self._described}
+        validated = {"validating": self.validating, "validations": self.validations}
+        return {"rows": [dict(row) for row in self.rows], **counts, **validated}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on after saved rows."""
         self.rows = [dict(row) for row in state_dict["rows"]]
         self._passes, self._described = state_dict["passes"], state_dict["described"]
-        self.validating = state_dict["validating"]
+        self.validating, self.validations = state_dict["validating"], state_dict.get("validations", 0)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -118,6 +119,7 @@ class RecordSteps(pl.Callback):
             if self.rows and name in trainer.callback_metrics:
                 self.rows[-1][name] = float(trainer.callback_metrics[name])
         self.validating += time.perf_counter() - self._paused_at
+        self.validations += 1
         self._watch.resume()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -70,11 +70,10 @@ def run_lightning(argv: list[str]) -> None:
 def _process_group_ended() -> Iterator[None]:
     """End the group of processes that a run has begun: left to Python's end, gloo's threads may abort the process."""
     there = distributed.is_available() and distributed.is_initialized()
-    try:
-        yield
-    finally:
-        if not there and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+    yield
+    # Not after an error: other processes may still wait for this one.
+    if not there and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class _Commands(LightningCLI):

@@ -43,6 +43,7 @@ from lightning_modules.support.whole_files import unwritable
 
 _Ends = Generator[tuple[int, str | None]]  # numbers of runs as they end, with what was said where one died
 
+_UNMEASURED = {"measure_samples": None, "measure_overhead": 0.15}
 _PACKAGES = ("nsgd", "torch", "pytorch-lightning", "numpy", "scipy", "scikit-learn")
 
 
@@ -67,7 +68,7 @@ def _claim_folder(subject: Subject, folder: StudyFolder) -> None:
     methods = subject.study.described_methods()
     # What folders of before do not say was so.
     unsaid: dict[str, dict[str, Any]] = {
-        "config": {"endpoint": subject.main_score, "precision": "32-true", "averages": []},
+        "config": {"endpoint": subject.main_score, "precision": "32-true", "averages": [], **_UNMEASURED},
         "methods": {name: {"damping": options["damping"]} for name, options in methods.items()},
     }
     documents: dict[Document, Any] = {"config": config, "methods": methods}

@@ -89,7 +89,10 @@ class Study:
             it finds. The folder of a study goes on with the device that it began with alone.
         precision: Of the runs and their scores, as the Trainer takes it: 32-true, bf16-mixed, 16-mixed, 64-true, ...
         measure: What to measure along the first seed of each method, any of sharpness, valley, quadratic and
-            averaging, or all; each for at most 15 gradients in 100 of training, outside its seconds.
+            averaging, or all; outside its seconds.
+        measure_samples: Samples that are measured on, for all methods alike; null for as many as ``measure_overhead``
+            pays in each run, of which few give larger curvatures. quadratic takes batches.
+        measure_overhead: Gradients that each measurement may cost for each gradient of training.
         spectrum: Whether to measure, at the end of each run that counts and at its best validation, the Hessian's
             Frobenius norm, largest eigenvalue and the distance from the start, for example {k: 50, samples: 2560}; the
             weights of the best validation are read out as well. null for no.
@@ -125,6 +128,8 @@ class Study:
     accelerator: str = "auto"
     precision: Precision = "32-true"
     measure: list[str] = field(default_factory=list)
+    measure_samples: int | None = None
+    measure_overhead: float = 0.15
     spectrum: Spectrum | None = None
     nsgd: NSGDOptions = field(default_factory=NSGDOptions)
     data_config: dict[str, Any] | None = None

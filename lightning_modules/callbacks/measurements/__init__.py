@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.callbacks.measurements.averaging import AveragingExperiment as AveragingExperiment
 from lightning_modules.callbacks.measurements.measurement import Measurement
@@ -14,11 +15,14 @@ from lightning_modules.callbacks.measurements.valley import ValleyWalk as Valley
 MEASUREMENTS = {kind.name: kind for kind in (SharpnessMonitor, ValleyWalk, BatchQuadratic, AveragingExperiment)}
 
 
-def make_measurements(names: Sequence[str], *, overhead: float = 0.15, folder: Path | None = None) -> list[Measurement]:
+def make_measurements(
+    names: Sequence[str], *, samples: int | None = None, overhead: float = 0.15, folder: Path | None = None
+) -> list[Measurement]:
     """Measurements by name, each at its default interval.
 
     Args:
         names: Any of sharpness, valley, quadratic and averaging, or "all".
+        samples: Evaluation samples of each but quadratic, which takes batches; None for as many as the overhead pays.
         overhead: Gradients that each may cost for each gradient of training.
         folder: Where their files go, in place of the logger's folder.
 
@@ -32,4 +36,5 @@ def make_measurements(names: Sequence[str], *, overhead: float = 0.15, folder: P
             f"expected measurements to be different ones of {', '.join(MEASUREMENTS)}, or all, got {', '.join(names)}"
         )
     paths = {name: None if folder is None else folder / f"{name}.csv" for name in names}
-    return [MEASUREMENTS[name](overhead=overhead, path=paths[name]) for name in names]
+    of: dict[str, Any] = {name: {} if name == BatchQuadratic.name else {"samples": samples} for name in names}
+    return [MEASUREMENTS[name](overhead=overhead, path=paths[name], **of[name]) for name in names]

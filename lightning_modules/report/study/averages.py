@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -113,12 +114,13 @@ def averages_figures(files: Files) -> dict[str, tuple[Figure, str]]:
         for method, averages in read.items():
             _draw(axes, files, method, [one for one in averages if one.kind == kind])
         axes.set(xlabel=_AXES[kind], xscale="linear" if kind == "swa" else "log")
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for axes in panels for line in axes.get_lines()])
+    if files.effect(measure) == "ratio" and drawn.max() > 10 * drawn.min() > 0:  # else a logarithm has few numbers
+        for axes in panels:
+            axes.set_yscale("log")
     ends = [axes.get_ylim() for axes in panels]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    if files.effect(measure) == "ratio" and high > 10 * low > 0:  # in less than a decade, a logarithm has few numbers
-        panels[0].set_yscale("log")
     for axes in panels:
-        axes.set(yscale=panels[0].get_yscale(), ylim=(low, high))
+        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     panels[0].set_ylabel(measure.header)
     legend_beside(figure, panels[0])
     words = (

@@ -153,7 +153,7 @@ class Files:
         if not rows:
             return None
         names = ("step", "gradients", "refreshes", "hvps", "state")
-        counts = {name: float(np.median([r[name] for r in rows])) for name in names if name in rows[0]}
+        counts = {name: float(np.median([r[name] for r in rows])) for name in names if all(name in row for row in rows)}
         seconds = float(np.median([row["seconds"] for row in self.times if row["method"] == method]))
         return {**counts, "seconds": seconds}
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.report.drawing import legend_beside
-from lightning_modules.report.measurements.numbers import series
+from lightning_modules.report.measurements.numbers import series, value_of
 from lightning_modules.report.measurements.report import measured
 from lightning_modules.report.measurements.valley import BURSTS, burst_cells, bursts
 from lightning_modules.report.page import new_figure
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 PATHS = "sharpness-of-all"  # name of the figure
 
-WORDS = (
-    "What was measured along the first seed of each method, one run each: differences between two may be chance. A "
-    "batch size of a method's own is in its name."
-)
+WORDS = "What was measured along the first seed of each method, one run each: differences between two may be chance."
 
 
 def paths_figures(files: Files) -> dict[str, tuple[Figure, str]]:
@@ -46,15 +43,18 @@ def paths_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     panels[1].set(xlabel="optimizer steps", ylabel="its share of the limit (2 + 2β) / lr", yscale="log")
     panels[1].axhline(1, color="black", linewidth=0.8, label="_limit")
     legend_beside(figure, panels[0])
+    sizes = {int(value_of(rows, quantities.EVALUATION_SAMPLES)) for rows in measured_in.values()}
+    counts = f"{min(sizes)} of them" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} of them, not the same"
     words = (
-        "The largest eigenvalue of the Hessian of the evaluation samples along the first run of each method, and its "
-        "share of the limit above which undamped steps grow."
+        f"The largest eigenvalue of the Hessian of the evaluation samples along the first run of each method "
+        f"({counts}; few make it larger), and its share of the limit above which undamped steps grow."
     )
     return {PATHS: (figure, words)}
 
 
 def paths_tables(files: Files) -> list[dict[str, Any]]:
     """One table, where the valley was measured: a row for each burst of steps of each method."""
+    found = _measured(files, quantities.VALLEY)
     body = [
         [
             files.label(method) if i == 0 else "",
@@ -62,12 +62,12 @@ def paths_tables(files: Files) -> list[dict[str, Any]]:
             f"{burst['step']}",
             *burst_cells(burst),
         ]
-        for method, rows in _measured(files, quantities.VALLEY).items()
+        for method, rows in found.items()
         for i, burst in enumerate(bursts(rows))
     ]
     title = "The valley: steps in a row, the barriers that they cross, and how high above the floor they go"
     header = ["method", "epoch", "from step", *BURSTS.values()]
-    return [{"title": title, "header": header, "rows": body}] if body else []
+    return [{"title": title, "header": header, "rows": body}] if len(found) > 1 else []
 
 
 def _measured(files: Files, name: str) -> dict[str, Rows]:

@@ -229,7 +229,7 @@ def caption(files: Files) -> str:
         else "given, not tuned"
     )
     batch = _of_data(files, "batch_size")
-    size = "" if batch is None else f"; batch size {batch}"
+    size = ("" if batch is None else f"; batch size {batch}") + _of_their_own(files)
     test = config.get("limit_test")  # which studies of before did not have
     tested = (
         "what is validated and tested on all"
@@ -246,6 +246,14 @@ def caption(files: Files) -> str:
         "in multiples of the parameters. Averages are read-outs of the same runs; training "
         f"losses are taken on at most {EVALUATED:,} samples, {tested}.{_optimizers(files)}{_lost(files)}"
     )
+
+
+def _of_their_own(files: Files) -> str:
+    """Which methods have other batches, epochs or gradients than what is said of all."""
+    entries = zip(files.styles, files.config["methods"], strict=True)
+    keys = ("batch_size", "epochs", "noise")
+    names = [files.label(name) for name, entry in entries if isinstance(entry, dict) and any(map(entry.get, keys))]
+    return f" ({and_(names)}: batches, epochs or noise of their own, and gradients of such batches)" if names else ""
 
 
 def _optimizers(files: Files) -> str:

@@ -55,7 +55,7 @@ class Schedule:
                 raise ValueError(
                     f"expected schedule.cooldown with the name trapezoid alone, got it with {self.name}; leave it out"
                 )
-        elif not 0 < self._cooldown <= 1 - self.warmup:
+        elif not self._cooldown > 0 or self.warmup + self._cooldown > 1:
             raise ValueError(
                 "expected schedule.cooldown to be a share of the run's steps above 0, and at most the "
                 f"{1 - self.warmup:g} that the warm-up leaves, got {self._cooldown:g}; give 0.2 for 20 % of them"

@@ -36,7 +36,7 @@ def check_study(subject: Subject) -> None:
     _check_batches(study)
     _check_settings(study)
     _check_search(study)
-    make_measurements(study.measure)
+    make_measurements(study.measure, samples=study.measure_samples, overhead=study.measure_overhead)
     _check_training(subject)
     if study.model is not None or study.monitor is not None:
         _check_scores(subject)
@@ -184,6 +184,11 @@ def _check_training(subject: Subject) -> None:
     for method, recipe in study.recipes.items():
         if subject.steps(method) < 1:
             raise ValueError(f"expected a batch of training data at least, got none for {recipe.label}")
+        if {"quadratic", "all"} & set(study.measure) and subject.steps(method) < 2 * (recipe.epochs or study.epochs):
+            raise ValueError(
+                f"expected two batches of training data at least, which quadratic compares, got one for "
+                f"{recipe.label}; leave quadratic out of measure"
+            )
         schedule = recipe.followed(study.schedule)
         own = [] if schedule is None or schedule.average is None else [schedule.average]
         for name in own or study.averages:

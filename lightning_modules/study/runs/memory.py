@@ -33,7 +33,7 @@ def held_share(optimizers: Collection[torch.optim.Optimizer]) -> float:
             left += one.values()
         elif isinstance(one, Collection):
             left += one
-        elif not callable(one) or one in optimizers:
+        elif not callable(one):
             left += getattr(one, "__dict__", {}).values()
     return sum(held.values()) / trained if trained else 0.0
 

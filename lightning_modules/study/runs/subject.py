@@ -96,7 +96,7 @@ class Subject:
             data.setup(stage)
         size = None if method is None else self.study.recipes[method].batch_size
         if size is not None:
-            vars(data).update(batch_size=len(data.train_dataloader().dataset) if size == "all" else size)
+            _set_batches(data, self._training_samples if size == "all" else size)
         vars(data).update(prepare_data=lambda: None, setup=lambda stage: None)
         return data
 
@@ -150,7 +150,34 @@ class Subject:
         return {}
 
     def _batches_of(self, method: Method) -> int:
-        loader = self.loader("train", method)
+        """Batches of an epoch of a method.
+
+        Raises:
+            ValueError: If its batches are not of the size that it asks for.
+        """
+        size = self.study.recipes[method].batch_size
+        if size is None:
+            return len(self._training_loader)
+        count, size = len(self.loader("train", method)), self._training_samples if size == "all" else size
+        if count not in (self._training_samples // size, -(-self._training_samples // size)):
+            raise ValueError(
+                f"expected data whose train_dataloader goes by their batch_size, got {count} batches of {size} from "
+                f"{self._training_samples} samples; leave batch_size out of {self.study.recipes[method].label}"
+            )
+        return count
+
+    @property
+    def _training_samples(self) -> int:
+        return len(self._training_loader.dataset)  # type: ignore[arg-type]
+
+    @cached_property
+    def _training_loader(self) -> DataLoader[Any]:
+        """The loader of the training data, as they make it.
+
+        Raises:
+            ValueError: If there is none, or none with a length.
+        """
+        loader = self.loader("train")
         if loader is None:
             raise ValueError("expected data with a train_dataloader, got none; give --data, or the model one")
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -159,7 +186,21 @@ class Subject:
                 f"expected a train_dataloader that is a DataLoader over a data set with a length, got {what}: a study "
                 "needs to know its steps beforehand, and takes the training loss of samples"
             )
-        return len(loader)
+        return loader
+
+
+def _set_batches(data: pl.LightningDataModule, size: int) -> None:
+    """Have data make training batches of a size; those of validation and test stay as they are."""
+    make, usual = data.train_dataloader, data.batch_size  # type: ignore[attr-defined]
+
+    def train_dataloader() -> Any:
+        vars(data).update(batch_size=size)
+        try:
+            return make()
+        finally:
+            vars(data).update(batch_size=usual)
+
+    vars(data).update(train_dataloader=train_dataloader)
 
 
 def _module_of(config: Mapping[str, Any]) -> pl.LightningModule:

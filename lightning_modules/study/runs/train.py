@@ -65,7 +65,9 @@ def make_run(subject: Subject, folder: StudyFolder, run: Run, on_step: OnStep) -
     files = folder.run(run.name)
     files.begin(plain, measurements=MEASUREMENTS)
     measured = study.measure if run.stage == "study" and run.seed == 0 else []
-    measurements = make_measurements(measured, folder=files.path)
+    measurements = make_measurements(
+        measured, samples=study.measure_samples, overhead=study.measure_overhead, folder=files.path
+    )
     counted = run.stage == "study"
     best_by = (study.score.monitor, study.score.mode) if counted and study.spectrum is not None else None
     record = RecordSteps(on_step, study.score.validated, measurements)
@@ -112,7 +114,7 @@ def _train(
     directions = recipe.directions(settings, nsgd)
     refresh = [] if directions is None else directions.refresh()
     noise = [GradientNoise(recipe.noise, seed)] if recipe.noise else []
-    callbacks = [*measurements, *noise, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
+    callbacks = [*noise, *measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
     checkpoint = None
     if kept is not None:
         callbacks, checkpoint = [*callbacks, kept], kept.found()
@@ -190,7 +192,9 @@ def predicted_seconds(subject: Subject, folder: StudyFolder, runs: Sequence[Run]
         scored = (study.recipes[method].epochs or study.epochs) * batches["val"] + read * (
             sum(batches.values()) + evaluated
         )
-        seconds[method] = subject.steps(method) * step + scored * record.validating / max(1, batches["val"])
+        seconds[method] = subject.steps(method) * step + scored * record.validating / max(
+            1, batches["val"] * record.validations
+        )
     return sum(seconds[run.method] * steps_of(subject, folder, run) / subject.steps(run.method) for run in runs)
 
 

@@ -19,7 +19,9 @@ SMALL = {"like": "sgd", "batch_size": 20, "label": "small batches"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    options = {"methods": ["sgd", SMALL], "lr": 0.05, "seeds": 1, "epochs": 6, "measure": ["sharpness", "valley"]}
+    options = {"methods": ["sgd", SMALL], "lr": 0.05, "seeds": 1, "epochs": 6, "measure": ["sharpness", "valley"]} | {
+        "measure_samples": 20
+    }
     return finished(tmp_path_factory.mktemp("study"), **options)
 
 
@@ -65,11 +67,14 @@ def test_the_figure_has_the_sharpness_of_every_method_and_its_share_of_the_limit
             assert drawn == pytest.approx({step: value / divided for step, value in top.items()})
 
 
+@pytest.mark.draws
 def test_the_page_has_them_and_that_of_one_path_has_not(folder, tmp_path):
     page = write_report(folder).read_text()
     assert WORDS[:40] in page
     assert "barriers along the floor" in page
-    one = finished(tmp_path, methods=["sgd"], seeds=1, epochs=1)
+    assert "(small batches: batches, epochs or noise of their own, and gradients of such batches)" in page
+    assert "(20 of them; few make it larger)" in page
+    one = finished(tmp_path, methods=["sgd"], seeds=1, epochs=1, lr=0.05, measure=["valley", "sharpness"])
     assert PATHS not in study_figures(read_folder(one))
     assert paths_tables(read_folder(one)) == []
     assert WORDS[:40] not in write_report(one).read_text()

@@ -10,8 +10,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from studies import OPTIONS, STEPS, finished, plain_start, plain_steps, silent, study
+from torch.utils.data import DataLoader
 
+from lightning_modules import Classifier, Digits
 from lightning_modules.callbacks.gradient_noise import GradientNoise
+from lightning_modules.data.images import ImageDataset
 from lightning_modules.study.compare import claim, run_study
 from lightning_modules.study.methods.built_in import RECIPES, recipes_of
 from lightning_modules.support.files import read_csv
@@ -59,8 +62,17 @@ def test_a_clipped_variant_steps_by_the_clipped_gradient(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "steps"), [(30, 16), ("all", 2)])
-def test_a_variant_has_batches_of_its_own(tmp_path, size, steps):
-    """240 training images, two epochs; validation and test see what they see in other runs."""
+def test_a_variant_has_batches_of_its_own(tmp_path, size, steps, monkeypatch):
+    """240 training images, two epochs; the batches of validation and test stay as they are, limited ones too."""
+    seen: dict[str, set[int]] = {}
+    for stage in ("validation", "test"):
+        step = getattr(Classifier, f"{stage}_step")
+
+        def noting(self: Any, batch: Any, *rest: Any, stage: str = stage, step: Any = step) -> Any:
+            seen.setdefault(stage, set()).add(len(batch[0]))
+            return step(self, batch, *rest)
+
+        monkeypatch.setattr(Classifier, f"{stage}_step", noting)
     folder = finished(tmp_path, methods=["sgd", {"like": "sgd", "batch_size": size, "label": "other"}], seeds=1)
     net, data = plain_start()
     data.batch_size = 240 if size == "all" else size
@@ -68,6 +80,7 @@ def test_a_variant_has_batches_of_its_own(tmp_path, size, steps):
     assert losses(folder, "other") == pytest.approx([*expected], rel=1e-5)
     alone = finished(tmp_path / "alone", methods=["sgd"], seeds=1)
     assert losses(folder, "sgd") == losses(alone, "sgd")
+    assert {max(sizes) for sizes in seen.values()} == {50}
     tables = [read_csv(f / "results.csv") for f in (folder, alone)]
     assert [row for row in tables[0] if row["method"] == "sgd"] == tables[1]
 
@@ -109,6 +122,44 @@ def test_a_noisy_variant_is_the_same_run_again_and_another_than_without(tmp_path
     assert losses(folder, "noisy") == losses(finished(tmp_path / "b", methods=["sgd", noisy], seeds=1), "noisy")
     assert losses(folder, "noisy")[0] == losses(folder, "sgd")[0]  # before the first step
     assert losses(folder, "noisy")[1] != losses(folder, "sgd")[1]
+
+
+def test_a_measured_gradient_has_the_noise_of_its_step(tmp_path):
+    """Gradients of one batch are much alike, and with much noise are not."""
+    noisy = {"like": "sgd", "noise": 5.0, "label": "noisy"}
+    chosen = {"methods": ["sgd", noisy], "seeds": 1, "lr": 1e-3, "measure": ["valley"], "measure_samples": 20}
+    folder = finished(tmp_path, **chosen)
+    cosines = {
+        method: [
+            abs(row["value"])
+            for row in read_csv(folder / "runs" / f"{method}-0" / "valley.csv")
+            if row["quantity"] == "cosine" and row["value"] == row["value"]
+        ]
+        for method in ("sgd", "noisy")
+    }
+    assert min(cosines["sgd"]) > 0.3
+    assert max(cosines["noisy"]) < 0.1
+
+
+def test_data_that_do_not_go_by_their_batch_size_are_refused(tmp_path):
+    class Fixed(Digits):
+        def train_dataloader(self) -> Any:
+            dataset = ImageDataset(self.splits["train"])
+            return DataLoader(dataset, batch_size=40)
+
+    words = (
+        "train_dataloader goes by their batch_size, got 6 batches of 30 from 240 samples; leave batch_size out of other"
+    )
+    chosen = study(methods=["sgd", {"like": "sgd", "batch_size": 30, "label": "other"}], data=Fixed(limit=300))
+    with pytest.raises(ValueError, match=words):
+        run_study(chosen, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quadratic_of_a_single_batch_is_refused_before_any_run(tmp_path):
+    chosen = study(methods=["sgd", {"like": "sgd", "batch_size": "all", "label": "GD"}], measure=["quadratic"])
+    with pytest.raises(ValueError, match=r"two batches of training data .* got one for GD; leave quadratic out"):
+        run_study(chosen, tmp_path / "out", silent)
 
 
 def test_names_of_variants_say_what_is_changed():
