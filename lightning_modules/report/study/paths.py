@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.report.drawing import legend_beside
-from lightning_modules.report.measurements.numbers import series, value_of
+from lightning_modules.report.measurements.numbers import by_step, columns, value_of
 from lightning_modules.report.measurements.report import measured
 from lightning_modules.report.measurements.valley import BURSTS, burst_cells, bursts
 from lightning_modules.report.page import new_figure
@@ -26,19 +25,17 @@ def paths_figures(files: Files) -> dict[str, tuple[Figure, str]]:
     """Name to figure and caption: the top eigenvalue along each path; none unless two methods or more have one."""
     measured_in = _measured(files, quantities.SHARPNESS)
     top = quantities.eigenvector(1)
-    lines = {method: series(rows, quantities.EIGENVALUE, top) for method, rows in measured_in.items()}
+    lines = {method: by_step(rows, quantities.EIGENVALUE, top) for method, rows in measured_in.items()}
     if len(lines) < 2:
         return {}
     figure, panels = new_figure(2)
-    for method, (steps, values) in lines.items():
+    for method, found in lines.items():
         style, label = files.styles[method], files.label(method)
         look: dict[str, Any] = {"color": style.color, "linestyle": style.line, "label": label, "gid": label}
-        panels[0].plot(steps, values, marker=".", **look)
-        limits = dict(zip(*series(measured_in[method], quantities.STABILITY_LIMIT), strict=True))
-        shares = [
-            value / limits[step] if limits.get(step) else math.nan for step, value in zip(steps, values, strict=True)
-        ]
-        panels[1].plot(steps, shares, marker=".", **look)
+        panels[0].plot(*columns(list(found.items())), marker=".", **look)
+        limits = by_step(measured_in[method], quantities.STABILITY_LIMIT)
+        shares = [(step, value / limits[step]) for step, value in found.items() if limits.get(step)]
+        panels[1].plot(*columns(shares), marker=".", **look)
     panels[0].set(xlabel="optimizer steps", ylabel="largest eigenvalue of the Hessian", yscale="log")
     panels[1].set(xlabel="optimizer steps", ylabel="its share of the limit (2 + 2β) / lr", yscale="log")
     panels[1].axhline(1, color="black", linewidth=0.8, label="_limit")
