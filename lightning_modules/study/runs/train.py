@@ -13,6 +13,7 @@ from lightning_modules.callbacks.epoch_checkpoint import EpochCheckpoint
 from lightning_modules.callbacks.evaluation_weights import EvaluationWeights
 from lightning_modules.callbacks.gradient_noise import GradientNoise
 from lightning_modules.callbacks.measurements import MEASUREMENTS, make_measurements
+from lightning_modules.callbacks.plateau import ReduceOnPlateau
 from lightning_modules.callbacks.record import RecordSteps
 from lightning_modules.callbacks.refresh import RefreshDirections
 from lightning_modules.models.base import Split
@@ -114,7 +115,10 @@ def _train(
     directions = recipe.directions(settings, nsgd)
     refresh = [] if directions is None else directions.refresh()
     noise = [GradientNoise(recipe.noise, seed)] if recipe.noise else []
-    callbacks = [*noise, *measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart)]
+    schedule = recipe.followed(subject.study.schedule)
+    waits = None if schedule is None else schedule.patience
+    falls = [] if waits is None else [ReduceOnPlateau(waits, subject.study.score)]
+    callbacks = [*noise, *measurements, *refresh, record, *read_outs, EvaluationWeights(record.apart), *falls]
     checkpoint = None
     if kept is not None:
         callbacks, checkpoint = [*callbacks, kept], kept.found()

@@ -71,6 +71,19 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path, monke
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_rate_that_fell_stays_low_in_a_run_that_goes_on(tmp_path, monkeypatch):
+    """Interrupted after a fall, and one validation before the next."""
+    monkeypatch.setattr(epoch_checkpoint, "EVERY", 0.0)
+    schedule = Schedule("plateau", patience=1)
+    asked = chosen(methods=["sgd", "sam"], schedule=schedule, lr=2.0, epochs=8)
+    run_study(asked, tmp_path / "whole", silent)
+    for number in range(2):
+        stopping(asked, tmp_path / "two", number, 26)
+        run_one(asked, tmp_path / "two", number, silent)
+    run_study(asked, tmp_path / "two", silent)
+    assert without_seconds(tmp_path / "two") == without_seconds(tmp_path / "whole")
+
+
 def test_a_short_run_keeps_no_checkpoint_and_begins_anew(tmp_path):
     stopping(chosen(methods=["sgd"]), tmp_path, 0, 10)
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -25,11 +25,12 @@ import lightning_modules
 import nsgd
 from lightning_modules import Digits, RefreshDirections
 from lightning_modules.study.compare import run_one, run_study
-from lightning_modules.study.methods import RECIPES, NSGDOptions
+from lightning_modules.study.methods import RECIPES, NSGDOptions, Schedule
 from lightning_modules.study.options import Study
 from lightning_modules.study.runs.check import check_study
 from lightning_modules.study.runs.plan import plan_runs
 from lightning_modules.study.runs.subject import Subject
+from lightning_modules.study.spectrum import Spectrum
 from lightning_modules.study.statistics import summarise
 from lightning_modules.study.tuning import sweep_rates, trial_settings
 from lightning_modules.support.files import read_csv, write_csv
@@ -666,7 +667,9 @@ def test_every_study_that_ships_can_run(path):
     """With digits for its data, whose images are small, and so a small network."""
     options = yaml.safe_load(path.read_text())
     nsgd = NSGDOptions(**{**options.pop("nsgd", {}), "k": 2, "samples": 32})
-    own = {**options, "data": Digits(), "net": "mlp", "sizes": None, "nsgd": nsgd}
+    nested = {"schedule": Schedule.of, "spectrum": lambda given: Spectrum(**given)}
+    own = {name: nested[name](value) if name in nested else value for name, value in options.items()}
+    own |= {"data": Digits(), "net": "mlp", "sizes": None, "nsgd": nsgd}
     check_study(Subject(Study(**own)))
 
 

@@ -247,16 +247,52 @@ def test_rates_are_those_of_the_formula_at_every_step(tmp_path, name, warmup):
     assert losses(folder, "sgd-0") == pytest.approx(expected, rel=1e-6)  # factors are multiplied in another order
 
 
-def test_every_method_follows_the_schedule_but_for_those_with_one_of_their_own(tmp_path, monkeypatch):
+def rates_of_runs(monkeypatch) -> dict[str, Rates]:
+    """Rates of each step of the longest run by each kind of optimizer, as studies are made."""
     recorders: dict[str, Rates] = {}
 
     def fit(self: pl.Trainer, module: Any, **options: Any) -> None:
         self.callbacks.append(rates := Rates())
         plain(self, module, **options)
-        recorders[type(self.optimizers[0]).__name__] = rates
+        kind = type(self.optimizers[0]).__name__
+        recorders[kind] = max(rates, recorders.get(kind, rates), key=lambda each: len(each.found))
 
     plain = pl.Trainer.fit
     monkeypatch.setattr(pl.Trainer, "fit", fit)
+    return recorders
+
+
+def on_a_plateau(losses_of: list[float], patience: int) -> list[float]:
+    """Factors on the rate after each validation, by the words of the schedule."""
+    factors, factor, best, waited = [], 1.0, math.inf, 0
+    for loss in losses_of:
+        waited = 0 if loss < best * (1 - 1e-4) else waited + 1
+        best = loss if waited == 0 else best
+        if waited > patience:
+            factor, waited = factor / 10, 0
+        factors.append(factor)
+    return factors
+
+
+def test_on_a_plateau_of_validation_the_rate_falls(tmp_path, monkeypatch):
+    recorders = rates_of_runs(monkeypatch)
+    methods = ["sgd", "nsgd", "sam", "schedule-free"]
+    schedule = Schedule("plateau", patience=1)
+    folder = finished(tmp_path, methods=methods, schedule=schedule, seeds=1, lr=2.0, epochs=8)
+    kinds = {"sgd": "SGD", "nsgd": "NSGD", "sam": "SAM"}
+    for method, kind in kinds.items():
+        rows = read_csv(folder / "runs" / f"{method}-0" / "metrics.csv")
+        found = [row["val_loss"] for row in rows if "val_loss" in row]  # NaN, where it diverged, is none better
+        wanted = [1.0, *on_a_plateau(found, 1)[:-1]]
+        rates = recorders[kind].found[-len(rows) :]
+        each = len(rows) // 8
+        assert rates == pytest.approx([2.0 * factor for factor in wanted for _ in range(each)])
+        assert method != "sgd" or rates[-1] < 2.0  # it did fall
+    assert set(recorders["ScheduleFreeAdamW"].found[-16:]) == {2.0}
+
+
+def test_every_method_follows_the_schedule_but_for_those_with_one_of_their_own(tmp_path, monkeypatch):
+    recorders = rates_of_runs(monkeypatch)
     methods: list[Any] = ["sgd", "nsgd", "sam", "muon", "schedule-free", "own"]
     model = {"class_path": MODEL}
     finished(tmp_path, methods=methods, model=model, schedule=Schedule("linear", 0.25), **ONCE)
@@ -459,11 +495,26 @@ def entry(path: str, **rest: Any) -> dict[str, Any]:
         ({"settings": {"adamww": {"lr": 0.1}}}, r"got 'adamww'; did you mean adamw\?"),
         ({"methods": ["own"], "settings": {"own": {"lr": 0.1}}}, "settings of own to be among none at all, got 'lr'"),
         ({"schedule": Schedule("cosine", 1.5)}, "warmup to be a share of the run's steps, .*got 1.5, .* give 0.05"),
-        ({"schedule": Schedule("step")}, "schedule.name to be one of constant, cosine, linear, trapezoid, got 'step'"),
+        (
+            {"schedule": Schedule("step")},
+            "schedule.name to be one of constant, cosine, linear, trapezoid, plateau, got 'st",
+        ),
         ({"schedule": Schedule("trapezoid", 0.9)}, "cooldown to be a share .* at most the 0.1 that the warm-up leaves"),
         (
             {"schedule": Schedule("trapezoid", cooldown=0.0)},
             "cooldown to be a share of the run's steps above 0, .*got 0",
+        ),
+        (
+            {"schedule": Schedule("plateau")},
+            "patience of a plateau to be a number of epochs of at least 1, got None; give",
+        ),
+        (
+            {"schedule": Schedule("cosine", patience=3)},
+            "patience with the name plateau alone, got it with cosine; leave",
+        ),
+        (
+            {"schedule": Schedule("plateau", 0.1, patience=3)},
+            r"no schedule\.warmup with a plateau, .* got 0\.1; leave it out",
         ),
         ({"schedule": Schedule(cooldown=0.1)}, "cooldown with the name trapezoid alone, got it with constant; leave"),
         ({"weight_decay": -0.1}, "weight_decay >= 0 and finite, got -0.1"),
@@ -547,7 +598,7 @@ def test_entries_and_schedules_are_options_of_the_command_and_of_a_file(tmp_path
         (["--schedule", "{name: cosine, warmup: 500}"], "a share of the run's steps, at least 0 and below 1, got 500"),
         (
             ["--schedule", "{name: cosin}"],
-            "to be 'constant', 'cosine', 'linear', 'trapezoid', got 'cosin'; did you mean cosine?",
+            "to be 'constant', 'cosine', 'linear', 'trapezoid', 'plateau', got 'cosin'; did you mean cosine?",
         ),
     ],
 )
