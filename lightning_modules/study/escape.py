@@ -45,6 +45,8 @@ class EscapeStudy:
         lr: Learning rates.
         batch_sizes: Batch sizes at the first rate; at the others they are scaled in proportion, so that the
             temperatures are the same.
+        momentum: Of SGD, from 0 to below 1: the temperature is 1 / (1 - momentum) times as high, and walkers have
+            inertia.
         noise: Variance of the gradient of one sample, along each coordinate.
         noise_follows: What that variance is in proportion to: nothing (constant), the loss above the deeper minimum, in
             barriers, or the curvature, in that of the start. It decides the claims: see the predictions of each.
@@ -65,6 +67,7 @@ class EscapeStudy:
     walls: float = 40.0
     lr: list[float] = field(default_factory=lambda: [0.02, 0.01])
     batch_sizes: list[float] = field(default_factory=lambda: [40.0, 46.0, 52.0, 60.0])
+    momentum: float = 0.0
     noise: float = 1000.0
     noise_follows: Literal["constant", "loss", "curvature"] = "constant"
     noise_floor: float = 0.1
@@ -82,6 +85,8 @@ class EscapeStudy:
         for name, value in (("noise", self.noise), ("gamma_batch_size", self.gamma_batch_size)):
             if not 0 < value < math.inf:
                 raise ValueError(f"expected {name} above 0, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"expected momentum of at least 0 and below 1, got {self.momentum:g}")
         if not 0 < self.noise_floor <= 1:
             raise ValueError(f"expected noise_floor above 0 and at most 1, got {self.noise_floor:g}")
         for name, count, least in (("walkers", self.walkers, 2), ("steps", self.steps, 1), ("seed", self.seed, 0)):
@@ -109,7 +114,7 @@ class EscapeStudy:
 
     def sgd(self, lr: float, batch_size: float) -> dict[str, float]:
         """Options of SGD."""
-        return {"lr": lr, "noise": self.noise, "batch_size": batch_size}
+        return {"lr": lr, "noise": self.noise, "batch_size": batch_size, "momentum": self.momentum}
 
 
 def _own_landscape(
@@ -146,7 +151,9 @@ def run_escape(study: EscapeStudy, out: Path, progress: Update) -> None:
         "landscape": _described(landscape, dampings),
     }
     # What folders of before do not say was so.
-    unsaid: dict[str, dict[str, Any]] = {"config": {"noise_follows": "constant", "noise_floor": study.noise_floor}}
+    unsaid: dict[str, dict[str, Any]] = {
+        "config": {"momentum": 0.0, "noise_follows": "constant", "noise_floor": study.noise_floor}
+    }
     StudyFolder(out).claim(documents, unsaid=unsaid, packages=("nsgd", "torch", "numpy", "scipy"))
     rows: Rows = []
     with held(out):
@@ -227,9 +234,11 @@ def _way(landscape: Landscape) -> Rows:
 def _check_rates(study: EscapeStudy, landscape: Landscape, dampings: list[_Damping]) -> None:
     """Raise a ValueError if SGD is not stable, or too cold for any walker to arrive."""
     fastest = max(study.lr) * max(1.0, *study.gammas)
-    limit = 2 / max(landscape.steepest, *(damping.landscape.steepest for damping in dampings))
+    steepest = max(landscape.steepest, *(damping.landscape.steepest for damping in dampings))
+    limit = 2 * (1 + study.momentum) / steepest
     if fastest >= limit:
-        raise ValueError(f"expected lr, times gamma above 1, below 2 / curvature = {limit:.3g}, got {fastest:g}")
+        two = "2 (1 + momentum)" if study.momentum else "2"
+        raise ValueError(f"expected lr, times gamma above 1, below {two} / curvature = {limit:.3g}, got {fastest:g}")
     heats = [temperature(**study.sgd(study.lr[0], size)) for size in study.batch_sizes]
     damped = temperature(**study.sgd(min(study.lr), study.gamma_batch_size))
     coldest = min([*heats, damped, damped * min(study.gammas)])

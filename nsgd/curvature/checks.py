@@ -70,6 +70,14 @@ def at_least_zero(name: str, value: Any) -> float:
     return float(number)
 
 
+def below_one(name: str, value: Any) -> float:
+    """A number of at least 0 and below 1; a ValueError for anything else."""
+    number = plain(value)
+    if not is_real(number) or not 0 <= number < 1:
+        raise ValueError(f"expected {name} to be a number of at least 0 and below 1, got {shown(value)}")
+    return float(number)
+
+
 def not_zero(name: str, value: Any) -> float:
     """A finite number other than 0; a ValueError for anything else."""
     number = plain(value)

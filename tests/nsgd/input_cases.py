@@ -86,7 +86,7 @@ OPTIONS = {
     "basis_dtype": None,
     "seed": 0,
 }
-SGD_OPTIONS = {"lr": 0.01, "noise": 10.0, "batch_size": 10.0}
+SGD_OPTIONS = {"lr": 0.01, "noise": 10.0, "batch_size": 10.0, "momentum": 0.5}
 ESCAPE = {"walkers": 4, "steps": 3, "seed": 0}
 
 
@@ -243,6 +243,10 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "floor_barriers": (valley.floor_barriers, lambda p: {"floors": WEIGHTS}),
     "cosine": (valley.cosine, lambda p: {"one": WEIGHTS, "other": WEIGHTS}),
     "temperature": (diffusion.temperature, lambda p: dict(SGD_OPTIONS)),
+    "held_up": (
+        diffusion.held_up,
+        lambda p: {"lr": 0.1, "momentum": 0.5, "saddle": torch.tensor([-1.0, 1, 1])},
+    ),
     "escape_time": (
         diffusion.escape_time,
         lambda p: {"barrier": 1.0, "temperature": 0.1, "minimum": WEIGHTS, "saddle": torch.tensor([-1.0, 1, 1])},

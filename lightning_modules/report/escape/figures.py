@@ -78,15 +78,16 @@ def _escape_figure(files: Files) -> Figure:
     rows = files.of("escape")
     first = [row for row in rows if row["lr"] == files.config["lr"][0]]
     x = [inverse(row) for row in first]
-    _line(times, x, [row["exact"] * row["lr"] for row in first], "-", color="black", label="quadrature")
-    leading = [row["leading"] * row["lr"] for row in first]
-    _line(times, x, leading, "--", color="black", label=f"Eyring-Kramers, slope 2{files.height}/σ²")
+    _line(times, x, [files.time(row, "exact") for row in first], "-", color="black", label="quadrature")
+    leading = [files.time(row, "leading") for row in first]
+    _line(times, x, leading, "--", color="black", label=f"Eyring-Kramers, slope {files.slope}")
     for i, lr in enumerate(files.config["lr"]):
         seen = [row for row in rows if row["lr"] == lr and row["arrived"] >= FEWEST]
-        y, errors = ([row[c] * lr for row in seen] for c in ("measured", "standard_error"))
+        y, errors = ([files.time(row, c) for row in seen] for c in ("measured", "standard_error"))
         style = {"marker": "os^Dv"[i % 5], "color": _COLORS[i % 5], "fillstyle": "none" if i % 2 else "full"}
         _points(times, [inverse(row) for row in seen], y, errors, label=f"SGD, η = {lr:g}", **style)
-    times.set(yscale="log", xlabel="B / η", ylabel="escape time, η × steps", title="Time to the other minimum")
+    rate = "η/(1 − β)" if files.momentum else "η"
+    times.set(yscale="log", xlabel="B / η", ylabel=f"escape time, {rate} × steps", title="Time to the other minimum")
     times.legend(frameon=False, fontsize=8)
     for i, name in enumerate(files.landscape["damped"]):
         of = [row for row in files.of("damped escape") if row["damped"] == name]

@@ -34,6 +34,20 @@ class Files:
         return str(self.config.get("noise_follows", "constant"))
 
     @property
+    def momentum(self) -> float:
+        """Of SGD; of studies of before, which had none, 0."""
+        return float(self.config.get("momentum", 0.0))
+
+    @property
+    def slope(self) -> str:
+        """What log escape time is predicted to grow by with B / η, as a formula."""
+        return f"2{'(1 − β)' if self.momentum else ''}{self.height}/σ²"
+
+    def time(self, row: dict[str, Any], column: str = "measured") -> float:
+        """Steps of a row as the diffusion's time: by the rate that momentum makes of η."""
+        return float(row[column] * row["lr"] / (1 - self.momentum))
+
+    @property
     def height(self) -> str:
         """How that barrier is written."""
         return "Δf" if self.follows == "constant" else "ΔU"

@@ -65,7 +65,7 @@ def _known(value: float) -> str:
 def _times(files: Files) -> str:
     rows = files.of("escape")
     barrier = files.barrier
-    predicted = 2 * barrier / files.config["noise"]
+    predicted = 2 * (1 - files.momentum) * barrier / files.config["noise"]
     fitted = [row for row in rows if barrier / row["temperature"] >= FIT_FROM * (1 - 1e-9) and row["arrived"] >= FEWEST]
     missing, walkers = sum(row["censored"] for row in rows), sum(row["walkers"] for row in rows)
     steps = files.config["steps"]
@@ -76,9 +76,9 @@ def _times(files: Files) -> str:
             f"Escape times, not resolved: fewer than two values of B/η have a barrier of {FIT_FROM:g} temperatures and "
             f"{FEWEST} arrivals; {counts}"
         )
-    times = [row["measured"] * row["lr"] for row in fitted]
+    times = [files.time(row) for row in fitted]
     slope, error = _slope(x, [math.log(t) for t in times], [r["standard_error"] / r["measured"] for r in fitted])
-    exact = [row["exact"] * row["lr"] for row in fitted]
+    exact = [files.time(row, "exact") for row in fitted]
     quadrature, off = "", [abs(row["measured"] / row["exact"] - 1) for row in fitted]
     if not any(math.isnan(t) for t in exact):
         bent, _ = _slope(x, [math.log(t) for t in exact], [0.0] * len(x))
@@ -86,8 +86,7 @@ def _times(files: Files) -> str:
     return (
         f"Escape times, {verdict([(slope, error, predicted)])}: with barriers of {FIT_FROM:g} temperatures or more the "
         f"slope of log time against B/η is {slope / predicted:.3f} ± {2 * error / predicted:.3f} times "
-        f"2{files.height}/σ²"
-        f"{quadrature}; {counts}"
+        f"{files.slope}{quadrature}; {counts}"
     )
 
 

@@ -52,7 +52,8 @@ def print_escape(folder: Path, console: Console) -> None:
 
 
 def _title(files: Files) -> str:
-    return f"Escape from a minimum: {files.config['potential']}, {files.config['walkers']:,} walkers"
+    momentum = f", momentum {files.momentum:g}" if files.momentum else ""
+    return f"Escape from a minimum: {files.config['potential']}{momentum}, {files.config['walkers']:,} walkers"
 
 
 def _terms(files: Files) -> list[str]:
@@ -60,6 +61,9 @@ def _terms(files: Files) -> list[str]:
     config, barrier = files.config, files.barrier
     is_constant = files.follows == "constant"
     felt = "is the barrier" if is_constant else "= ∫ f'/r, for noise of variance σ²r, is what the barrier is to it"
+    heat = "ησ²/(2B)"
+    if files.momentum:
+        heat = f"ησ²/(2B(1 − β)), with momentum β = {files.momentum:g}, whose inertia Kramers' factor stands for"
     heats = [barrier / row["temperature"] for row in files.of("escape")]
     hot, cold = f"{min(heats):.3g}", f"{max(heats):.3g}"
     return [
@@ -67,7 +71,7 @@ def _terms(files: Files) -> list[str]:
         "long they take to the other minimum, where they stay, and what γ changes in that, which scales the step along "
         "one direction as NSGD does, is held against what the theory of diffusion predicts.",
         f"η is the learning rate (lr), B the batch size, and σ² = {config['noise']:g} the variance of one sample's "
-        f"gradient. The noise of SGD acts as a temperature T = ησ²/(2B); {files.height} = {barrier:.3g} {felt}, "
+        f"gradient. The noise of SGD acts as a temperature T = {heat}; {files.height} = {barrier:.3g} {felt}, "
         "which is " + (f"{hot} temperatures high here." if hot == cold else f"{hot} to {cold} temperatures high here."),
         files.assumption,
     ]

@@ -4,6 +4,7 @@ from nsgd.trajectory.escape.diffusion import escape_time as escape_time
 from nsgd.trajectory.escape.diffusion import excess_loss as excess_loss
 from nsgd.trajectory.escape.diffusion import gibbs_mass as gibbs_mass
 from nsgd.trajectory.escape.diffusion import gibbs_mean as gibbs_mean
+from nsgd.trajectory.escape.diffusion import held_up as held_up
 from nsgd.trajectory.escape.diffusion import laplace_mass as laplace_mass
 from nsgd.trajectory.escape.diffusion import passage_time as passage_time
 from nsgd.trajectory.escape.diffusion import temperature as temperature

@@ -11,6 +11,10 @@ everywhere, which decides them: of noise whose variance at x is sigma^2 r(x), in
 
 takes the place of f, and exp(-U / T) / r that of the density (Ito's integral, as SGD draws its noise before it steps).
 The one-dimensional time is exact for the diffusion.
+
+With momentum, v <- beta v + g, theta <- theta - lr v, the rate is lr / (1 - beta), in the temperature as well, and
+walkers have an inertia of m = lr beta / (1 - beta)^2: m d^2 theta / dt^2 + d theta / dt = -grad f + noise. The density
+keeps its form; over a saddle inertia holds walkers up (Kramers 1940).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from torch import Tensor
 from nsgd.curvature.checks import (
     above_zero,
     at_least_zero,
+    below_one,
     check_numbers,
     check_vectors,
     of_their_kind,
@@ -37,18 +42,43 @@ from nsgd.trajectory.escape.potentials import Potential
 
 
 @of_their_kind
-def temperature(*, lr: float, noise: float, batch_size: float) -> float:
-    """Temperature of SGD, lr sigma^2 / (2 B); it depends on the batch size through lr / B alone.
+def temperature(*, lr: float, noise: float, batch_size: float, momentum: float = 0.0) -> float:
+    """Temperature of SGD, lr sigma^2 / (2 B (1 - beta)); it depends on the batch size through lr / B alone.
 
     Args:
         lr: Learning rate.
         noise: Variance sigma^2 of the gradient of one sample, along one coordinate.
         batch_size: B.
+        momentum: beta, from 0 to below 1.
 
     Raises:
-        ValueError: If lr or the batch size is not above 0, or the noise negative.
+        ValueError: If lr or the batch size is not above 0, the noise negative, or the momentum out of range.
     """
-    return above_zero("lr", lr) * at_least_zero("noise", noise) / (2 * above_zero("batch_size", batch_size))
+    rate = above_zero("lr", lr) / (1 - below_one("momentum", momentum))
+    return rate * at_least_zero("noise", noise) / (2 * above_zero("batch_size", batch_size))
+
+
+@of_their_kind
+def held_up(*, lr: float, momentum: float, saddle: Tensor) -> float:
+    """How much longer inertia makes an escape (Kramers 1940): |lambda_-| / mu, with m mu^2 + mu = |lambda_-|.
+
+    mu is the rate at which walkers leave the saddle and m = lr beta / (1 - beta)^2 their inertia. 1 without momentum.
+    It is right as long as friction takes more than the temperature from a walker that swings once through its minimum.
+
+    Args:
+        lr: Learning rate.
+        momentum: beta, from 0 to below 1.
+        saddle: Hessian at the saddle, (d, d), or its eigenvalues (d,).
+
+    Raises:
+        ValueError: If the saddle has no negative eigenvalue, or a number is out of range.
+    """
+    beta = below_one("momentum", momentum)
+    inertia = above_zero("lr", lr) * beta / (1 - beta) ** 2
+    down = float(_eigenvalues("saddle", saddle).min())
+    if not down < 0:
+        raise ValueError(f"expected a saddle with a negative eigenvalue, got {down:g} as its least")
+    return (1 + math.sqrt(1 - 4 * inertia * down)) / 2
 
 
 @of_their_kind
@@ -219,23 +249,27 @@ def laplace_mass(*, depths: Tensor, curvatures: Tensor, temperature: float) -> T
 
 
 @of_their_kind
-def excess_loss(curvatures: Tensor, *, lr: float, noise: float, batch_size: float) -> float:
+def excess_loss(curvatures: Tensor, *, lr: float, noise: float, batch_size: float, momentum: float = 0.0) -> float:
     """Price of a large lr / B: mean loss of SGD at stationarity above a quadratic minimum, exact for every stable rate.
 
-        sum_i lr sigma^2 / (2 B (2 - lr h_i))
+        sum_i lr sigma^2 / (2 B (1 - beta) (2 - lr h_i / (1 + beta)))
 
     Args:
         curvatures: h_i, (d,).
-        lr: Learning rate, below 2 / h_i.
+        lr: Learning rate, below 2 (1 + beta) / h_i.
         noise: Variance sigma^2 of the gradient of one sample, along one coordinate.
         batch_size: B.
+        momentum: beta, from 0 to below 1.
 
     Raises:
         ValueError: If a number is out of range.
     """
     check_vectors(curvatures=curvatures)
-    lr, noise, batch_size = above_zero("lr", lr), at_least_zero("noise", noise), above_zero("batch_size", batch_size)
-    return float((lr * noise / (2 * batch_size * (2 - lr * curvatures.double()))).sum())
+    heat, beta = (
+        temperature(lr=lr, noise=noise, batch_size=batch_size, momentum=momentum),
+        below_one("momentum", momentum),
+    )
+    return float((heat / (2 - above_zero("lr", lr) / (1 + beta) * curvatures.double())).sum())
 
 
 def _eigenvalues(name: str, hessian: Tensor) -> Tensor:

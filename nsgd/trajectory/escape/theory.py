@@ -14,6 +14,7 @@ from nsgd.trajectory.escape.diffusion import (
     excess_loss,
     gibbs_mass,
     gibbs_mean,
+    held_up,
     laplace_mass,
     passage_time,
     temperature,
@@ -34,9 +35,11 @@ def predicted_steps(
 
         tau = 2 pi / sqrt(|f''_saddle| f''_minimum) sqrt(r_saddle / r_minimum) exp(int f' / r / T).
 
+    With momentum both are times :func:`nsgd.trajectory.escape.diffusion.held_up`.
+
     Args:
         landscape: What is left, from its start to its goal.
-        sgd: lr, noise and batch_size.
+        sgd: lr, noise, batch_size, and momentum if there is any.
         out: Factor on the step along the way out.
         across: Factor on the step across it.
 
@@ -45,23 +48,25 @@ def predicted_steps(
     """
     above_zero("out", out)
     at_least_zero("across", across)
-    heat = temperature(**sgd)
-    lr = sgd["lr"]
+    heat, beta = temperature(**sgd), sgd.get("momentum", 0.0)
+    rate = out * sgd["lr"] / (1 - beta)  # along the way out
+    slower = held_up(lr=out * sgd["lr"], momentum=beta, saddle=landscape.hessian(landscape.saddle))
     exact = leading = math.nan
     spread = None if landscape.spread is None else landscape.spread_along
     in_one = len(landscape.start) == 1
     if landscape.reduced is not None and (spread is None or in_one):
         start, _, goal = landscape.along
-        potential, _ = landscape.reduced(across * heat, across * lr)
+        potential, _ = landscape.reduced(across * heat, across * sgd["lr"] / (1 + beta))
         left, right = _walls(potential, spread, start, goal, out * heat)
         far = left if start < goal else right
         time = passage_time(potential, start=start, end=goal, far=far, temperature=out * heat, spread=spread)
-        exact = time / (out * lr)
+        exact = slower * time / rate
     if in_one or (spread is None and out == across == 1):
         curvatures = {"minimum": landscape.hessian(landscape.start), "saddle": landscape.hessian(landscape.saddle)}
         ratio = landscape.spread_at(landscape.saddle) / landscape.spread_at(landscape.start)
         barrier = landscape.effective_barrier
-        leading = math.sqrt(ratio) * escape_time(barrier=barrier, temperature=out * heat, **curvatures) / (out * lr)
+        time = escape_time(barrier=barrier, temperature=out * heat, **curvatures)
+        leading = slower * math.sqrt(ratio) * time / rate
     return exact, leading
 
 
@@ -73,7 +78,7 @@ def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tup
 
     Args:
         landscape: Where SGD stays.
-        sgd: lr, noise and batch_size.
+        sgd: As for ``predicted_steps``.
 
     Raises:
         ValueError: If a number is out of range, or one of sgd is missing.
@@ -101,7 +106,7 @@ def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tup
     mass = laplace_mass(depths=felt, curvatures=widths, temperature=heat)
     if landscape.reduced is not None:
         start, saddle, goal = landscape.along
-        potential, mean_loss = landscape.reduced(heat, sgd["lr"])
+        potential, mean_loss = landscape.reduced(heat, sgd["lr"] / (1 + sgd.get("momentum", 0.0)))
         left, right = _walls(potential, spread, start, goal, heat)
         edges = np.array([left, saddle, right])
         masses = gibbs_mass(potential, edges=edges, temperature=heat, spread=spread).tolist()

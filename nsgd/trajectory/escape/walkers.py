@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsgd.curvature.checks import above_zero, at_least_zero, of_their_kind, shown, whole_number
+from nsgd.curvature.checks import above_zero, at_least_zero, below_one, of_their_kind, shown, whole_number
 from nsgd.trajectory.escape.diffusion import temperature
 from nsgd.trajectory.escape.landscape import Landscape, Map
 
@@ -70,6 +70,7 @@ def simulate(
     noise: float,
     batch_size: float,
     steps: int,
+    momentum: float = 0.0,
     seed: int = 0,
     scale: Tensor | None = None,
     spread: Map | None = None,
@@ -85,9 +86,10 @@ def simulate(
         noise: Variance sigma^2 of the gradient of one sample, along each coordinate.
         batch_size: B; the noise of a gradient has variance sigma^2 / B.
         steps: Most steps.
+        momentum: beta of torch's SGD, from 0 to below 1; walkers set out at rest.
         seed: Of the noise.
         scale: Factors on the step along each coordinate, (d,): gamma where NSGD damps, else 1; or the matrix that
-            multiplies the step, (d, d): I - (1 - gamma) v v^T for a direction v.
+            multiplies the step, (d, d): I - (1 - gamma) v v^T for a direction v. The velocity is kept as it is without.
         spread: Factor on the noise's variance by position, (n, d) to (n,), not negative; None for 1 everywhere.
         progress: Called every 1,000 steps with the steps taken and the walkers that have arrived.
 
@@ -98,7 +100,7 @@ def simulate(
         raise ValueError(f"expected starts of shape (walkers, dimensions), real numbers, got {shown(start)}")
     lr, noise, batch_size = above_zero("lr", lr), at_least_zero("noise", noise), above_zero("batch_size", batch_size)
     _check_counts(steps=steps, seed=seed)
-    d = start.shape[1]
+    d, beta = start.shape[1], below_one("momentum", momentum)
     if scale is not None and tuple(scale.shape) not in ((d,), (d, d)):
         raise ValueError(f"expected scale of shape ({d},) or ({d}, {d}), got {tuple(scale.shape)}")
     generator = torch.Generator(start.device).manual_seed(seed)
@@ -107,6 +109,7 @@ def simulate(
     arrival_steps = torch.full((len(start),), -1, dtype=torch.int64, device="cpu")
     running = torch.arange(len(start), device="cpu")  # those still under way
     position, ends = start.clone(), start.clone()
+    velocity = torch.zeros_like(start)
     step = 0
     while len(running) and step < steps:
         shake = torch.randn(position.shape, generator=generator, dtype=start.dtype, device=start.device)
@@ -115,6 +118,8 @@ def simulate(
             raise ValueError(f"expected a gradient of shape {tuple(position.shape)}, got {shown(slope)}")
         deviation = usual if spread is None else _deviation(spread, position) * usual
         push = slope + shake.mul_(deviation)
+        if beta:
+            push = velocity = push.add_(velocity, alpha=beta)
         position -= push * factor if factor.ndim == 1 else push @ factor.T
         step += 1
         there_now = goal(position)
@@ -125,7 +130,7 @@ def simulate(
             there, rest = arrived.nonzero()[:, 0], (~arrived).nonzero()[:, 0]
             arrival_steps[running[there]] = step
             ends[running[there]] = position[there]
-            running, position = running[rest], position[rest]
+            running, position, velocity = running[rest], position[rest], velocity[rest]
         if step % 1000 == 0:
             progress(step, len(start) - len(running))
     ends[running] = position
@@ -147,7 +152,7 @@ def escape(
 
     Args:
         landscape: What walkers leave, from its start to its goal.
-        sgd: lr, noise and batch_size.
+        sgd: lr, noise, batch_size, and momentum if there is any.
         walkers: Their number.
         steps: Most of them.
         seed: Of the noise.
@@ -278,6 +283,7 @@ def _walk(
         lr=sgd["lr"],
         noise=sgd["noise"],
         batch_size=sgd["batch_size"],
+        momentum=sgd.get("momentum", 0.0),
         steps=steps,
         seed=seed,
         scale=scale,

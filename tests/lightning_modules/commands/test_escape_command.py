@@ -288,10 +288,30 @@ def test_a_floor_of_the_noise_that_nobody_can_start_from_is_refused(tmp_path, fl
     assert not (tmp_path / "out").exists()
 
 
-def test_a_study_of_before_there_was_a_choice_of_noise_is_the_same_study(tmp_path):
+def test_momentum_is_in_numbers_predictions_and_captions(tmp_path):
+    study = replace(SMALL, lr=[0.02], batch_sizes=[80.0, 100.0], gamma_batch_size=20.0, walkers=1000, momentum=0.5)
+    run_escape(study, tmp_path, silent)
+    for row in of(tmp_path, "escape"):
+        assert row["temperature"] == 0.02 * 1000 / (2 * row["batch_size"] * 0.5)
+        assert row["measured"] == pytest.approx(row["exact"], rel=0.15)
+    for quantity in ("share", "loss"):
+        for row in of(tmp_path, quantity):
+            if row["origin"] == "both":
+                assert abs(row["measured"] - row["exact"]) < 3 * row["standard_error"] + 0.03 * row["exact"]
+    page = html.unescape(write_escape(tmp_path).read_text())
+    assert "double-well, momentum 0.5, 1,000 walkers" in page
+    assert "T = ησ²/(2B(1 − β)), with momentum β = 0.5" in page
+    files = read_folder(tmp_path)
+    (slope,) = re.findall(r"is ([\d.]+) ± [\d.]+ times 2\(1 − β\)Δf/σ²", findings(files)[0])
+    x = [row["batch_size"] / row["lr"] for row in files.of("escape")]
+    grown = math.log(files.of("escape")[1]["measured"] / files.of("escape")[0]["measured"]) / (x[1] - x[0])
+    assert float(slope) == pytest.approx(grown / (2 * 0.5 * 1.0 / 1000), abs=1e-3)
+
+
+def test_a_study_of_before_there_was_momentum_or_a_choice_of_noise_is_the_same_study(tmp_path):
     run_escape(TINY, tmp_path, silent)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    old = {name: value for name, value in config.items() if not name.startswith("noise_")}
+    old = {name: value for name, value in config.items() if not name.startswith("noise_") and name != "momentum"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     run_escape(TINY, tmp_path, silent)
     assert "Assumed: noise whose variance is the same everywhere" in write_escape(tmp_path).read_text()
@@ -354,6 +374,9 @@ ENDS = ["--start", "[1.2]", "--goal", "[-0.9]"]
         (["--lr", "[]"], "lr to be different numbers above 0, got []"),
         (["--lr", "[0.02,0.02]"], "lr to be different numbers"),
         (["--lr", "[0.2]"], "below 2 / curvature"),
+        (["--lr", "[0.3]", "--momentum", "0.5"], "below 2 (1 + momentum) / curvature"),
+        (["--momentum", "1"], "expected momentum of at least 0 and below 1, got 1"),
+        (["--momentum", "-0.1"], "expected momentum of at least 0 and below 1, got -0.1"),
         (["--gammas", "[0]"], "gammas to be different numbers above 0"),
         (["--batch_sizes", "[5000]"], "a barrier of at most 100 temperatures, got 500"),
         (["--barrier", "-1"], "expected barrier to be a finite number above 0"),
