@@ -48,20 +48,15 @@ def spectrum_columns(
     Args:
         spectrum: What is measured.
         module: At the weights, in evaluation mode.
-        samples: Batches on its device, with their sample counts; as many as make up ``spectrum.samples`` are taken.
+        samples: Batches on its device, with their sample counts: ``spectrum.samples`` in all, or what there is.
         start: Its parameters as they were before training.
 
     Returns:
         NaN where the Hessian is not finite.
     """
     params = [p for p in listed(module.parameters()) if p.requires_grad]
-    used, count = [], 0
-    for batch, size in samples:
-        if count < spectrum.samples:
-            used.append((batch, size))
-            count += size
     with batch_losses(module) as loss:
-        pairs = [(partial(loss, batch, i), size) for i, (batch, size) in enumerate(used)]
+        pairs = [(partial(loss, batch, i), size) for i, (batch, size) in enumerate(samples)]
         k = min(spectrum.k, sum(p.numel() for p in params))
         try:
             values = top_eigenpairs(pairs, params, k=k, which="LM").eigenvalues.double()

@@ -53,14 +53,19 @@ def score_read_outs(
     found, device = module.device, trainer.strategy.root_device
     module.to(device)  # from the CPU, where Lightning leaves it after every fit, validation and test
     otherwise = "give the study a data set with a length"
-    samples = training_samples(trainer, module, EVALUATED, seed=0, parts=in_batches(_BATCH), otherwise=otherwise)
+
+    def drawn(count: int) -> list[tuple[Any, int]]:
+        return training_samples(trainer, module, count, seed=0, parts=in_batches(_BATCH), otherwise=otherwise)
+
+    samples = drawn(EVALUATED)
+    curved = [] if spectrum is None else drawn(spectrum.samples)
     calibration = calibration_batches(trainer, module, _CALIBRATION, otherwise=otherwise)
     for name in wanted:
         module.to(device)
         with read_outs.applied(name, module, calibration):
             scores = {"train_loss": _mean_loss(module, samples)}
             if spectrum is not None and name in ("last", "best"):
-                scores |= spectrum_columns(spectrum, module, samples, read_outs.start)
+                scores |= spectrum_columns(spectrum, module, curved, read_outs.start)
             for stage in stages:
                 limits = {} if test_batches is None or stage == "val" else {"limit_test_batches": test_batches}
                 scores |= wanted_scores(logged_scores(judge(**limits), module, data, stage), stage, score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,18 @@ from lightning_modules import Classifier
 from lightning_modules.report.study.files import read_folder
 from lightning_modules.report.study.spectrum import spectrum_tables
 from lightning_modules.study.compare import run_study
+from lightning_modules.study.runs import evaluate
 from lightning_modules.study.spectrum import Spectrum, spectrum_columns
 from lightning_modules.support.files import read_csv
 
 
 def test_the_norm_is_that_of_the_dense_hessian_over_the_samples_asked_for():
-    """In evaluation mode, of the mean over samples, whatever the batches are; one more than asked for is not in it."""
+    """In evaluation mode, of the mean over samples, whatever the batches are."""
     torch.manual_seed(0)
     module = Classifier("mlp", (1, 3, 3), 4, sizes={"hidden": [5]}).double().eval()
-    x, y = torch.randn(9, 1, 3, 3).double(), torch.randint(4, (9,))
+    x, y = torch.randn(6, 1, 3, 3).double(), torch.randint(4, (6,))
     start = [p.detach() + 0.1 for p in module.parameters()]
-    batches = [((x[:4], y[:4]), 4), ((x[4:6], y[4:6]), 2), ((x[6:], y[6:]), 3)]
+    batches = [((x[:4], y[:4]), 4), ((x[4:], y[4:]), 2)]
     columns = spectrum_columns(Spectrum(k=3, samples=6), module, batches, start)
 
     shapes = [p.shape for p in module.parameters()]
@@ -33,7 +35,7 @@ def test_the_norm_is_that_of_the_dense_hessian_over_the_samples_asked_for():
     def loss(theta: torch.Tensor) -> torch.Tensor:
         parts = [part.view(shape) for part, shape in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
         named = dict(zip([n for n, _ in module.net.named_parameters()], parts, strict=True))
-        return nn.functional.cross_entropy(torch.func.functional_call(module.net, named, x[:6]), y[:6])
+        return nn.functional.cross_entropy(torch.func.functional_call(module.net, named, x), y)
 
     values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat))
     largest = values[values.abs().argsort(descending=True)[:3]]
@@ -42,7 +44,14 @@ def test_the_norm_is_that_of_the_dense_hessian_over_the_samples_asked_for():
     assert columns["distance"] == pytest.approx(0.1 * math.sqrt(len(flat)), rel=1e-9)
 
 
-def test_a_run_that_counts_measures_its_last_weights_and_its_best(tmp_path):
+def test_a_run_that_counts_measures_its_last_weights_and_its_best(tmp_path, monkeypatch):
+    counted: list[int] = []
+
+    def counting(spectrum: Spectrum, module: Any, samples: Any, start: Any) -> dict[str, float]:
+        counted.append(sum(len(batch[1]) for batch, size in samples))
+        return spectrum_columns(spectrum, module, samples, start)
+
+    monkeypatch.setattr(evaluate, "spectrum_columns", counting)
     options = {"methods": ["sgd"], "lr": 0.5, "epochs": 4, "tune": 0, "sweep": "lr", "sweep_points": 2}
     plain = finished(tmp_path / "plain", **options)
     folder = finished(tmp_path / "out", **options, spectrum=Spectrum(k=4, samples=100))
@@ -58,6 +67,7 @@ def test_a_run_that_counts_measures_its_last_weights_and_its_best(tmp_path):
     start = [p.detach().clone() for p in net.parameters()]
     list(plain_steps(net, data, torch.optim.SGD(net.parameters(), lr=0.5), steps=16))
     moved = sum(float((p.detach() - s).square().sum()) for p, s in zip(net.parameters(), start, strict=True)) ** 0.5
+    assert set(counted) == {100}  # samples, of the 240 there are, in each measurement
     assert rows[0, "last"]["distance"] == pytest.approx(moved, rel=1e-5)
     # Training, and what else is written, are as without; the sweep measures nothing.
     for seed in range(2):
