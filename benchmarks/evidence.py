@@ -24,7 +24,8 @@ from typing import Any
 
 from common import RESULTS
 from common.documents import is_of, markdown, rendered, svg, with_places
-from common.plan_entries import study_entry, study_table
+from common.picks import picks
+from common.plan_entries import study_entry
 from common.plan_figures import study_figure
 from common.plans import Kept, kept_in
 from matplotlib.figure import Figure
@@ -90,34 +91,6 @@ def shown(tracker: str) -> bool:
     return not any(part in tracker for part in (*hidden, "training gradients, decay 0.95"))
 
 
-SHORT = "CNN at 16 px, batch 1,024"  # the case of the README's one table
-
-
-def short() -> str:
-    """Six methods of one case."""
-    _, rows = importlib.import_module("time_to_target").table(read_csv(RESULTS / "time_to_target.csv"))
-    wanted = {
-        "SGD, momentum": "SGD with momentum",
-        "AdamW": "AdamW",
-        "Muon": "Muon",
-        "NSGD, momentum": "**NSGD**",
-        "NSGD, momentum, 8 micro-batches": "**NSGD**, 8 micro-batches",
-        "NSGD by samples, momentum": "NSGD by single samples",
-    }
-    found = {case.removeprefix(f"{SHORT}: "): rest for case, *rest in rows if case.startswith(f"{SHORT}: ")}
-    body = []
-    for method, label in wanted.items():
-        lr, loss, accuracy, _, target, _, reached, _ = found[method]
-        gradients, _, seconds = target.partition(" / ")
-        body.append([label, lr, gradients, seconds or "", f"{reached} seeds", loss, accuracy])
-    header = ["method", "lr", "gradients", "seconds", "reached by", "final training loss", "validation, %"]
-    source = (
-        "Medians over seeds; from `benchmarks/results/time_to_target.csv`. The row by single samples was made before\n"
-        "their mean gradient was taken out."
-    )
-    return f"{markdown(header, body)}\n\n{source}"
-
-
 def cost() -> str:
     """What the drop-in's step and a refresh from samples take, counted and in seconds, for every network of step.py."""
     rows = read_csv(RESULTS / "step.csv")
@@ -149,11 +122,6 @@ def cost_on_gpu() -> str:
     return f"{markdown(header, body)}\n\n{source}"
 
 
-def claim() -> str:
-    """What is made so far of the plan claim."""
-    return study_table(Kept(PLANS / "claim" / "resnet-32-plain-1024"))
-
-
 def models() -> str:
     """What works with which source, from the cases that tests/nsgd/test_models.py runs; equal rows are put together."""
     cases = importlib.import_module("model_cases")
@@ -171,7 +139,7 @@ def models() -> str:
 
 # What each document shows.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "short": short, "claim": claim}
+    "README.md": {"picture": lambda: str(importlib.import_module("picture").caption()), "picks": picks}
 }
 TABLES["nsgd/README.md"] = {"cost": cost, "cost_on_gpu": cost_on_gpu, "models": models}
 TABLES["benchmarks/README.md"] = {

@@ -39,7 +39,11 @@ def plans(evidence):
 @pytest.fixture
 def house(evidence, tmp_path, monkeypatch):
     """The documents and results, to be changed; of the plans one, since to draw all takes long."""
-    others = re.compile(rf"<!-- (cifar10/(?!{CLAIM}).*?): .*?<!-- /\1 -->\n*", re.DOTALL)
+    picks = importlib.import_module("common.picks")
+    tasks = "|".join(re.escape(task) for name, task in picks._STUDIES.items() if name != CLAIM)
+    others = re.compile(
+        rf"<!-- (cifar10/(?!{CLAIM}).*?): .*?<!-- /\1 -->\n*|^\| ({tasks}): .*?\n", re.DOTALL | re.MULTILINE
+    )
     for document in evidence.TABLES:
         (tmp_path / document).parent.mkdir(exist_ok=True)
         (tmp_path / document).write_text(
@@ -51,6 +55,7 @@ def house(evidence, tmp_path, monkeypatch):
             shutil.rmtree(path)
     for name, value in {"ROOT": tmp_path, "RESULTS": results, "PLANS": results / "cifar10"}.items():
         monkeypatch.setattr(evidence, name, value)
+    monkeypatch.setattr(picks, "RESULTS", results)
     monkeypatch.setattr(evidence, "PICTURE", results / "first_command.svg")
     return tmp_path
 
@@ -99,7 +104,7 @@ def test_what_is_not_as_the_files_say_is_named(evidence, house):
     best |= {"val_accuracy": 0.6, "val_loss": 1.0}
     write_csv(trials, rows)
     assert evidence.check() == [
-        "README.md: the table claim",
+        "README.md: the table picks",
         "nsgd/README.md: the table cost",
         f"benchmarks/README.md: the table cifar10/{CLAIM}",
         "benchmarks/results/first_command.svg",
@@ -107,7 +112,7 @@ def test_what_is_not_as_the_files_say_is_named(evidence, house):
     ]
     evidence.redraw()
     assert evidence.check() == []
-    assert "| AdamW | 0.0029 | 1 of 5 | 1.23 | 60.0 |" in (house / "README.md").read_text(encoding="utf-8")
+    assert "| 50.3 | 64.4 | 60.0 | 78.1 | Muon |" in (house / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_study_that_is_new_is_missed_and_gets_its_place_and_its_figure(evidence, house, made):
@@ -132,11 +137,11 @@ def test_the_command_ends_with_names_or_with_a_sentence(evidence, house, monkeyp
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--check"])
     monkeypatch.setattr(evidence, "figures", dict)  # which take a second each
     evidence.main()
-    replaced(house / "README.md", "| Muon | 0.0082 |", "| Muon | 0.0083 |")
-    with pytest.raises(SystemExit, match=r"^README.md: the table claim\nnot what the files say; run python"):
+    replaced(house / "README.md", "| 78.1 | Muon |", "| 78.2 | Muon |")
+    with pytest.raises(SystemExit, match=r"^README.md: the table picks\nnot what the files say; run python"):
         evidence.main()
-    replaced(house / "README.md", "<!-- /claim -->", "")
-    with pytest.raises(SystemExit, match=r"^expected one place for the table claim in README.md, got 0$"):
+    replaced(house / "README.md", "<!-- /picks -->", "")
+    with pytest.raises(SystemExit, match=r"^expected one place for the table picks in README.md, got 0$"):
         evidence.main()
 
 
@@ -361,3 +366,32 @@ def test_averages_by_name_stand_beside_their_schedules_in_table_and_figure(plans
     assert "averages by their settings, and of runs under the schedules" in entry
     figure = importlib.import_module("common.plan_figures").study_figure(kept)
     assert [axes.get_xlabel().partition(":")[0] for axes in figure.axes] == ["EMA", "SWA"]
+
+
+def test_what_to_pick_is_the_best_of_what_is_significantly_better(kept, monkeypatch):
+    """Among all that are no control; where nothing is, the first method; of seconds simply the least."""
+    picks = importlib.import_module("common.picks")
+    monkeypatch.setattr(picks, "_METHODS", dict(zip(picks._METHODS, [*METHODS, "nsgd"], strict=True)))
+    summary = read_csv(kept.folder / "summary.csv")
+    column = kept.files.endpoint.column
+
+    def row(**changes):
+        for entry in summary:
+            if entry["read_out"] == "last" and entry["measure"] == column and entry["method"] in changes:
+                entry["mean"], entry["p_holm"] = changes[entry["method"]]
+        write_csv(kept.folder / "summary.csv", summary)
+        return picks._row(importlib.import_module("common.plans").Kept(kept.folder), "task")
+
+    none = math.nan
+    sign = 1 if kept.files.endpoint.lower_is_better else -1
+    best, second, base = (0.5 - sign * d for d in (0.2, 0.1, 0.0))
+    assert row(sgd=(base, none), nsgd=(best, 0.06), adamw=(second, 0.5))[-1] == "SGD"
+    assert row(sgd=(base, none), nsgd=(best, 0.06), adamw=(second, 0.01))[-1] == "AdamW"
+    assert row(sgd=(base, none), nsgd=(best, 0.04), adamw=(second, 0.01))[-1] == "NSGD"
+    assert row(sgd=(base, none), nsgd=(1 - best, 0.04), adamw=(1 - best, 0.01))[-1] == "SGD"
+    shown = row(sgd=(base, none), nsgd=(best, 0.04), adamw=(second, 0.01))
+    assert shown[0] == f"task: {kept.files.endpoint.header}"
+    measure = kept.files.endpoint
+    assert [float(cell) for cell in shown[1:4]] == pytest.approx([measure.factor * v for v in (base, best, second)])
+    for _, *seconds, pick in picks._to_a_loss():
+        assert pick == list(picks._METHODS)[int(np.argmin([float(s) if s[0] == "0" else 9 for s in seconds]))]
