@@ -180,8 +180,10 @@ def waits(training: Training, steps: int = 2 * ROWS) -> int:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            training.optimizer.step()
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                training.optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         waited += any("synchroniz" in str(warning.message) for warning in said)
     return waited
 

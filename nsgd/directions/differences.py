@@ -165,9 +165,10 @@ class Differences:
             several_processes: Whether there are others.
             finish: Ends the fold that is due, if one is.
         """
-        free = self.fold_due or not self.pending
+        due = self.fold_due
+        free = due or not self.pending
         rows = self.rows if free and not several_processes else []
-        self.passes.begin(blocks, rows, before=finish if self.fold_due else None)
+        self.passes.begin(blocks, rows, before=finish if due else None)
 
     @property
     def begun(self) -> bool:
