@@ -346,6 +346,21 @@ def test_paths_that_were_measured_have_a_table_of_their_own(kept):
     assert [table["SGD"][name] for name in names] == ["9", "6", "0.75", "3 of 9", "3", "0.5, 0.25", "3.5"]
     assert [table["NSGD"][name] for name in names[:3]] == ["4", "4", entries.MISSING]
     assert set(table["AdamW"].values()) == {"AdamW", entries.MISSING}
+    figures = importlib.import_module("common.plan_figures")
+    losses, sharpness, _ = figures.study_figure(importlib.import_module("common.plans").Kept(kept.folder)).axes
+    (line,) = [line for line in sharpness.get_lines() if line.get_label() == "_SGD"]
+    np.testing.assert_allclose(line.get_xydata(), [[0, 9 / 8], [100, 6 / 8]])  # % of the run, shares of the limit
+    assert [line.get_label() for line in sharpness.get_lines()] == ["_SGD", "_limit"]
+    assert losses.get_xscale() == "linear"
+
+
+def test_runs_of_far_more_epochs_than_others_leave_these_their_room(kept):
+    rows = read_csv(kept.folder / "curves.csv")
+    longer = [{**row, "epoch": row["epoch"] + 200} for row in rows if row["method"] == "sgd"]
+    write_csv(kept.folder / "curves.csv", [*rows, *longer])
+    figures = importlib.import_module("common.plan_figures")
+    losses, _ = figures.study_figure(importlib.import_module("common.plans").Kept(kept.folder)).axes
+    assert losses.get_xscale() == "log"
 
 
 def test_averages_by_name_stand_beside_their_schedules_in_table_and_figure(plans, tmp_path):

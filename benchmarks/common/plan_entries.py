@@ -101,7 +101,8 @@ def _alt(kept: Kept) -> str:
         label = upper(kept.files.endpoint.label)
         return f"{label} of averages by their settings, and of runs under the schedules that they are to equal."
     if kept.finished:
-        return f"Training loss by epoch, and {kept.files.endpoint.label} at the end. {_said(kept)}"
+        between = ", the largest eigenvalue over its limit" if kept.sharpness else ""
+        return f"Training loss by epoch{between}, and {kept.files.endpoint.label} at the end. {_said(kept)}"
     found = [(method, kept.best_trial(method)) for method in kept.files.methods]
     best = [
         f"{kept.files.label(method)} {row['val_loss']:.2f} at {row['lr']:.2g}"

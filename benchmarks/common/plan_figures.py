@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,7 +21,9 @@ _DECADE = 10
 
 
 def study_figure(kept: Kept) -> Figure:
-    """Losses by epoch and the endpoint beside them, or averages by their settings; before the end, all trials.
+    """Losses by epoch, sharpness where it was measured, and the endpoint; or averages by their settings; or all trials.
+
+    The last is what there is before the end.
 
     Args:
         kept: A study that has a figure.
@@ -30,7 +33,7 @@ def study_figure(kept: Kept) -> Figure:
     files = kept.files
     if averages := averages_figures(files):
         return averages[AVERAGES][0]
-    figure, (losses, ends) = new_figure(2)
+    figure, (losses, *middle, ends) = new_figure(3 if kept.sharpness else 2)
     for method, style in files.styles.items():
         if runs := kept.curves(method):
             plot_runs(losses, style, "epoch", runs)
@@ -39,12 +42,27 @@ def study_figure(kept: Kept) -> Figure:
     low, high = losses.get_ylim()
     if has_logarithm(losses) and not 0 < high < _DECADE * low:  # in less than a decade, a logarithm has few numbers
         losses.set_yscale("log")
+    shortest = min(len(curve) for method in files.methods for curve in kept.curves(method).values())
+    if losses.get_xlim()[1] > _DECADE * shortest:
+        losses.set_xscale("log")
+    for axes in middle:
+        _draw_sharpness(axes, kept)
     measure = files.endpoint
     draw_values(ends, files, measure, read_outs=("last",))
     base = kept.entries.get((measure.column, files.base), {"mean": math.nan})
     ends.axvline(measure.factor * base["mean"], color=GREY, linewidth=0.7, zorder=1)
     legend_beside(figure, losses)
     return figure
+
+
+def _draw_sharpness(axes: Axes, kept: Kept) -> None:
+    """The largest eigenvalue along the first run of each method, over the limit of undamped steps at its rate."""
+    for method, rows in kept.sharpness.items():
+        style, last = kept.files.styles[method], max(row["step"] for row in rows)
+        x, y = zip(*((100 * row["step"] / max(1, last), row["lambda_1"] / row["limit"]) for row in rows), strict=True)
+        axes.plot(x, y, marker=".", color=style.color, linestyle=style.line, label=f"_{style.label}", gid=style.label)
+    axes.axhline(1, color="black", linewidth=0.8, label="_limit")
+    axes.set(xlabel="% of the run", ylabel="largest eigenvalue over (2 + 2β) / lr", yscale="log")
 
 
 def _trials_figure(kept: Kept) -> Figure:

@@ -57,6 +57,14 @@ class Kept:
         return rows(self.folder / "paths.csv")
 
     @cached_property
+    def sharpness(self) -> dict[str, Rows]:
+        """By method, in their order, the largest eigenvalues that were measured at a rate with a limit, by steps."""
+        measured = [row for row in self.paths if row.get("lambda_1") is not None and row.get("limit")]
+        ordered = sorted(measured, key=lambda row: row["step"])
+        found = {method: [row for row in ordered if row["method"] == method] for method in self.files.methods}
+        return {method: rows for method, rows in found.items() if rows}
+
+    @cached_property
     def files(self) -> Files:
         """What the report of a study goes by; of one that is not finished, its trials alone."""
         if self.finished:
