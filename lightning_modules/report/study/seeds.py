@@ -72,6 +72,10 @@ def draw_values(axes: Axes, files: Files, measure: Measure, *, read_outs: Collec
     axes.set_ylim(len(files.methods) - 0.5, -0.5)
     log = files.effect(measure) == "ratio" and any(len(line.get_xdata()) for line in axes.get_lines())  # type: ignore[arg-type]
     axes.set(xlabel=measure.header, xscale="log" if log else "linear")
+    low, high = axes.get_xlim()
+    if log and high < 10 * low:  # where the numbers between powers of ten are written too
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(visible=False, axis="y")
 
 
