@@ -179,11 +179,12 @@ def waits(training: Training, steps: int = 2 * ROWS) -> int:
         training.loss(training.x, training.y).backward()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            before = torch.cuda.get_sync_debug_mode()
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 training.optimizer.step()
             finally:
-                torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.set_sync_debug_mode(before)
         waited += any("synchroniz" in str(warning.message) for warning in said)
     return waited
 

@@ -21,9 +21,9 @@ _METHODS = {  # by their names in time_to_target.py, those in studies
 }
 # Studies of cifar10.py, in the order of the table, and what their task is called; one that is not kept has no row.
 _STUDIES = {
-    "claim/resnet-32-plain-1024": "ResNet-32 without BatchNorm, batch 1,024, on a GPU (trials)",
-    "batch-scaled/resnet-32-plain-1024": "the same at 8 px, batch 1,024",
-    "batch-scaled/resnet-32-plain-128": "the same at 8 px, batch 128",
+    "claim/resnet-32-plain-1024": "ResNet-32 without BatchNorm, batch 1,024, on a GPU",
+    "batch-scaled/resnet-32-plain-1024": "ResNet-32 without BatchNorm at 8 px, batch 1,024",
+    "batch-scaled/resnet-32-plain-128": "ResNet-32 without BatchNorm at 8 px, batch 128",
     "batch-scaled/resnet-20-1024": "ResNet-20 with BatchNorm at 8 px, batch 1,024",
     "batch-scaled/vit-1024": "vision transformer at 8 px, batch 1,024",
     "language-scaled/language-64": "transformer on characters, batch 64",
@@ -36,9 +36,10 @@ def picks() -> str:
     rows = [*_to_a_loss(), *(_row(kept, task) for kept, task in _kept())]
     words = (
         "Seconds: to the loss at which tuned SGD with momentum ends, as a share of all that it takes; medians, from "
-        "`benchmarks/results/time_to_target.csv`. The others: means at the end, each rate tuned by one rule, from "
-        "`benchmarks/results/cifar10/`. Picked: what of all did best and significantly better than SGD, of seconds and "
-        "trials what simply did best. Intervals and more methods: [benchmarks/README.md](benchmarks/README.md)."
+        "`benchmarks/results/time_to_target.csv`. The others: means over seeds at the end, or of a study that is not "
+        "finished the best trial of one seed; each rate is tuned by one rule; from `benchmarks/results/cifar10/`. "
+        "Picked: what of all methods did best and significantly better than SGD, of seconds and trials what simply did "
+        "best. Intervals and more methods: [benchmarks/README.md](benchmarks/README.md)."
     )
     return f"{markdown(_HEADER, rows)}\n\n{wrapped(words)}"
 
@@ -54,11 +55,12 @@ def _to_a_loss() -> list[list[str]]:
     seconds: dict[str, dict[str, str]] = {}
     for name, _, _, _, _, target, *_ in found:
         case, _, method = name.partition(": ")
-        if method in _METHODS and "cosine" not in case:
+        if "cosine" not in case:
             seconds.setdefault(case, {})[method] = target.partition(" / ")[2] or "not reached"
     body = []
     for case, by in seconds.items():
-        best = min((method for method in by if by[method] != "not reached"), key=lambda method: float(by[method]))
+        reached = [method for method in by if by[method] != "not reached"]  # tuned SGD reaches its own loss
+        best = min(reached, key=lambda method: float(by[method]))
         body.append([f"{case}: seconds", *(by[method] for method in _METHODS), best])
     return body
 
@@ -79,4 +81,5 @@ def _row(kept: Kept, task: str) -> list[str]:
     best = min(better, key=badness.__getitem__, default=files.base)
     digits = min(measure.digits, 2)
     shown = [estimate(ends[method]["mean"], math.nan, measure.factor, digits) for method in _METHODS.values()]
-    return [f"{task}: {measure.header}", *shown, files.label(best)]
+    where = task if kept.finished else f"{task} (trials)"
+    return [f"{where}: {measure.header}", *shown, files.label(best)]

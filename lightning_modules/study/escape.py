@@ -87,6 +87,11 @@ class EscapeStudy:
                 raise ValueError(f"expected {name} above 0, got {value}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum of at least 0 and below 1, got {self.momentum:g}")
+        if self.momentum and self.noise_follows != "constant":
+            raise ValueError(
+                f"expected noise that is the same everywhere with momentum, got noise_follows {self.noise_follows}, "
+                "for which no prediction is known; leave out one of the two"
+            )
         if not 0 < self.noise_floor <= 1:
             raise ValueError(f"expected noise_floor above 0 and at most 1, got {self.noise_floor:g}")
         for name, count, least in (("walkers", self.walkers, 2), ("steps", self.steps, 1), ("seed", self.seed, 0)):

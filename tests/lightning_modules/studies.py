@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,18 @@ def plain_steps(
         loss.backward()
         optimizer.step()
         yield loss.item()
+
+
+def on_a_plateau(losses_of: list[float], patience: int) -> list[float]:
+    """Factors on the rate after each validation, by the words of the schedule."""
+    factors, factor, best, waited = [], 1.0, math.inf, 0
+    for loss in losses_of:
+        waited = 0 if loss < best else waited + 1
+        best = loss if waited == 0 else best
+        if waited == patience:
+            factor, waited = factor / 10, 0
+        factors.append(factor)
+    return factors
 
 
 def silent(*_: Any) -> None:

@@ -243,9 +243,14 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "floor_barriers": (valley.floor_barriers, lambda p: {"floors": WEIGHTS}),
     "cosine": (valley.cosine, lambda p: {"one": WEIGHTS, "other": WEIGHTS}),
     "temperature": (diffusion.temperature, lambda p: dict(SGD_OPTIONS)),
-    "held_up": (
-        diffusion.held_up,
-        lambda p: {"lr": 0.1, "momentum": 0.5, "saddle": torch.tensor([-1.0, 1, 1])},
+    "inertia": (diffusion.inertia, lambda p: {"lr": 0.1, "momentum": 0.5}),
+    "kramers_factor": (
+        diffusion.kramers_factor,
+        lambda p: {"inertia": 0.5, "saddle": torch.tensor([-1.0, 1, 1])},
+    ),
+    "energy_factor": (
+        diffusion.energy_factor,
+        lambda p: {"potential": well, "saddle": 0.0, "far": -2.0, "inertia": 1.0, "temperature": 0.5, "points": 51},
     ),
     "escape_time": (
         diffusion.escape_time,

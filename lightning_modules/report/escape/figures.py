@@ -76,16 +76,19 @@ def _line(axes: Axes, x: list[float], y: list[float], style: str, **options: Any
 def _escape_figure(files: Files) -> Figure:
     figure, (times, damped) = new_figure(2)
     rows = files.of("escape")
-    first = [row for row in rows if row["lr"] == files.config["lr"][0]]
-    x = [inverse(row) for row in first]
-    _line(times, x, [files.time(row, "exact") for row in first], "-", color="black", label="quadrature")
-    leading = [files.time(row, "leading") for row in first]
-    _line(times, x, leading, "--", color="black", label=f"Eyring-Kramers, slope {files.slope}")
+    # Without momentum the prediction is the same at every rate.
+    for i, lr in enumerate(files.config["lr"] if files.momentum else files.config["lr"][:1]):
+        own = [row for row in rows if row["lr"] == lr]
+        color, name = (_COLORS[i % 5], "_") if files.momentum and i else ("black", "")
+        lines = {"exact": ("-", "quadrature"), "leading": ("--", f"Eyring-Kramers, slope {files.slope}")}
+        for column, (style, label) in lines.items():
+            predicted = [files.time(row, column) for row in own]
+            _line(times, [inverse(row) for row in own], predicted, style, color=color, label=name + label)
     for i, lr in enumerate(files.config["lr"]):
         seen = [row for row in rows if row["lr"] == lr and row["arrived"] >= FEWEST]
         y, errors = ([files.time(row, c) for row in seen] for c in ("measured", "standard_error"))
-        style = {"marker": "os^Dv"[i % 5], "color": _COLORS[i % 5], "fillstyle": "none" if i % 2 else "full"}
-        _points(times, [inverse(row) for row in seen], y, errors, label=f"SGD, η = {lr:g}", **style)
+        look = {"marker": "os^Dv"[i % 5], "color": _COLORS[i % 5], "fillstyle": "none" if i % 2 else "full"}
+        _points(times, [inverse(row) for row in seen], y, errors, label=f"SGD, η = {lr:g}", **look)
     rate = "η/(1 − β)" if files.momentum else "η"
     times.set(yscale="log", xlabel="B / η", ylabel=f"escape time, {rate} × steps", title="Time to the other minimum")
     times.legend(frameon=False, fontsize=8)

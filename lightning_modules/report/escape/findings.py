@@ -42,10 +42,11 @@ def verdict(checks: Iterable[tuple[float, float, float]]) -> str:
     return "confirmed" if beyond and all(distance <= -margin for distance, margin in beyond) else "not resolved"
 
 
-def _slope(x: list[float], y: list[float], errors: list[float]) -> tuple[float, float]:
-    """Of the straight line through points that count alike, and its standard error."""
+def _slope(x: list[float], y: list[float], errors: list[float], groups: list[float]) -> tuple[float, float]:
+    """Of parallel straight lines, one for each group, through points that count alike, and its standard error."""
     # Weights would favour the hottest points, which have the most arrivals and for which the line holds least.
-    centred = np.array(x) - np.mean(x)
+    means = {group: np.mean([at for at, own in zip(x, groups, strict=True) if own == group]) for group in set(groups)}
+    centred = np.array([at - means[group] for at, group in zip(x, groups, strict=True)])
     weights = centred / (centred**2).sum()
     return float(weights @ np.array(y)), float(np.sqrt((weights**2) @ np.array(errors) ** 2))
 
@@ -70,18 +71,18 @@ def _times(files: Files) -> str:
     missing, walkers = sum(row["censored"] for row in rows), sum(row["walkers"] for row in rows)
     steps = files.config["steps"]
     counts = f"{missing:,} of {walkers:,} walkers had not arrived after {steps:,} steps and count by the later rate."
-    x = [inverse(row) for row in fitted]
-    if len({round(value, 6) for value in x}) < 2:
+    x, rates = [inverse(row) for row in fitted], [row["lr"] for row in fitted]
+    if len({(rate, round(value, 6)) for rate, value in zip(rates, x, strict=True)}) < 1 + len(set(rates)):
         return (
-            f"Escape times, not resolved: fewer than two values of B/η have a barrier of {FIT_FROM:g} temperatures and "
-            f"{FEWEST} arrivals; {counts}"
+            f"Escape times, not resolved: fewer than two values of B/η at one rate have a barrier of {FIT_FROM:g} "
+            f"temperatures and {FEWEST} arrivals; {counts}"
         )
     times = [files.time(row) for row in fitted]
-    slope, error = _slope(x, [math.log(t) for t in times], [r["standard_error"] / r["measured"] for r in fitted])
+    slope, error = _slope(x, [math.log(t) for t in times], [r["standard_error"] / r["measured"] for r in fitted], rates)
     exact = [files.time(row, "exact") for row in fitted]
     quadrature, off = "", [abs(row["measured"] / row["exact"] - 1) for row in fitted]
     if not any(math.isnan(t) for t in exact):
-        bent, _ = _slope(x, [math.log(t) for t in exact], [0.0] * len(x))
+        bent, _ = _slope(x, [math.log(t) for t in exact], [0.0] * len(x), rates)
         quadrature = f" (the quadrature's: {bent / predicted:.3f}; the times are within {max(off):.1%} of it)"
     return (
         f"Escape times, {verdict([(slope, error, predicted)])}: with barriers of {FIT_FROM:g} temperatures or more the "

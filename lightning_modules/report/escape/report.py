@@ -63,7 +63,7 @@ def _terms(files: Files) -> list[str]:
     felt = "is the barrier" if is_constant else "= ∫ f'/r, for noise of variance σ²r, is what the barrier is to it"
     heat = "ησ²/(2B)"
     if files.momentum:
-        heat = f"ησ²/(2B(1 − β)), with momentum β = {files.momentum:g}, whose inertia Kramers' factor stands for"
+        heat = f"ησ²/(2B(1 − β)), with momentum β = {files.momentum:g}, whose inertia slows escapes"
     heats = [barrier / row["temperature"] for row in files.of("escape")]
     hot, cold = f"{min(heats):.3g}", f"{max(heats):.3g}"
     return [

@@ -26,14 +26,14 @@ class Schedule:
 
     Args:
         name: What follows the warm-up: constant; cosine to zero; linear to zero; trapezoid, constant and at the end
-            linear to zero (Xing et al. 2018, arXiv 1802.08770); or plateau, a tenth each time that the validation loss
-            has not fallen for ``patience`` epochs (Jastrzebski et al. 2019, arXiv 1807.05031).
+            linear to zero (Xing et al. 2018, arXiv 1802.08770); or plateau, a tenth each time that ``patience`` epochs
+            in a row brought no lower validation loss (Jastrzebski et al. 2019, arXiv 1807.05031).
         warmup: Share of the run's steps that the warm-up takes, for example 0.05.
         average: Name of an average, as ``averages`` takes it, that the last weights are to equal: the factor above is
             multiplied by the share of the average that lies ahead of each step. To first order in rate times curvature
             the last weights are then that average of a run without it (Sandler et al. 2023, arXiv 2301.02312).
         cooldown: Share of the run's steps that a trapezoid falls in; null for 0.2, and for other names.
-        patience: Epochs without a lower validation loss that a plateau lasts; null for other names.
+        patience: Epochs in a row without a lower validation loss after which a plateau ends; null for other names.
     """
 
     name: _Name = "constant"

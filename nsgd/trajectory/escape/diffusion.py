@@ -14,7 +14,9 @@ The one-dimensional time is exact for the diffusion.
 
 With momentum, v <- beta v + g, theta <- theta - lr v, the rate is lr / (1 - beta), in the temperature as well, and
 walkers have an inertia of m = lr beta / (1 - beta)^2: m d^2 theta / dt^2 + d theta / dt = -grad f + noise. The density
-keeps its form; over a saddle inertia holds walkers up (Kramers 1940).
+keeps its form where the noise is the same everywhere; escapes are slower by two factors, for the way over the saddle
+(Kramers 1940) and for the energy that walkers keep (Mel'nikov & Meshkov 1986). Of noise that depends on the position no
+formula is known with it.
 """
 
 from __future__ import annotations
@@ -59,26 +61,79 @@ def temperature(*, lr: float, noise: float, batch_size: float, momentum: float =
 
 
 @of_their_kind
-def held_up(*, lr: float, momentum: float, saddle: Tensor) -> float:
-    """How much longer inertia makes an escape (Kramers 1940): |lambda_-| / mu, with m mu^2 + mu = |lambda_-|.
-
-    mu is the rate at which walkers leave the saddle and m = lr beta / (1 - beta)^2 their inertia. 1 without momentum.
-    It is right as long as friction takes more than the temperature from a walker that swings once through its minimum.
+def inertia(*, lr: float, momentum: float) -> float:
+    """m = lr beta / (1 - beta)^2, what momentum adds to the diffusion; 0 without.
 
     Args:
         lr: Learning rate.
         momentum: beta, from 0 to below 1.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    beta = below_one("momentum", momentum)
+    return above_zero("lr", lr) * beta / (1 - beta) ** 2
+
+
+@of_their_kind
+def kramers_factor(*, inertia: float, saddle: Tensor) -> float:
+    """How much longer an escape takes with inertia, |lambda_-| / mu, with m mu^2 + mu = |lambda_-| (Kramers 1940).
+
+    mu is the rate at which walkers leave the saddle; 1 without inertia.
+
+    Args:
+        inertia: m.
         saddle: Hessian at the saddle, (d, d), or its eigenvalues (d,).
 
     Raises:
-        ValueError: If the saddle has no negative eigenvalue, or a number is out of range.
+        ValueError: If the saddle has no negative eigenvalue, or the inertia is negative.
     """
-    beta = below_one("momentum", momentum)
-    inertia = above_zero("lr", lr) * beta / (1 - beta) ** 2
     down = float(_eigenvalues("saddle", saddle).min())
     if not down < 0:
         raise ValueError(f"expected a saddle with a negative eigenvalue, got {down:g} as its least")
-    return (1 + math.sqrt(1 - 4 * inertia * down)) / 2
+    return (1 + math.sqrt(1 - 4 * at_least_zero("inertia", inertia) * down)) / 2
+
+
+@of_their_kind
+def energy_factor(
+    potential: Potential, *, saddle: float, far: float, inertia: float, temperature: float, points: int = 20_001
+) -> float:
+    """How much longer an escape takes where walkers keep their energy for long (Mel'nikov & Meshkov 1986).
+
+        1 / A(E / T),  log A(e) = 1 / (2 pi) int log(1 - exp(-e (x^2 + 1/4))) / (x^2 + 1/4) dx,
+        E = 2 int sqrt(2 (f_saddle - f) / m) dx
+
+    E is what friction takes from a walker that swings once through the well from the saddle's height: much more than
+    the temperature where momentum is not near 1, and the factor 1. It is that of a first passage.
+
+    Args:
+        potential: f in one dimension, vectorised.
+        saddle: Where the saddle is.
+        far: A point beyond the minimum that is left, where f is above the saddle.
+        inertia: m.
+        temperature: T.
+        points: Of the grid.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    above_zero("temperature", temperature)
+    _check_points(points)
+    check_numbers(saddle=saddle, far=far)
+    if at_least_zero("inertia", inertia) == 0:
+        return 1.0
+    grid = np.linspace(far, saddle, points)
+    values = _values(potential, grid)
+    depth = np.maximum(values[-1] - values, 0)
+    taken = 2 * float(simpson(np.sqrt(2 * depth / inertia), x=abs(grid - far))) / temperature
+    if taken > 100:  # the factor is 1 to the last digit
+        return 1.0
+    if taken < 1e-6:
+        return math.inf
+    x = np.linspace(0, 60 / math.sqrt(taken), points)
+    weights = x * x + 0.25
+    integral = 2 * float(simpson(np.log(-np.expm1(-taken * weights)) / weights, x=x))  # of both halves
+    return _exp(-integral / (2 * math.pi))
 
 
 @of_their_kind
@@ -265,10 +320,8 @@ def excess_loss(curvatures: Tensor, *, lr: float, noise: float, batch_size: floa
         ValueError: If a number is out of range.
     """
     check_vectors(curvatures=curvatures)
-    heat, beta = (
-        temperature(lr=lr, noise=noise, batch_size=batch_size, momentum=momentum),
-        below_one("momentum", momentum),
-    )
+    heat = temperature(lr=lr, noise=noise, batch_size=batch_size, momentum=momentum)
+    beta = below_one("momentum", momentum)
     return float((heat / (2 - above_zero("lr", lr) / (1 + beta) * curvatures.double())).sum())
 
 

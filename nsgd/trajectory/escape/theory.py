@@ -10,11 +10,13 @@ import torch
 from nsgd.curvature.checks import above_zero, at_least_zero, of_their_kind
 from nsgd.trajectory.escape.diffusion import (
     effective_potential,
+    energy_factor,
     escape_time,
     excess_loss,
     gibbs_mass,
     gibbs_mean,
-    held_up,
+    inertia,
+    kramers_factor,
     laplace_mass,
     passage_time,
     temperature,
@@ -35,7 +37,9 @@ def predicted_steps(
 
         tau = 2 pi / sqrt(|f''_saddle| f''_minimum) sqrt(r_saddle / r_minimum) exp(int f' / r / T).
 
-    With momentum both are times :func:`nsgd.trajectory.escape.diffusion.held_up`.
+    With momentum both are longer by :func:`nsgd.trajectory.escape.diffusion.kramers_factor` and, where there is one
+    coordinate that leads out, by :func:`nsgd.trajectory.escape.diffusion.energy_factor`; NaN where the noise depends on
+    the position as well.
 
     Args:
         landscape: What is left, from its start to its goal.
@@ -50,15 +54,19 @@ def predicted_steps(
     at_least_zero("across", across)
     heat, beta = temperature(**sgd), sgd.get("momentum", 0.0)
     rate = out * sgd["lr"] / (1 - beta)  # along the way out
-    slower = held_up(lr=out * sgd["lr"], momentum=beta, saddle=landscape.hessian(landscape.saddle))
+    mass = inertia(lr=out * sgd["lr"], momentum=beta)
+    slower = kramers_factor(inertia=mass, saddle=landscape.hessian(landscape.saddle))
     exact = leading = math.nan
     spread = None if landscape.spread is None else landscape.spread_along
     in_one = len(landscape.start) == 1
+    if spread is not None and mass:
+        return exact, leading
     if landscape.reduced is not None and (spread is None or in_one):
-        start, _, goal = landscape.along
+        start, saddle, goal = landscape.along
         potential, _ = landscape.reduced(across * heat, across * sgd["lr"] / (1 + beta))
         left, right = _walls(potential, spread, start, goal, out * heat)
         far = left if start < goal else right
+        slower *= energy_factor(potential, saddle=saddle, far=far, inertia=mass, temperature=out * heat)
         time = passage_time(potential, start=start, end=goal, far=far, temperature=out * heat, spread=spread)
         exact = slower * time / rate
     if in_one or (spread is None and out == across == 1):
@@ -93,7 +101,8 @@ def predicted_stay(landscape: Landscape, sgd: dict[str, float]) -> dict[str, tup
     factors = [landscape.spread_at(point) for point in minima]
     flat = landscape.names.index("flat")
     share = loss = math.nan
-    if spread is not None and (len(landscape.start) > 1 or landscape.reduced is None):
+    unknown = len(landscape.start) > 1 or landscape.reduced is None or sgd.get("momentum", 0.0) > 0
+    if spread is not None and unknown:
         return {"share": (share, share), "loss": (loss, loss)}  # no formula
     local = [{**sgd, "noise": sgd["noise"] * factor} for factor in factors]
     prices = torch.tensor(

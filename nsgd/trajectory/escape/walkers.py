@@ -89,7 +89,7 @@ def simulate(
         momentum: beta of torch's SGD, from 0 to below 1; walkers set out at rest.
         seed: Of the noise.
         scale: Factors on the step along each coordinate, (d,): gamma where NSGD damps, else 1; or the matrix that
-            multiplies the step, (d, d): I - (1 - gamma) v v^T for a direction v. The velocity is kept as it is without.
+            multiplies the step, (d, d): I - (1 - gamma) v v^T for a direction v. The velocity itself is not scaled.
         spread: Factor on the noise's variance by position, (n, d) to (n,), not negative; None for 1 everywhere.
         progress: Called every 1,000 steps with the steps taken and the walkers that have arrived.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import silent, study, without_seconds
+from studies import on_a_plateau, silent, study, without_seconds
 
 from lightning_modules import Digits
 from lightning_modules.callbacks import epoch_checkpoint
@@ -72,13 +72,17 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path, monke
 
 
 def test_a_rate_that_fell_stays_low_in_a_run_that_goes_on(tmp_path, monkeypatch):
-    """Interrupted after a fall, and one validation before the next."""
+    """Interrupted after a fall, and within a plateau whose end the validations before count for."""
     monkeypatch.setattr(epoch_checkpoint, "EVERY", 0.0)
-    schedule = Schedule("plateau", patience=1)
+    schedule = Schedule("plateau", patience=2)
     asked = chosen(methods=["sgd", "sam"], schedule=schedule, lr=2.0, epochs=8)
     run_study(asked, tmp_path / "whole", silent)
+    steps = read_csv(tmp_path / "whole" / "runs" / "sgd-0" / "metrics.csv")
+    factors = on_a_plateau([row["val_loss"] for row in steps if "val_loss" in row], 2)
+    assert factors[4] < 1
+    assert factors[5] > factors[6]
     for number in range(2):
-        stopping(asked, tmp_path / "two", number, 26)
+        stopping(asked, tmp_path / "two", number, 26)  # after six validations
         run_one(asked, tmp_path / "two", number, silent)
     run_study(asked, tmp_path / "two", silent)
     assert without_seconds(tmp_path / "two") == without_seconds(tmp_path / "whole")

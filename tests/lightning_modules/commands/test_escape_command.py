@@ -19,6 +19,7 @@ import yaml
 
 from lightning_modules.commands import escape
 from lightning_modules.commands.main import main
+from lightning_modules.report.escape.figures import escape_figures
 from lightning_modules.report.escape.files import read_folder
 from lightning_modules.report.escape.findings import findings, overall, verdict
 from lightning_modules.report.escape.report import write_escape
@@ -289,10 +290,10 @@ def test_a_floor_of_the_noise_that_nobody_can_start_from_is_refused(tmp_path, fl
 
 
 def test_momentum_is_in_numbers_predictions_and_captions(tmp_path):
-    study = replace(SMALL, lr=[0.02], batch_sizes=[80.0, 100.0], gamma_batch_size=20.0, walkers=1000, momentum=0.5)
+    study = replace(SMALL, batch_sizes=[80.0, 100.0], gamma_batch_size=20.0, walkers=1000, momentum=0.5)
     run_escape(study, tmp_path, silent)
     for row in of(tmp_path, "escape"):
-        assert row["temperature"] == 0.02 * 1000 / (2 * row["batch_size"] * 0.5)
+        assert row["temperature"] == row["lr"] * 1000 / (2 * row["batch_size"] * 0.5)
         assert row["measured"] == pytest.approx(row["exact"], rel=0.15)
     for quantity in ("share", "loss"):
         for row in of(tmp_path, quantity):
@@ -303,9 +304,14 @@ def test_momentum_is_in_numbers_predictions_and_captions(tmp_path):
     assert "T = ησ²/(2B(1 − β)), with momentum β = 0.5" in page
     files = read_folder(tmp_path)
     (slope,) = re.findall(r"is ([\d.]+) ± [\d.]+ times 2\(1 − β\)Δf/σ²", findings(files)[0])
-    x = [row["batch_size"] / row["lr"] for row in files.of("escape")]
-    grown = math.log(files.of("escape")[1]["measured"] / files.of("escape")[0]["measured"]) / (x[1] - x[0])
-    assert float(slope) == pytest.approx(grown / (2 * 0.5 * 1.0 / 1000), abs=1e-3)
+    times = {(row["lr"], row["batch_size"] / row["lr"]): row["measured"] for row in files.of("escape")}
+    grown = [math.log(times[lr, 5000.0] / times[lr, 4000.0]) / 1000 for lr in (0.02, 0.01)]
+    assert float(slope) == pytest.approx(sum(grown) / 2 / (2 * 0.5 * 1.0 / 1000), abs=1e-3)
+    (axes, _) = escape_figures(tmp_path)["escape-time"][0].axes
+    predicted = [line for line in axes.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 2]
+    for lr, line in zip((0.02, 0.01), predicted, strict=True):  # another one at each rate
+        rows = [row for row in files.of("escape") if row["lr"] == lr]
+        np.testing.assert_allclose(line.get_ydata(), [2 * lr * row["exact"] for row in rows])
 
 
 def test_a_study_of_before_there_was_momentum_or_a_choice_of_noise_is_the_same_study(tmp_path):
@@ -375,6 +381,10 @@ ENDS = ["--start", "[1.2]", "--goal", "[-0.9]"]
         (["--lr", "[0.02,0.02]"], "lr to be different numbers"),
         (["--lr", "[0.2]"], "below 2 / curvature"),
         (["--lr", "[0.3]", "--momentum", "0.5"], "below 2 (1 + momentum) / curvature"),
+        (
+            ["--momentum", "0.5", "--noise_follows", "loss"],
+            "no prediction is known; leave out one of the two",
+        ),
         (["--momentum", "1"], "expected momentum of at least 0 and below 1, got 1"),
         (["--momentum", "-0.1"], "expected momentum of at least 0 and below 1, got -0.1"),
         (["--gammas", "[0]"], "gammas to be different numbers above 0"),

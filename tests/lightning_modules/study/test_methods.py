@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import pytorch_optimizer
 import torch
 import yaml
-from studies import OPTIONS, finished, plain_start, plain_steps, silent, study, without_seconds
+from studies import OPTIONS, finished, on_a_plateau, plain_start, plain_steps, silent, study, without_seconds
 from torch import nn
 from torch.nn import functional as F
 
@@ -262,28 +262,16 @@ def rates_of_runs(monkeypatch) -> dict[str, Rates]:
     return recorders
 
 
-def on_a_plateau(losses_of: list[float], patience: int) -> list[float]:
-    """Factors on the rate after each validation, by the words of the schedule."""
-    factors, factor, best, waited = [], 1.0, math.inf, 0
-    for loss in losses_of:
-        waited = 0 if loss < best * (1 - 1e-4) else waited + 1
-        best = loss if waited == 0 else best
-        if waited > patience:
-            factor, waited = factor / 10, 0
-        factors.append(factor)
-    return factors
-
-
 def test_on_a_plateau_of_validation_the_rate_falls(tmp_path, monkeypatch):
     recorders = rates_of_runs(monkeypatch)
     methods = ["sgd", "nsgd", "sam", "schedule-free"]
-    schedule = Schedule("plateau", patience=1)
+    schedule = Schedule("plateau", patience=2)
     folder = finished(tmp_path, methods=methods, schedule=schedule, seeds=1, lr=2.0, epochs=8)
     kinds = {"sgd": "SGD", "nsgd": "NSGD", "sam": "SAM"}
     for method, kind in kinds.items():
         rows = read_csv(folder / "runs" / f"{method}-0" / "metrics.csv")
         found = [row["val_loss"] for row in rows if "val_loss" in row]  # NaN, where it diverged, is none better
-        wanted = [1.0, *on_a_plateau(found, 1)[:-1]]
+        wanted = [1.0, *on_a_plateau(found, 2)[:-1]]
         rates = recorders[kind].found[-len(rows) :]
         each = len(rows) // 8
         assert rates == pytest.approx([2.0 * factor for factor in wanted for _ in range(each)])

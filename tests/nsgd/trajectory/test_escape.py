@@ -7,29 +7,33 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from scipy.interpolate import RegularGridInterpolator
 from scipy.linalg import solve_discrete_lyapunov
 from scipy.sparse.linalg import LinearOperator, gmres
 
 from nsgd.trajectory.escape import (
     Escapes,
+    energy_factor,
     escape_time,
     excess_loss,
     gibbs_mass,
     gibbs_mean,
-    held_up,
+    inertia,
+    kramers_factor,
     laplace_mass,
     passage_time,
     simulate,
     temperature,
 )
-from nsgd.trajectory.escape.landscape import built_in_landscape
+from nsgd.trajectory.escape.landscape import built_in_landscape, with_noise
 from nsgd.trajectory.escape.potentials import Channel, DoubleWell
-from nsgd.trajectory.escape.theory import predicted_steps
+from nsgd.trajectory.escape.theory import predicted_stay, predicted_steps
 
 WELL = DoubleWell(barrier=1.0, skew=0.3)
 SHARP, FLAT = WELL.minima
 FAR, BEYOND = -4.0, 8.0
+LANDSCAPE = built_in_landscape("double-well", barrier=1.0, skew=0.3, walls=40.0)
 
 
 def chain_steps(lr, heat, points=1501):
@@ -192,14 +196,13 @@ def test_simulated_sgd_takes_as_many_steps_as_the_exact_chain(gamma):
     assert abs(found.mean - chain_steps(gamma * lr, heat)) < 3 * spread
 
 
-@pytest.mark.parametrize(("beta", "lr", "within"), [(0.5, 0.02, 0.06), (0.5, 0.01, 0.03), (0.9, 0.02, 0.1)])
+@pytest.mark.parametrize(("beta", "lr", "within"), [(0.5, 0.02, 0.06), (0.5, 0.01, 0.03), (0.9, 0.01, 0.11)])
 def test_escape_times_with_momentum_are_those_of_the_exact_chain(beta, lr, within):
-    """Off by the rate alone, of which they are the limit; without inertia they are three times too short at 0.9."""
+    """Off by the rate alone, of which they are the limit; the rate alone says twice too short a time at 0.9."""
     heat = WELL.barrier / 4
-    well = built_in_landscape("double-well", barrier=1.0, skew=0.3, walls=40.0)
     sgd = {"lr": lr, "noise": 1000.0, "batch_size": lr * 1000 / (2 * heat * (1 - beta)), "momentum": beta}
     assert temperature(**sgd) == pytest.approx(heat)
-    exact, _ = predicted_steps(well, sgd)
+    exact, _ = predicted_steps(LANDSCAPE, sgd)
     wanted = heavy_ball_steps(lr, heat, beta)
     assert exact == pytest.approx(wanted, rel=within)
     walked = simulate(
@@ -212,17 +215,52 @@ def test_escape_times_with_momentum_are_those_of_the_exact_chain(beta, lr, withi
     )
     assert walked.reached == 1
     assert abs(walked.mean - wanted) < 3 * walked.standard_error + 0.01 * wanted  # the grid's own error
-    assert beta < 0.9 or passage(heat) * (1 - beta) / lr < wanted / 2.5
+    assert beta < 0.9 or passage(heat) * (1 - beta) / lr < wanted / 1.8
 
 
-def test_inertia_is_what_the_root_of_the_motion_at_the_saddle_says():
-    lr, beta, down = 0.02, 0.9, 4.0
-    inertia = lr * beta / (1 - beta) ** 2
-    growth = max(np.roots([inertia, 1.0, -down]))
-    assert held_up(lr=lr, momentum=beta, saddle=torch.tensor([-down, 9.0])) == pytest.approx(down / growth)
-    assert held_up(lr=lr, momentum=0.0, saddle=torch.tensor([-down])) == 1
+def test_walkers_that_keep_their_energy_take_as_long_as_predicted():
+    """Where friction takes two temperatures a swing; with Kramers' factor alone a third too short."""
+    lr, beta, heat = 0.002, 0.99, 0.25
+    sgd = {"lr": lr, "noise": 1000.0, "batch_size": lr * 1000 / (2 * heat * (1 - beta)), "momentum": beta}
+    start = torch.full((1500, 1), SHARP, dtype=torch.float64)
+    walked = simulate(WELL.gradient, start, lambda x: x[:, 0] >= FLAT, steps=100_000, seed=1, **sgd)
+    exact, _ = predicted_steps(LANDSCAPE, sgd)
+    assert abs(walked.mean - exact) < 3 * walked.standard_error + 0.03 * exact
+    energy = energy_factor(WELL, saddle=0.0, far=FAR, inertia=inertia(lr=lr, momentum=beta), temperature=heat)
+    assert exact / energy < 0.75 * walked.mean
+
+
+def test_the_factor_of_energy_is_the_integral_of_mel_nikov_and_meshkov():
+    """Over a parabola, on which the area of a swing is that of half an ellipse, by SciPy's own quadrature."""
+    curvature, depth, mass, heat = 8.0, 1.0, 5.0, 0.25
+    reach = math.sqrt(2 * depth / curvature)  # the swing's half-width
+    taken = 2 * math.sqrt(2 * depth / mass) * math.pi * reach / 2 / heat
+    inside = quad(lambda x: math.log1p(-math.exp(-taken * (x * x + 0.25))) / (x * x + 0.25), -np.inf, np.inf)[0]
+    found = energy_factor(lambda x: curvature * x**2 / 2, saddle=reach, far=-2.0, inertia=mass, temperature=heat)
+    assert found == pytest.approx(math.exp(-inside / (2 * math.pi)), rel=1e-4)
+    assert found > 1
+    options = {"saddle": reach, "far": -2.0, "temperature": heat}
+    assert energy_factor(lambda x: curvature * x**2 / 2, inertia=0.0, **options) == 1
+    assert energy_factor(lambda x: curvature * x**2 / 2, inertia=1e-4, **options) == 1
+
+
+def test_what_inertia_takes_at_the_saddle_is_what_the_root_of_its_motion_says():
+    down, mass = 4.0, inertia(lr=0.02, momentum=0.9)
+    assert mass == pytest.approx(0.02 * 0.9 / 0.1**2)
+    growth = max(np.roots([mass, 1.0, -down]))
+    assert kramers_factor(inertia=mass, saddle=torch.tensor([-down, 9.0])) == pytest.approx(down / growth)
+    assert kramers_factor(inertia=0.0, saddle=torch.tensor([-down])) == 1
     with pytest.raises(ValueError, match="a saddle with a negative eigenvalue, got 9 as its least"):
-        held_up(lr=lr, momentum=0.5, saddle=torch.tensor([9.0]))
+        kramers_factor(inertia=1.0, saddle=torch.tensor([9.0]))
+
+
+def test_with_momentum_nothing_is_predicted_of_noise_that_depends_on_the_position():
+    noisy = with_noise(LANDSCAPE, "loss", floor=0.3)
+    sgd = {"lr": 0.01, "noise": 100.0, "batch_size": 2.0}
+    assert all(map(math.isfinite, predicted_steps(noisy, sgd)))
+    moving = {**sgd, "momentum": 0.5}
+    assert all(map(math.isnan, predicted_steps(noisy, moving)))
+    assert all(math.isnan(value) for pair in predicted_stay(noisy, moving).values() for value in pair)
 
 
 def test_kramers_in_two_dimensions_is_that_of_the_way_out_times_the_other():
