@@ -412,3 +412,36 @@ def test_what_to_pick_is_the_best_of_what_is_significantly_better(kept, monkeypa
     assert [float(cell) for cell in shown[1:4]] == pytest.approx([measure.factor * v for v in (base, best, second)])
     for _, *seconds, pick in picks._to_a_loss():
         assert pick == list(picks._METHODS)[int(np.argmin([float(s) if s[0] == "0" else 9 for s in seconds]))]
+
+
+def test_a_study_with_spectra_has_the_columns_of_the_2019_table(kept, made, plans):
+    """Means over seeds, of the best validation and of the end, by the standard library."""
+    rows, numbers = [], np.random.default_rng(0)
+    for row in read_csv(kept.folder / "results.csv"):
+        if row["read_out"] == "last":
+            spectra = [dict(zip(("frobenius", "lambda_1", "distance"), numbers.random(3), strict=True)) for _ in "lb"]
+            rows += [row | spectra[0], row | spectra[1] | {"read_out": "best", "test_accuracy": row["seed"] / 10}]
+    write_csv(kept.folder / "results.csv", rows)
+    config = yaml.safe_load((kept.folder / "config.yaml").read_text())
+    (kept.folder / "config.yaml").write_text(yaml.safe_dump({**config, "spectrum": {"k": 3, "samples": 50}}))
+    entries = importlib.import_module("common.plan_entries")
+    assert entries._spectrum(plans.Kept(made)) == []
+    (text,) = entries._spectrum(plans.Kept(kept.folder))
+    assert "3 largest eigenvalues of the Hessian of 50 training samples" in " ".join(text.split())
+    table, epoch = table_of(text), config["epochs"] // 2
+    for method, label in METHODS.items():
+        best, last = ([r for r in rows if (r["method"], r["read_out"]) == (method, name)] for name in ("best", "last"))
+        both = {
+            name: " / ".join(f"{mean(r[name] for r in each):.3g}" for each in (best, last))
+            for name in ("frobenius", "lambda_1")
+        }
+        wanted = {
+            "norm of the Hessian": both["frobenius"],
+            "its largest eigenvalue": both["lambda_1"],
+            "best: test accuracy, %": "10",
+            "end: training loss": f"{mean(r['train_loss'] for r in last):.3g}",
+            "best: distance": f"{mean(r['distance'] for r in best):.3g}",
+        }
+        curves = [r for r in read_csv(kept.folder / "curves.csv") if (r["method"], r["epoch"] + 1) == (method, epoch)]
+        wanted[f"validation accuracy, %, at epoch {epoch}"] = f"{100 * mean(r['val_accuracy'] for r in curves):.3g}"
+        assert {name: table[label][name] for name in wanted} == wanted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from common.documents import markdown, wrapped
@@ -25,6 +25,7 @@ from lightning_modules.report.study.tables import STATE
 from lightning_modules.report.study.verdict import judgement
 from lightning_modules.report.study.words import endpoint, title
 from lightning_modules.support.files import Rows
+from lightning_modules.support.quantities import DISTANCE, FROBENIUS, LAMBDA_1
 from lightning_modules.support.score import TRAIN_LOSS
 
 # What the papers say of the question of a plan.
@@ -65,7 +66,7 @@ def study_table(kept: Kept) -> str:
     )
     published = PUBLISHED.get(kept.plan.removesuffix("-scaled"), "")
     below = wrapped(" ".join(filter(None, [words, source, published])))
-    return "\n\n".join(filter(None, [body, *_averages(kept), *_paths(kept), below]))
+    return "\n\n".join(filter(None, [body, *_spectrum(kept), *_averages(kept), *_paths(kept), below]))
 
 
 def _said(kept: Kept) -> str:
@@ -148,6 +149,47 @@ def _averages(kept: Kept) -> list[str]:
         return []
     tables = averages_tables(kept.files)[:1]
     return [f"{table['title']}:\n\n{markdown(table['header'], table['rows'])}" for table in tables]
+
+
+def _spectrum(kept: Kept) -> list[str]:
+    """Of a finished study whose spectrum was measured: the columns of the table of Jastrzebski et al. (2019)."""
+    if not kept.finished or not any(FROBENIUS in row for row in kept.files.results):
+        return []
+    files, score = kept.files, kept.files.score.validation
+    epoch = files.config["epochs"] // 2
+    tested = files.endpoint
+    head = ["at the best validation / at the end", "norm of the Hessian", "its largest eigenvalue"]
+    head += [
+        f"best: {tested.header}",
+        f"{score.header}, at epoch {epoch}",
+        f"end: {TRAIN_LOSS.label}",
+        "best: distance",
+    ]
+    body = []
+    for method in files.methods:
+        best, last = (
+            [row for row in files.results if (row["method"], row["read_out"]) == (method, name)]
+            for name in ("best", "last")
+        )
+        at_epoch = [row[score.column] for row in kept.epochs(method) if row["epoch"] + 1 == epoch]
+        cells = [f"{_mean(best, name)} / {_mean(last, name)}" for name in (FROBENIUS, LAMBDA_1)]
+        cells += [_mean(best, tested.column, tested.factor), _mean_of(at_epoch, score.factor)]
+        body.append([files.label(method), *cells, _mean(last, TRAIN_LOSS.column), _mean(best, DISTANCE)])
+    size = files.config["spectrum"]
+    title = (
+        f"The columns of the 2019 paper's table, means over seeds; the norm is the root of the sum of squares of the "
+        f"{size['k']} largest eigenvalues of the Hessian of {size['samples']:,} training samples:"
+    )
+    return [f"{wrapped(title)}\n\n{markdown(head, body)}"]
+
+
+def _mean(rows: Rows, column: str, factor: float = 1.0) -> str:
+    return _mean_of([row[column] for row in rows], factor)
+
+
+def _mean_of(values: list[float], factor: float = 1.0) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{factor * fmean(finite):.3g}" if finite else MISSING
 
 
 def _paths(kept: Kept) -> list[str]:

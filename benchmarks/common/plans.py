@@ -11,7 +11,7 @@ from typing import Any
 from lightning_modules.report.study.curves import Point
 from lightning_modules.report.study.files import Files, read_folder
 from lightning_modules.report.style import method_styles
-from lightning_modules.support.files import Rows, read_csv
+from lightning_modules.support.files import Rows
 from lightning_modules.support.run_folder import rows
 from lightning_modules.support.study_folder import StudyFolder
 
@@ -119,10 +119,17 @@ class Kept:
     def curves(self, method: str) -> dict[int, list[Point]]:
         """The mean loss of each epoch by seed, from its table of them."""
         runs: dict[int, list[Point]] = {}
-        for row in read_csv(self.folder / "curves.csv"):
-            if row["method"] == method:
-                runs.setdefault(row["seed"], []).append(({"epoch": row["epoch"] + 1}, row["loss"]))
+        for row in self.epochs(method):
+            runs.setdefault(row["seed"], []).append(({"epoch": row["epoch"] + 1}, row["loss"]))
         return runs
+
+    def epochs(self, method: str) -> Rows:
+        """A row for each epoch of each seed, from 0 on, with the mean loss and the validation."""
+        return [row for row in self._curves if row["method"] == method]
+
+    @cached_property
+    def _curves(self) -> Rows:
+        return rows(self.folder / "curves.csv")
 
 
 def kept_in(results: Path) -> list[Kept]:

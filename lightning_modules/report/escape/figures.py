@@ -79,7 +79,7 @@ def _escape_figure(files: Files) -> Figure:
     # Without momentum the prediction is the same at every rate.
     for i, lr in enumerate(files.config["lr"] if files.momentum else files.config["lr"][:1]):
         own = [row for row in rows if row["lr"] == lr]
-        color, name = (_COLORS[i % 5], "_") if files.momentum and i else ("black", "")
+        color, name = (_COLORS[i % 5], "_" * bool(i)) if files.momentum else ("black", "")
         lines = {"exact": ("-", "quadrature"), "leading": ("--", f"Eyring-Kramers, slope {files.slope}")}
         for column, (style, label) in lines.items():
             predicted = [files.time(row, column) for row in own]
