@@ -445,3 +445,38 @@ def test_a_study_with_spectra_has_the_columns_of_the_2019_table(kept, made, plan
         curves = [r for r in read_csv(kept.folder / "curves.csv") if (r["method"], r["epoch"] + 1) == (method, epoch)]
         wanted[f"validation accuracy, %, at epoch {epoch}"] = f"{100 * mean(r['val_accuracy'] for r in curves):.3g}"
         assert {name: table[label][name] for name in wanted} == wanted
+
+
+def test_a_study_of_rates_alone_shows_how_wide_the_good_ones_are(kept, plans):
+    losses = {"sgd": [2.0, 1.05, 1.0, 1.5], "nsgd": [2.0, 0.92, 0.9, 0.95], "adamw": [1.0, 1.2, 1.4, 1.6]}
+    rates = [0.01, 0.1, 1.0, 10.0]
+    rows = [
+        {
+            "method": m,
+            "lr": lr,
+            "seed": seed,
+            "train_loss": loss,
+            "val_loss": loss,
+            "val_accuracy": 0.5,
+            "start_loss": 3.0,
+        }
+        for m, found in losses.items()
+        for lr, loss in zip(rates, found, strict=True)
+        for seed in range(2)
+    ]
+    write_csv(kept.folder / "sweep.csv", rows)
+    config = yaml.safe_load((kept.folder / "config.yaml").read_text())
+    config |= {"seeds": 1, "sweep_seeds": 2}
+    (kept.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    entries, figures = (importlib.import_module(f"common.plan_{name}") for name in ("entries", "figures"))
+    swept = plans.Kept(kept.folder)
+    entry = " ".join(entries.study_entry(swept, "curves.svg").split())
+    assert "best mean training loss: SGD 1.00, NSGD ≥ 2.00 and AdamW ≥ 0.00." in entry
+    assert "Means over 2 seeds at each rate, no tests." in entry
+    assert "Endpoint" not in entry
+    assert {row["decades within 10 % of the best loss"] for row in table_of(entries.study_table(swept)).values()} == {
+        "1.00",
+        "≥ 2.00",
+        "≥ 0.00",
+    }
+    assert [axes.get_xlabel() for axes in figures.study_figure(swept).axes] == ["learning rate"] * 2

@@ -44,6 +44,7 @@ PUBLISHED = {
         "can speed training up, and end where the loss is sharper and the network generalises better."
     ),
 }
+_NEAR = 4  # column of the table of rates
 _EDGE = "*: the lowest or the highest of its trials, so that a better rate may lie beyond."
 
 
@@ -74,6 +75,9 @@ def _said(kept: Kept) -> str:
     if not kept.finished:
         return "Not finished: trials that choose the rates, and nothing to judge by yet."
     files, measure = kept.files, kept.files.endpoint
+    if kept.swept_alone:
+        widths = [f"{row[0]} {row[_NEAR]}" for row in sensitivity_table(files)["rows"]]
+        return f"Decades of rates within 10 % of a method's best mean training loss: {and_(widths)}."
     ends = {method: kept.entries[measure.column, method] for method in files.methods}
     means = {method: measure.badness({measure.column: end["mean"]}) for method, end in ends.items() if end["n"]}
     best = min(means, key=lambda method: means[method], default=None)
@@ -101,6 +105,8 @@ def _alt(kept: Kept) -> str:
     if kept.finished and averages_by_method(kept.files):
         label = upper(kept.files.endpoint.label)
         return f"{label} of averages by their settings, and of runs under the schedules that they are to equal."
+    if kept.swept_alone:
+        return f"Training loss and {kept.files.score.validation.label} against the learning rate. {_said(kept)}"
     if kept.finished:
         between = ", the largest eigenvalue over its limit" if kept.sharpness else ""
         return f"Training loss by epoch{between}, and {kept.files.endpoint.label} at the end. {_said(kept)}"
@@ -136,11 +142,12 @@ def _results(kept: Kept) -> tuple[str, str]:
     rate = "tuned rate" if files.tuning else "rate"
     shown = [measure.header, over, *([] if beside is None else [beside.header])]
     head = ["method", rate, "n", *shown, *costs.values()]
-    tables = [markdown(head, rows)]
+    tables = [] if kept.swept_alone else [markdown(head, rows)]
     if files.sweep:
         swept = sensitivity_table(files)
         tables += [f"{swept['title']}:", markdown(swept["header"], swept["rows"])]
-    return "\n\n".join(tables), " ".join(filter(None, [endpoint(files), _how(kept), _EDGE if edge else ""]))
+    judged = "" if kept.swept_alone else endpoint(files)
+    return "\n\n".join(tables), " ".join(filter(None, [judged, _how(kept), _EDGE if edge else ""]))
 
 
 def _averages(kept: Kept) -> list[str]:
@@ -236,6 +243,8 @@ def _how(kept: Kept) -> str:
     """What the numbers of a finished study are, and the hardware."""
     seeds = kept.files.config["seeds"]
     where = f"On {_hardware(kept)}."
+    if kept.swept_alone:
+        return f"Means over {count(kept.files.config['sweep_seeds'], 'seed')} at each rate, no tests. {where}"
     if seeds == 1:
         return f"One seed, so no interval and no test. {where}"
     return (

@@ -21,9 +21,9 @@ _DECADE = 10
 
 
 def study_figure(kept: Kept) -> Figure:
-    """Losses by epoch, sharpness where it was measured, and the endpoint; or averages by their settings; or all trials.
+    """Losses by epoch, sharpness where it was measured, and the endpoint; or averages; or rates that were swept.
 
-    The last is what there is before the end.
+    Before the end it is all trials.
 
     Args:
         kept: A study that has a figure.
@@ -33,6 +33,8 @@ def study_figure(kept: Kept) -> Figure:
     files = kept.files
     if averages := averages_figures(files):
         return averages[AVERAGES][0]
+    if kept.swept_alone:
+        return rate_figures(files)["learning-rates"][0]
     figure, (losses, *middle, ends) = new_figure(3 if kept.sharpness else 2)
     for method, style in files.styles.items():
         if runs := kept.curves(method):

@@ -46,6 +46,11 @@ class Kept:
         """Whether it has its results."""
         return (self.folder / "results.csv").exists()
 
+    @property
+    def swept_alone(self) -> bool:
+        """Whether it is about the rates that were swept, and its one seed tells nothing besides."""
+        return self.finished and bool(self.files.sweep) and self.files.config["seeds"] == 1
+
     @cached_property
     def runs(self) -> Rows:
         """Of a study that is not finished, what its runs ended with so far; none where none has."""
