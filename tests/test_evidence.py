@@ -306,7 +306,7 @@ def test_what_a_paper_says_stands_below_its_plan_and_is_called_published(plans, 
     assert "Published ([1807.05031](" in words
 
 
-def test_a_drawing_of_another_matplotlib_is_compared_by_what_it_shows(kept):
+def test_a_drawing_of_another_matplotlib_is_compared_by_what_it_shows(kept, plans):
     documents, figures = (importlib.import_module(f"common.{name}") for name in ("documents", "plan_figures"))
     drawing = documents.svg(figures.study_figure(kept))
     assert "<dc:date>" not in drawing
@@ -319,7 +319,7 @@ def test_a_drawing_of_another_matplotlib_is_compared_by_what_it_shows(kept):
     rows = read_csv(kept.folder / "curves.csv")
     rows[0]["loss"] *= 1.001
     write_csv(kept.folder / "curves.csv", rows)
-    assert not documents.is_of(kept.drawing, figures.study_figure(kept))
+    assert not documents.is_of(kept.drawing, figures.study_figure(plans.Kept(kept.folder)))
 
 
 def test_lines_of_a_cell_stay_apart_and_code_is_not_broken(evidence):
@@ -480,3 +480,18 @@ def test_a_study_of_rates_alone_shows_how_wide_the_good_ones_are(kept, plans):
         "≥ 0.00",
     }
     assert [axes.get_xlabel() for axes in figures.study_figure(swept).axes] == ["learning rate"] * 2
+
+
+def test_what_diverged_does_not_flatten_the_losses_of_the_rest(kept):
+    rows = read_csv(kept.folder / "curves.csv")
+    for row in rows:
+        if row["method"] == "sgd" and row["epoch"] > 2:
+            row["loss"] *= 1e9
+    write_csv(kept.folder / "curves.csv", rows)
+    figures = importlib.import_module("common.plan_figures")
+    losses, _ = figures.study_figure(importlib.import_module("common.plans").Kept(kept.folder)).axes
+    low, high = losses.get_ylim()
+    others = [row["loss"] for row in rows if row["method"] != "sgd"]
+    assert high == pytest.approx(1.2 * median(row["loss"] for row in rows if row["epoch"] == 0))
+    assert low < min(others)
+    assert (min(others) - low) < 0.2 * (high - low) or losses.get_yscale() == "log"

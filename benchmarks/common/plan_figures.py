@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ from lightning_modules.report.study.seeds import draw_values
 from lightning_modules.report.style import GREY
 
 _DECADE = 10
+_ABOVE = 1.2  # times the median loss of the first epochs
+_MARGIN = 0.05  # of the axis
 
 
 def study_figure(kept: Kept) -> Figure:
@@ -41,11 +44,16 @@ def study_figure(kept: Kept) -> Figure:
             plot_runs(losses, style, "epoch", runs)
     losses.set(xlabel="epoch", ylabel="training loss, mean of each epoch")
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves = [curve for method in files.methods for curve in kept.curves(method).values()]
+    most = _ABOVE * median(curve[0][1] for curve in curves)  # what diverged would flatten the rest
     low, high = losses.get_ylim()
+    if high > most:
+        least = min(value for curve in curves for _, value in curve if math.isfinite(value))
+        low, high = least - _MARGIN * (most - least), most
+        losses.set_ylim(low, high)
     if has_logarithm(losses) and not 0 < high < _DECADE * low:  # in less than a decade, a logarithm has few numbers
         losses.set_yscale("log")
-    shortest = min(len(curve) for method in files.methods for curve in kept.curves(method).values())
-    if losses.get_xlim()[1] > _DECADE * shortest:
+    if losses.get_xlim()[1] > _DECADE * min(map(len, curves)):
         losses.set_xscale("log")
     for axes in middle:
         _draw_sharpness(axes, kept)

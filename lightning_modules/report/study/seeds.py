@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lightning_modules.report.drawing import legend_beside
 from lightning_modules.report.page import new_figure
@@ -73,9 +74,10 @@ def draw_values(axes: Axes, files: Files, measure: Measure, *, read_outs: Collec
     log = files.effect(measure) == "ratio" and any(len(line.get_xdata()) for line in axes.get_lines())  # type: ignore[arg-type]
     axes.set(xlabel=measure.header, xscale="log" if log else "linear")
     low, high = axes.get_xlim()
-    if log and high < 10 * low:  # where the numbers between powers of ten are written too
+    if log and high < 10 * low:  # where powers of ten are too few
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(visible=False, axis="y")
 
 
