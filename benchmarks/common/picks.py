@@ -24,8 +24,8 @@ _STUDIES = {
     "claim/resnet-32-plain-1024": "ResNet-32 without BatchNorm, batch 1,024, on a GPU",
     "batch-scaled/resnet-32-plain-1024": "ResNet-32 without BatchNorm at 8 px, batch 1,024",
     "batch-scaled/resnet-32-plain-128": "ResNet-32 without BatchNorm at 8 px, batch 128",
-    "batch-scaled/resnet-20-1024": "ResNet-20 with BatchNorm at 8 px, batch 1,024",
-    "batch-scaled/vit-1024": "vision transformer at 8 px, batch 1,024",
+    "batch-scaled/resnet-20-512": "ResNet-20 with BatchNorm at 8 px, batch 512",
+    "batch-scaled/vit-512": "vision transformer at 8 px, batch 512",
     "language-scaled/language-64": "transformer on characters, batch 64",
     "language-scaled/language-512": "transformer on characters, batch 512",
 }
