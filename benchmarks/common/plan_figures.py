@@ -39,12 +39,13 @@ def study_figure(kept: Kept) -> Figure:
     if kept.swept_alone:
         return rate_figures(files)["learning-rates"][0]
     figure, (losses, *middle, ends) = new_figure(3 if kept.sharpness else 2)
+    curves = []
     for method, style in files.styles.items():
         if runs := kept.curves(method):
             plot_runs(losses, style, "epoch", runs)
+            curves += runs.values()
     losses.set(xlabel="epoch", ylabel="training loss, mean of each epoch")
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curves = [curve for method in files.methods for curve in kept.curves(method).values()]
     most = _ABOVE * median(curve[0][1] for curve in curves)  # what diverged would flatten the rest
     low, high = losses.get_ylim()
     if high > most:

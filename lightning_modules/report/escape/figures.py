@@ -79,11 +79,11 @@ def _escape_figure(files: Files) -> Figure:
     # Without momentum the prediction is the same at every rate.
     for i, lr in enumerate(files.config["lr"] if files.momentum else files.config["lr"][:1]):
         own = [row for row in rows if row["lr"] == lr]
-        color, name = (_COLORS[i % 5], "_" * bool(i)) if files.momentum else ("black", "")
+        color, hidden = _COLORS[i % 5] if files.momentum else "black", "_" if i else ""
         lines = {"exact": ("-", "quadrature"), "leading": ("--", f"Eyring-Kramers, slope {files.slope}")}
         for column, (style, label) in lines.items():
             predicted = [files.time(row, column) for row in own]
-            _line(times, [inverse(row) for row in own], predicted, style, color=color, label=name + label)
+            _line(times, [inverse(row) for row in own], predicted, style, color=color, label=hidden + label)
     for i, lr in enumerate(files.config["lr"]):
         seen = [row for row in rows if row["lr"] == lr and row["arrived"] >= FEWEST]
         y, errors = ([files.time(row, c) for row in seen] for c in ("measured", "standard_error"))
