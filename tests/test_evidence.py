@@ -226,6 +226,12 @@ def test_an_entry_says_what_was_compared_who_won_where_it_ran_and_how_it_is_made
     assert "Published" not in words
 
 
+def test_sizes_of_a_network_of_ones_own_are_said(kept):
+    replaced(kept.folder / "config.yaml", "sizes: null", "sizes: {hidden: [8, 16]}")
+    entry = importlib.import_module("common.plan_entries").study_entry(kept, "curves.svg")
+    assert "Digits: mlp, 2 epochs, 3 seeds, hidden [8, 16], 300 images" in " ".join(entry.split())
+
+
 def test_the_figure_of_a_finished_study_has_every_seed_thin_their_median_thick_and_the_ends(kept):
     figures = importlib.import_module("common.plan_figures")
     losses, ends = figures.study_figure(kept).axes

@@ -22,10 +22,10 @@ _METHODS = {  # by their names in time_to_target.py, those in studies
 # Studies of cifar10.py, in the order of the table, and what their task is called; one that is not kept has no row.
 _STUDIES = {
     "claim/resnet-32-plain-1024": "ResNet-32 without BatchNorm, batch 1,024, on a GPU",
-    "batch-scaled/resnet-32-plain-1024": "ResNet-32 without BatchNorm at 8 px, batch 1,024",
-    "batch-scaled/resnet-32-plain-128": "ResNet-32 without BatchNorm at 8 px, batch 128",
-    "batch-scaled/resnet-20-512": "ResNet-20 with BatchNorm at 8 px, batch 512",
-    "batch-scaled/vit-512": "vision transformer at 8 px, batch 512",
+    "batch-scaled/resnet-32-plain-1024": "half-width ResNet-32 without BatchNorm at 8 px, batch 1,024",
+    "batch-scaled/resnet-32-plain-128": "half-width ResNet-32 without BatchNorm at 8 px, batch 128",
+    "batch-scaled/resnet-20-512": "half-width ResNet-20 with BatchNorm at 8 px, batch 512",
+    "batch-scaled/vit-512": "half-width vision transformer at 8 px, batch 512",
     "language-scaled/language-64": "transformer on characters, batch 64",
     "language-scaled/language-512": "transformer on characters, batch 512",
 }

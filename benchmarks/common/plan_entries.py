@@ -89,9 +89,11 @@ def _said(kept: Kept) -> str:
 
 
 def _data(kept: Kept) -> str:
-    """The size of the task, as the end of a sentence."""
+    """The sizes of the network and of the task, as the end of a sentence."""
     given = kept.files.config["data"]["init_args"] or {}
+    sizes = (kept.files.config.get("sizes") or {}).items()
     parts = [
+        *(f"{name} {value}" for name, value in sizes),
         f"{given['limit']:,} images" if given.get("limit") else "",
         f"at {given['side']} x {given['side']} pixels" if given.get("side") else "",
         f"batches of {given['batch_size']:,}" if given.get("batch_size") else "",
