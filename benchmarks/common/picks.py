@@ -38,8 +38,9 @@ def picks() -> str:
         "Seconds: to the loss at which tuned SGD with momentum ends, as a share of all that it takes; medians, from "
         "`benchmarks/results/time_to_target.csv`. The others: means over seeds at the end, or of a study that is not "
         "finished the best trial of one seed; each rate is tuned by one rule; from `benchmarks/results/cifar10/`. "
-        "Picked: what of all methods did best and significantly better than SGD, of seconds and trials what simply did "
-        "best. Intervals and more methods: [benchmarks/README.md](benchmarks/README.md)."
+        "Picked: what of all methods did best and significantly better than SGD, or else what did best, marked n.s.; "
+        "of seconds and trials what simply did best. Intervals and more methods: "
+        "[benchmarks/README.md](benchmarks/README.md)."
     )
     return f"{markdown(_HEADER, rows)}\n\n{wrapped(words)}"
 
@@ -77,9 +78,11 @@ def _row(kept: Kept, task: str) -> list[str]:
 
     ends = {method: end(method) for method in files.methods if not files.styles[method].control}
     badness = {method: measure.badness({measure.column: row["mean"]}) for method, row in ends.items()}
-    better = [m for m in ends if badness[m] < badness[files.base] and ends[m]["p_holm"] < SIGNIFICANT]
-    best = min(better, key=badness.__getitem__, default=files.base)
+    ahead = [m for m in ends if badness[m] < badness[files.base]]
+    better = [m for m in ahead if ends[m]["p_holm"] < SIGNIFICANT]
+    best = min(better or ahead, key=badness.__getitem__, default=files.base)
+    mark = " (n.s.)" if ahead and not better else ""
     digits = min(measure.digits, 2)
     shown = [estimate(ends[method]["mean"], math.nan, measure.factor, digits) for method in _METHODS.values()]
     where = task if kept.finished else f"{task} (trials)"
-    return [f"{where}: {measure.header}", *shown, files.label(best)]
+    return [f"{where}: {measure.header}", *shown, files.label(best) + mark]
