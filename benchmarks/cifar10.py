@@ -86,13 +86,14 @@ def _nested(base: Mapping[str, Any], over: Mapping[str, Any], name: str) -> bool
     return isinstance(base[name], Mapping) and isinstance(over[name], Mapping)
 
 
-def read_plan(name: str) -> dict[str, dict[str, Any]]:
-    """The studies of a plan by name, each with all its options, also those that are ours: ``OURS``."""
+def read_plan(name: str, study: str | None = None) -> dict[str, dict[str, Any]]:
+    """The studies of a plan by name, or one of them, each with all its options, also those that are ours: ``OURS``."""
     plan = yaml.safe_load((PLANS / f"{name}.yaml").read_text())
     if like := plan.get("like"):
         base = yaml.safe_load((PLANS / f"{like}.yaml").read_text())
         plan = {"common": merged(base["common"], plan["common"]), "studies": plan.get("studies", base["studies"])}
-    return {study: merged(plan["common"], options or {}) for study, options in plan["studies"].items()}
+    studies = {own: merged(plan["common"], options or {}) for own, options in plan["studies"].items()}
+    return studies if study is None else {study: studies[study]}
 
 
 def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[str, Any]:
@@ -139,8 +140,8 @@ def _small(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:
-    """Make the studies of a plan, for a smoke run the first, as far as time allows; whether all are made."""
-    studies = list(read_plan(args.plan).items())
+    """Make the studies of a plan or the one that is asked for, for a smoke run the first; whether time allowed all."""
+    studies = list(read_plan(args.plan, args.study).items())
     for name, options in studies[:1] if args.smoke else studies:
         file, folder = runs / f"{name}.yaml", runs / name
         runs.mkdir(parents=True, exist_ok=True)
@@ -273,10 +274,10 @@ def keep_seconds(runs: Path, results: Path) -> None:
         print_table(head, body)
 
 
-def print_costs(plan: str) -> None:
-    """Runs, steps and GPU minutes of the studies of a plan."""
+def print_costs(plan: str, study_alone: str | None = None) -> None:
+    """Runs, steps and GPU minutes of the studies of a plan, or of one of them."""
     body, minutes = [], 0.0
-    for name, options in read_plan(plan).items():
+    for name, options in read_plan(plan, study_alone).items():
         study = Study(data=None, **{key: options[key] for key in COUNTS if key in options})
         runs, milliseconds, usual = (
             plan_runs(study),
@@ -294,7 +295,7 @@ def print_costs(plan: str) -> None:
         minutes += cost
         counts = [str(len(runs)), str(steps), f"{milliseconds:g}"]
         body.append([name, *counts, f"{cost:.0f}", f"{cost * TOGETHER:.0f}"])
-    body.append([f"{plan} in all", "", "", "", f"{minutes:.0f}", f"{minutes * TOGETHER:.0f}"])
+    body.append([f"{study_alone or plan} in all", "", "", "", f"{minutes:.0f}", f"{minutes * TOGETHER:.0f}"])
     head = ("study", "runs", "steps a run", "ms an iteration of SGD", "GPU minutes, one by one", "12 side by side")
     print_table(head, body)
 
@@ -327,6 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     plans = sorted(path.stem for path in PLANS.glob("*.yaml"))
     parser.add_argument("--plan", choices=plans, default="batch", help="default: batch")
+    parser.add_argument("--study", metavar="NAME", help="make this study of the plan alone (default: all of them)")
     parser.add_argument("--data", default=HUB, help="CIFAR-10: a hub name or a local folder")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the same command goes on")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
@@ -335,8 +337,11 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print what the plan costs on a GPU, and make nothing")
     parser.add_argument("--smoke", action="store_true", help="seconds, on digits, claims nothing")
     args = parser.parse_args()
+    named = list(read_plan(args.plan))
+    if args.study not in (None, *named):
+        parser.error(f"expected --study to be one of the plan {args.plan}: {', '.join(named)}; got {args.study}")
     if args.dry:
-        print_costs(args.plan)
+        print_costs(args.plan, args.study)
         return
     if not args.minutes > 0 or args.jobs < 1:
         parser.error(f"expected --minutes above 0 and --jobs of at least 1, got {args.minutes:g} and {args.jobs}")

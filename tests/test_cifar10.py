@@ -66,7 +66,7 @@ def test_data_and_options_of_a_study_stand_over_those_that_all_share(cifar10):
         "side": 8,
         "batch_size": 128,
     }
-    assert (options["epochs"], options["seeds"], options["endpoint"]) == (6, 3, "test_accuracy")
+    assert (options["epochs"], options["seeds"], options["endpoint"]) == (3, 3, "test_accuracy")
     config = cifar10.study_config(options, "somewhere", smoke=False)
     assert config["data"]["init_args"]["path"] == "somewhere"
     assert "milliseconds" not in config
@@ -119,6 +119,8 @@ def test_a_dry_run_prints_minutes_and_makes_nothing(cifar10, monkeypatch, capsys
         times = 2 if milliseconds in (10, 6, 32) else 1  # of the ResNet with BatchNorm and of the transformer
         iterations += times * (9 + 4.3 + 2) * (8 + 6 + seeds) * steps * milliseconds
     assert last.split()[-2:] == [f"{iterations / 60_000:.0f}", f"{0.6 * iterations / 60_000:.0f}"]
+    called(cifar10, monkeypatch, "--plan", "batch", "--dry", "--study", "vit-128")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["study", "vit-128", "vit-128"]
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +247,7 @@ def test_variants_cost_what_their_batches_and_epochs_do(cifar10, monkeypatch, ca
     ]
     data = {"class_path": "HuggingFace", "init_args": {"limit": 1000, "val_fraction": 0.1, "batch_size": 100}}
     options = {"data": data, "methods": methods, "seeds": 1, "epochs": 2, "milliseconds": 6000}
-    monkeypatch.setattr(cifar10, "read_plan", lambda name: {"toy": options})
+    monkeypatch.setattr(cifar10, "read_plan", lambda *_: {"toy": options})
     cifar10.print_costs("toy")
     minutes = (18 + 4 * 3 * 3 + 5 * 9 + 180) * 6000 / 60_000
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == [f"{minutes:.0f}", f"{0.6 * minutes:.0f}"]
@@ -257,7 +259,7 @@ def test_the_plan_of_seconds_is_made_alone(cifar10, monkeypatch, capsys):
     assert "expected --jobs 1 with the plan seconds, each run of which is timed alone, got 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--minutes", "0"], ["--jobs", "0"], ["--plan", "nothing"]])
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--jobs", "0"], ["--plan", "nothing"], ["--study", "vit"]])
 def test_bad_options_end_with_a_sentence(cifar10, monkeypatch, capsys, words):
     with pytest.raises(SystemExit) as ended:
         called(cifar10, monkeypatch, *words)
