@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -86,14 +86,13 @@ def _nested(base: Mapping[str, Any], over: Mapping[str, Any], name: str) -> bool
     return isinstance(base[name], Mapping) and isinstance(over[name], Mapping)
 
 
-def read_plan(name: str, study: str | None = None) -> dict[str, dict[str, Any]]:
-    """The studies of a plan by name, or one of them, each with all its options, also those that are ours: ``OURS``."""
+def read_plan(name: str) -> dict[str, dict[str, Any]]:
+    """The studies of a plan by name, each with all its options, also those that are ours: ``OURS``."""
     plan = yaml.safe_load((PLANS / f"{name}.yaml").read_text())
     if like := plan.get("like"):
         base = yaml.safe_load((PLANS / f"{like}.yaml").read_text())
         plan = {"common": merged(base["common"], plan["common"]), "studies": plan.get("studies", base["studies"])}
-    studies = {own: merged(plan["common"], options or {}) for own, options in plan["studies"].items()}
-    return studies if study is None else {study: studies[study]}
+    return {study: merged(plan["common"], options or {}) for study, options in plan["studies"].items()}
 
 
 def study_config(options: Mapping[str, Any], data: str, *, smoke: bool) -> dict[str, Any]:
@@ -139,10 +138,9 @@ def _small(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **nsgd, **measured, "methods": [small(method) for method in config["methods"]]}
 
 
-def make_plan(args: argparse.Namespace, runs: Path, deadline: float) -> bool:
-    """Make the studies of a plan or the one that is asked for, for a smoke run the first; whether time allowed all."""
-    studies = list(read_plan(args.plan, args.study).items())
-    for name, options in studies[:1] if args.smoke else studies:
+def make_plan(args: argparse.Namespace, studies: Mapping[str, dict[str, Any]], runs: Path, deadline: float) -> bool:
+    """Make the studies of a plan, for a smoke run the first, as far as time allows; whether all are made."""
+    for name, options in islice(studies.items(), 1 if args.smoke else None):
         file, folder = runs / f"{name}.yaml", runs / name
         runs.mkdir(parents=True, exist_ok=True)
         config = study_config(options, args.data, smoke=args.smoke)
@@ -274,10 +272,10 @@ def keep_seconds(runs: Path, results: Path) -> None:
         print_table(head, body)
 
 
-def print_costs(plan: str, study_alone: str | None = None) -> None:
-    """Runs, steps and GPU minutes of the studies of a plan, or of one of them."""
+def print_costs(whole: str, studies: Mapping[str, dict[str, Any]]) -> None:
+    """Runs, steps and GPU minutes of studies, and of the whole that they are."""
     body, minutes = [], 0.0
-    for name, options in read_plan(plan, study_alone).items():
+    for name, options in studies.items():
         study = Study(data=None, **{key: options[key] for key in COUNTS if key in options})
         runs, milliseconds, usual = (
             plan_runs(study),
@@ -295,7 +293,7 @@ def print_costs(plan: str, study_alone: str | None = None) -> None:
         minutes += cost
         counts = [str(len(runs)), str(steps), f"{milliseconds:g}"]
         body.append([name, *counts, f"{cost:.0f}", f"{cost * TOGETHER:.0f}"])
-    body.append([f"{study_alone or plan} in all", "", "", "", f"{minutes:.0f}", f"{minutes * TOGETHER:.0f}"])
+    body.append([f"{whole} in all", "", "", "", f"{minutes:.0f}", f"{minutes * TOGETHER:.0f}"])
     head = ("study", "runs", "steps a run", "ms an iteration of SGD", "GPU minutes, one by one", "12 side by side")
     print_table(head, body)
 
@@ -337,15 +335,17 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print what the plan costs on a GPU, and make nothing")
     parser.add_argument("--smoke", action="store_true", help="seconds, on digits, claims nothing")
     args = parser.parse_args()
-    named = list(read_plan(args.plan))
-    if args.study not in (None, *named):
-        parser.error(f"expected --study to be one of the plan {args.plan}: {', '.join(named)}; got {args.study}")
+    studies = read_plan(args.plan)
+    if args.study not in (None, *studies):
+        parser.error(f"expected --study to be one of the plan {args.plan}: {', '.join(studies)}; got {args.study}")
+    if args.study:
+        studies = {args.study: studies[args.study]}
     if args.dry:
-        print_costs(args.plan, args.study)
+        print_costs(args.study or args.plan, studies)
         return
     if not args.minutes > 0 or args.jobs < 1:
         parser.error(f"expected --minutes above 0 and --jobs of at least 1, got {args.minutes:g} and {args.jobs}")
-    alone = any(options.get("alone") for options in read_plan(args.plan).values())
+    alone = any(options.get("alone") for options in studies.values())
     if alone and args.jobs > 1:
         parser.error(f"expected --jobs 1 with the plan {args.plan}, each run of which is timed alone, got {args.jobs}")
     deadline = time.monotonic() + 60 * args.minutes
@@ -355,7 +355,7 @@ def main() -> None:
         if args.smoke and args.runs == parser.get_default("runs"):
             runs, out = Path(passing) / "runs", Path(passing) / "out"
         with raising_at_sigterm():
-            made = make_plan(args, runs, deadline)
+            made = make_plan(args, studies, runs, deadline)
             keep(runs, out)
             if alone:
                 keep_seconds(runs, out)

@@ -237,7 +237,7 @@ def test_paths_are_the_sharpness_and_the_bursts_of_first_runs(cifar10, tmp_path)
     ]
 
 
-def test_variants_cost_what_their_batches_and_epochs_do(cifar10, monkeypatch, capsys):
+def test_variants_cost_what_their_batches_and_epochs_do(cifar10, capsys):
     """Of 900 images: 2 epochs of 9 batches of 100; 4 epochs of 3 of 300, each thrice as long; 5 of all, nine times."""
     methods = [
         "sgd",
@@ -247,8 +247,7 @@ def test_variants_cost_what_their_batches_and_epochs_do(cifar10, monkeypatch, ca
     ]
     data = {"class_path": "HuggingFace", "init_args": {"limit": 1000, "val_fraction": 0.1, "batch_size": 100}}
     options = {"data": data, "methods": methods, "seeds": 1, "epochs": 2, "milliseconds": 6000}
-    monkeypatch.setattr(cifar10, "read_plan", lambda *_: {"toy": options})
-    cifar10.print_costs("toy")
+    cifar10.print_costs("toy", {"toy": options})
     minutes = (18 + 4 * 3 * 3 + 5 * 9 + 180) * 6000 / 60_000
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == [f"{minutes:.0f}", f"{0.6 * minutes:.0f}"]
 
