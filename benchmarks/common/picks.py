@@ -38,8 +38,8 @@ def picks() -> str:
         "Seconds: to the loss at which tuned SGD with momentum ends, as a share of all that it takes; medians, from "
         "`benchmarks/results/time_to_target.csv`. The others: means over seeds at the end, or of a study that is not "
         "finished the best trial of one seed; each rate is tuned by one rule; from `benchmarks/results/cifar10/`. "
-        "Picked: what of all methods did best and significantly better than SGD, or else what did best, marked n.s.; "
-        "of seconds and trials what simply did best. Intervals and more methods: "
+        "Picked: what of all methods did best; where that is not significantly better than SGD it is marked n.s., and "
+        "followed by the best of those that are; of seconds and trials there is no test. Intervals and more methods: "
         "[benchmarks/README.md](benchmarks/README.md)."
     )
     return f"{markdown(_HEADER, rows)}\n\n{wrapped(words)}"
@@ -80,9 +80,12 @@ def _row(kept: Kept, task: str) -> list[str]:
     badness = {method: measure.badness({measure.column: row["mean"]}) for method, row in ends.items()}
     ahead = [m for m in ends if badness[m] < badness[files.base]]
     better = [m for m in ahead if ends[m]["p_holm"] < SIGNIFICANT]
-    best = min(better or ahead, key=badness.__getitem__, default=files.base)
-    mark = " (n.s.)" if ahead and not better else ""
+    best = min(ahead, key=badness.__getitem__, default=files.base)
+    pick = files.label(best)
+    if ahead and best not in better:
+        surest = min(better, key=badness.__getitem__, default=None)
+        pick += " (n.s.)" + (f", {files.label(surest)}" if surest else "")
     digits = min(measure.digits, 2)
     shown = [estimate(ends[method]["mean"], math.nan, measure.factor, digits) for method in _METHODS.values()]
     where = task if kept.finished else f"{task} (trials)"
-    return [f"{where}: {measure.header}", *shown, files.label(best) + mark]
+    return [f"{where}: {measure.header}", *shown, pick]
