@@ -367,6 +367,14 @@ def test_paths_that_were_measured_have_a_table_of_their_own(kept):
     assert losses.get_xscale() == "linear"
 
 
+def test_many_methods_give_a_figure_more_height_and_few_do_not(kept, monkeypatch):
+    figures = importlib.import_module("common.plan_figures")
+    assert figures.study_figure(kept).get_size_inches()[1] < 4
+    monkeypatch.setattr(figures, "_ROW", 3.0)
+    rows = 3.0 * len(kept.files.methods)
+    assert rows < figures.study_figure(kept).get_size_inches()[1] < rows + 1
+
+
 def test_runs_of_far_more_epochs_than_others_leave_these_their_room(kept):
     rows = read_csv(kept.folder / "curves.csv")
     longer = [{**row, "epoch": row["epoch"] + 200} for row in rows if row["method"] == "sgd"]

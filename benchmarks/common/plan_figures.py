@@ -21,6 +21,7 @@ from lightning_modules.report.style import GREY
 _DECADE = 10
 _ABOVE = 1.2  # times the median loss of the first epochs
 _MARGIN = 0.05  # of the axis
+_ROW = 0.26  # inches, of a method beside its seeds
 
 
 def study_figure(kept: Kept) -> Figure:
@@ -39,6 +40,8 @@ def study_figure(kept: Kept) -> Figure:
     if kept.swept_alone:
         return rate_figures(files)["learning-rates"][0]
     figure, (losses, *middle, ends) = new_figure(3 if kept.sharpness else 2)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, max(height, 0.7 + _ROW * len(files.methods)))
     curves = []
     for method, style in files.styles.items():
         if runs := kept.curves(method):

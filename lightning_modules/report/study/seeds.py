@@ -22,7 +22,7 @@ from lightning_modules.report.verdicts import Numbers
 from lightning_modules.support.read_outs import READ_OUTS, label_of
 from lightning_modules.support.score import Measure
 
-_WIDTH = 32  # letters of a name in a line, beside its points
+_WIDTH = 36  # letters of a name in a line, beside its points
 SEEDS = "final-values"  # name of the figure
 
 _MARKERS = {"last": "o", "ema": "^", "swa": "s", "two-point": "D", "best": "*"}
